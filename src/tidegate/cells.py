@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cell is: its gates and their order, its states, its parameters, its equations.
+
+Letters: T time, B batch, I input_size, H hidden_size, P proj_size (LSTM; the size of h, elsewhere H itself),
+G number of gates. Gate blocks are rows of `weight_ih` (G*H, I), `weight_hh` (G*H, P), `bias_ih` and `bias_hh` (G*H),
+in the order of `Cell.gates`, which is torch.nn's. Kernels, converters and documentation follow this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+States = tuple[Tensor, ...]
+Weights = dict[str, Tensor | None]
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of recurrent cell.
+
+    Attributes:
+        name: the operator's name, `torch.ops.tidegate.<name>`.
+        gates: row blocks of the weights, in order.
+        states: "h" alone, or "h" and "c".
+        weights: parameter names, in the operator's order; those in `optional_weights` may be None.
+        options: name to its values' type and default, in the operator's order.
+        step: one step, `(gates_x (B, G*H), states, weights, options) -> new states`, where
+            gates_x = x_t W_ih^T + b_ih. Plain torch operations, differentiable any number of times.
+    """
+
+    name: str
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    weights: tuple[str, ...]
+    options: dict[str, tuple[type, Any]]
+    step: Callable[[Tensor, States, Weights, Options], States]
+
+    @property
+    def optional_weights(self) -> tuple[str, ...]:
+        return tuple(name for name in self.weights if name not in ("weight_ih", "weight_hh"))
+
+
+class Call(NamedTuple):
+    """One layer in one direction over a whole sequence: all that a backend needs to know.
+
+    Attributes:
+        cell: RNN, LSTM or GRU below.
+        input: (T, B, I), any strides.
+        states: the initial states: h_0 (B, P), for an LSTM also c_0 (B, H).
+        weights: by name: weight_ih (G*H, I), weight_hh (G*H, P), bias_ih (G*H) or None, bias_hh (G*H) or None,
+            for an LSTM also weight_hr (P, H) or None.
+        lengths: (B,) int64 on any device, each in 0..T, or None for T everywhere. Past a row's length the output is
+            0 and the state stays; the reverse direction starts at the last valid step.
+        resets: (T, B) bool, or None. `resets[t, b]` makes t the first step of a new sequence in row b: forward, the
+            state entering t is zero; in reverse, the state entering t-1 is zero. Marks past a row's length mean nothing.
+        reverse: from the last valid step to the first; output[t] still belongs to input[t].
+        options: the cell's options by name.
+    """
+
+    cell: Cell
+    input: Tensor
+    states: States
+    weights: Weights
+    lengths: Tensor | None
+    resets: Tensor | None
+    reverse: bool
+    options: Options
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weights["weight_hh"].shape[0] // len(self.cell.gates)  # type: ignore[union-attr]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be asked of, in the operator's order: input, states, weights."""
+        return (self.input, *self.states, *self.weights.values())
+
+
+def _rnn_step(gates_x: Tensor, states: States, weights: Weights, options: Options) -> States:
+    """h' = act(W_ih x + b_ih + W_hh h + b_hh). Source: Elman 1990; torch.nn.RNN."""
+    (h,) = states
+    pre_activation = gates_x + linear(h, weights["weight_hh"], weights["bias_hh"])
+    return (torch.tanh(pre_activation) if options["nonlinearity"] == "tanh" else torch.relu(pre_activation),)
+
+
+def _lstm_step(gates_x: Tensor, states: States, weights: Weights, options: Options) -> States:
+    """c' = f c + i g; h' = o tanh(c'), then h' = W_hr h' with a projection.
+
+    Source: Hochreiter and Schmidhuber 1997 with Gers et al. 2000's forget gate; projection, Sak et al. 2014
+    (1402.1128); torch.nn.LSTM.
+    """
+    h, c = states
+    i, f, g, o = (gates_x + linear(h, weights["weight_hh"], weights["bias_hh"])).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    if weights["weight_hr"] is not None:
+        h = linear(h, weights["weight_hr"])
+    return h, c
+
+
+def _gru_step(gates_x: Tensor, states: States, weights: Weights, options: Options) -> States:
+    """h' = (1 - z) n + z h, with r and z sigmoids of W_i x + b_i + W_h h + b_h, and
+
+    reset_after:     n = tanh(W_in x + b_in + r (W_hn h + b_hn))
+    not reset_after: n = tanh(W_in x + b_in + W_hn (r h) + b_hn)
+
+    Source: Cho et al. 2014 (1406.1078v3), the reset before the matmul, as in TensorFlow v1; the reset-after form,
+    1406.1078v1 and cuDNN, torch.nn.GRU.
+    """
+    (h,) = states
+    hidden_size = h.shape[-1]
+    weight_hh, bias_hh = weights["weight_hh"], weights["bias_hh"]
+    assert weight_hh is not None
+    if options["reset_after"]:
+        x_r, x_z, x_n = gates_x.chunk(3, -1)
+        h_r, h_z, h_n = linear(h, weight_hh, bias_hh).chunk(3, -1)
+        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + r * h_n)
+    else:
+        x_rz, x_n = gates_x.split([2 * hidden_size, hidden_size], -1)
+        w_rz, w_n = weight_hh.split([2 * hidden_size, hidden_size], 0)
+        b_rz, b_n = (None, None) if bias_hh is None else bias_hh.split([2 * hidden_size, hidden_size], 0)
+        r, z = torch.sigmoid(x_rz + linear(h, w_rz, b_rz)).chunk(2, -1)
+        n = torch.tanh(x_n + linear(r * h, w_n, b_n))
+    return ((1 - z) * n + z * h,)
+
+
+_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+RNN = Cell("rnn", ("h",), ("h",), _PARAMETERS, {"nonlinearity": (str, "tanh")}, _rnn_step)
+LSTM = Cell("lstm", ("i", "f", "g", "o"), ("h", "c"), (*_PARAMETERS, "weight_hr"), {}, _lstm_step)
+GRU = Cell("gru", ("r", "z", "n"), ("h",), _PARAMETERS, {"reset_after": (bool, True)}, _gru_step)
+
+CELLS = (RNN, LSTM, GRU)
