@@ -8,7 +8,7 @@ in the order of `Cell.gates`, which is torch.nn's. Kernels, converters and docum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,6 +81,16 @@ class Call(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What a gradient may be asked of, in the operator's order: input, states, weights."""
         return (self.input, *self.states, *self.weights.values())
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Call:
+        """The same call on other tensors, given in the order of `tensors`."""
+        split = 1 + len(self.states)
+        weights = dict(zip(self.weights, tensors[split:], strict=True))
+        return self._replace(input=tensors[0], states=tuple(tensors[1:split]), weights=weights)
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call computed in `dtype`."""
+        return self.with_tensors([None if tensor is None else tensor.to(dtype) for tensor in self.tensors])
 
 
 def _rnn_step(gates_x: Tensor, states: States, weights: Weights, options: Options) -> States:

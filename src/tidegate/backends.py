@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends in order of preference, what each cannot run, and the choice among them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tidegate import reference
+from tidegate.cells import Call
+from tidegate.errors import UnsupportedError
+from tidegate.kernels import aten
+
+Gradients = tuple["Tensor | None", ...]
+T = TypeVar("T", Tensor, "Tensor | None")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a call.
+
+    Attributes:
+        name: what `tidegate.backend` takes.
+        availability: reasons why this machine cannot run it at all; empty when it can.
+        unsupported_reasons: reasons why it cannot run a call; pure, never raises. It alone steers the choice.
+        forward: `(call, save) -> (output, *final states, saved)`, not recording autograd; `saved` is one tensor for
+            `backward`, of shape `saved_shape(call)`, empty where `save` is False.
+        backward: `(call, output, saved, grad_output, grad_states, needs) -> gradients`, in the order of
+            `Call.tensors`, None where `needs` is False.
+        saved_shape: from shapes alone.
+        composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
+            the three above.
+    """
+
+    name: str
+    unsupported_reasons: Callable[[Call], list[str]]
+    availability: Callable[[], list[str]] = list
+    composite: Callable[[Call], tuple[Tensor, ...]] | None = None
+    forward: Callable[[Call, bool], tuple[Tensor, ...]] | None = None
+    backward: Callable[[Call, Tensor, Tensor, Tensor | None, Gradients, tuple[bool, ...]], Gradients] | None = None
+    saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
+
+
+ATEN = Backend("aten", aten.unsupported_reasons, composite=aten.forward)
+REFERENCE = Backend("reference", reference.unsupported_reasons, composite=reference.forward)
+
+BACKENDS = (ATEN, REFERENCE)  # the first that fits
+
+
+def _known(name: str, source: str) -> str:
+    names = [backend.name for backend in BACKENDS]
+    if name and name not in names:
+        raise ValueError(f"{source}: expected one of {', '.join(names)}, got {name!r}")
+    return name
+
+
+_named = _known(os.environ.get("TIDEGATE_BACKEND", ""), "TIDEGATE_BACKEND")
+
+
+def named() -> str:
+    """The backend that the user named, or "" for the first that fits."""
+    return _named
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run every call inside the block on one backend; None gives the choice back to tidegate.
+
+    Like torch.backends' flags, this belongs to the process, not to a thread. A compiled model is compiled anew where
+    the name differs from the one that it was compiled under.
+
+    Raises:
+        ValueError: no backend has this name.
+        UnsupportedError: inside the block, on a call that the named backend cannot run. It never falls back.
+    """
+    global _named
+    before, _named = _named, _known(name or "", "name")
+    try:
+        yield
+    finally:
+        _named = before
+
+
+def select(call: Call, name: str) -> Backend:
+    """The backend called `name`, or the first that can run `call`.
+
+    Raises:
+        UnsupportedError: the named one cannot; the message lists its reasons and what would run.
+    """
+    for candidate in BACKENDS:
+        if name in ("", candidate.name) and not candidate.unsupported_reasons(call):
+            return candidate
+    raise UnsupportedError(_refusal(call, name))
+
+
+def reasons(call: Call) -> dict[str, list[str]]:
+    """Every backend's reasons, in order of preference."""
+    return {candidate.name: candidate.unsupported_reasons(call) for candidate in BACKENDS}
+
+
+def describe(call: Call) -> str:
+    """A call in one line: gru(T=50, B=8, I=64, H=256, float32, cpu)."""
+    steps, batch, input_size = call.input.shape
+    dtype = str(call.input.dtype).removeprefix("torch.")
+    words = [f"T={steps}", f"B={batch}", f"I={input_size}", f"H={call.hidden_size}", dtype, str(call.input.device)]
+    words += [f"{option}={value}" for option, value in call.options.items() if value != call.cell.options[option][1]]
+    words += [name for name in ("lengths", "resets") if getattr(call, name) is not None]
+    return f"{call.cell.name}({', '.join(words + ['reverse'] * call.reverse)})"
+
+
+def _refusal(call: Call, name: str) -> str:
+    lines = [f"no backend{f' named {name!r}' if name else ''} runs {describe(call)}"]
+    for candidate, why in reasons(call).items():
+        if why:
+            lines.append(f"  {candidate}: {'; '.join(why)}")
+        elif candidate != name:
+            lines.append(f"  {candidate} would run it")
+    return "\n".join(lines)
+
+
+def run_forward(backend: Backend, call: Call, save: bool) -> tuple[Tensor, ...]:
+    """`Backend.forward`, or its stand-in for a composite backend: nothing recorded, nothing saved, nothing aliased."""
+    if backend.forward is not None:
+        return backend.forward(call, save)
+    assert backend.composite is not None
+    with torch.no_grad():
+        outputs = backend.composite(call)
+    return (*_owned(outputs, call.tensors), call.input.new_empty(0))
+
+
+def run_backward(
+    backend: Backend,
+    call: Call,
+    output: Tensor,
+    saved: Tensor,
+    grad_output: Tensor | None,
+    grad_states: Gradients,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """`Backend.backward`, or its stand-in for a composite backend: the forward again, this time recorded."""
+    if backend.backward is not None:
+        return backend.backward(call, output, saved, grad_output, grad_states, needs)
+    assert backend.composite is not None
+    with torch.enable_grad():
+        recorded, wanted = detached(call, needs)
+        gradients = graph_gradients(backend.composite(recorded), wanted, (grad_output, *grad_states), needs)
+    return _owned(gradients, (*call.tensors, grad_output, *grad_states))
+
+
+def _owned(results: tuple[T, ...], arguments: Sequence[Tensor | None]) -> tuple[T, ...]:
+    """An operator's results: contiguous, and sharing memory neither with its arguments nor with one another."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in arguments if tensor is not None}
+    owned: list[T] = []
+    for result in results:
+        if result is not None:
+            result = result.contiguous()
+            if result.untyped_storage().data_ptr() in taken:
+                result = result.clone()
+            taken.add(result.untyped_storage().data_ptr())
+        owned.append(result)
+    return tuple(owned)
+
+
+def detached(call: Call, needs: tuple[bool, ...]) -> tuple[Call, list[Tensor]]:
+    """`call` on leaves of a graph of its own, and those of them that a gradient is needed of."""
+    leaves = [
+        None if tensor is None else tensor.detach().requires_grad_(need)
+        for tensor, need in zip(call.tensors, needs, strict=True)
+    ]
+    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if leaf is not None and need]
+    return call.with_tensors(leaves), wanted
+
+
+def graph_gradients(
+    outputs: tuple[Tensor, ...], wanted: list[Tensor], gradients: Gradients, needs: tuple[bool, ...]
+) -> Gradients:
+    """Gradients of the recorded `outputs` for the leaves in `wanted`, spread over the places that `needs` marks."""
+    pairs = [
+        (out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None and out.requires_grad
+    ]
+    if not pairs or not wanted:
+        return (None,) * len(needs)
+    roots, cotangents = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(roots, wanted, cotangents, allow_unused=True))
+    return tuple(next(found) if need else None for need in needs)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RNN, LSTM and GRU over sequences: torch.nn's layers, constructor for constructor, on tidegate's operators.
+
+Letters: T steps, B rows, I input_size, H hidden_size, P proj_size of an LSTM that has one, else H; L num_layers,
+D 2 if bidirectional, else 1. Row l * D + d of a state belongs to layer l, direction d (0 forward, 1 reverse).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from tidegate import cells, ops, sequences
+from tidegate.cells import Call, Cell, Options
+from tidegate.nn.autocast import autocast_dtype
+from tidegate.sequences import Sequences
+
+
+class RecurrentLayer(torch.nn.RNNBase):
+    """What the three layers share. Construction, parameters, checks and repr are torch.nn.RNNBase's own."""
+
+    cell: Cell
+
+    # Looked up at every use: a parametrization, pruning, tying or functional_call may have put another tensor there.
+    @property
+    def _flat_weights(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Any]) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        self._flat_weight_refs = []
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels read the parameters where they are."""
+
+    def _options(self) -> Options:
+        return {}
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None
+    ) -> tuple[Any, Any]:
+        """Run the layers over a batch of sequences.
+
+        Args:
+            input: (T, B, I), with batch_first (B, T, I); unbatched (T, I); a PackedSequence; a list of (T_b, I); or a
+                jagged nested tensor (B, T_b, I). Of the parameters' dtype, but under autocast.
+            hx: initial state h_0 (L*D, B, P), for an LSTM (h_0, c_0) with c_0 (L*D, B, H); (L*D, P) if unbatched;
+                zeros if None. Rows in the order of the input's.
+            lengths: (B,) integers, any order, dtype and device, zeros allowed; for a padded batch. Past a row's length
+                the output is 0, the returned state is the one after its last valid step (the initial one if the length
+                is 0), and the reverse direction starts at the last valid step.
+            resets: bool (T, B), with batch_first (B, T); unbatched (T,); for a list, a list of (T_b,). A mark at t makes
+                t the first step of a new sequence: forward, the state entering t is zero; in reverse, the state
+                entering t-1 is zero. Gradients do not cross it.
+
+        Returns:
+            output: of the input's form, with D*P features: the last layer's states, the forward direction's first.
+            h_n: (L*D, B, P), for an LSTM (h_n, c_n): the state after the last valid step, in reverse after the first
+                step. For full lengths, with batch_first False, h_n[-D] is output[-1, :, :P], and for D = 2 h_n[-1] is
+                output[0, :, P:].
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn raises them, in its words; for lengths, resets, lists and nested
+                tensors, ValueError naming the argument.
+            UnsupportedError: the backend that `tidegate.backend` names cannot run this call.
+        """
+        batch, batch_sizes, data = self._read(input, lengths, resets)
+        states = self._read_states(data, batch_sizes, hx, unbatched=isinstance(input, Tensor) and input.dim() == 2)
+        if isinstance(input, PackedSequence):
+            states = self._permuted(states, input.sorted_indices)
+        if batch.data.shape[0] == 0 and batch.lengths is None:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        output, finals = self._run(batch, states)
+        if isinstance(input, PackedSequence):
+            finals = self._permuted(finals, input.unsorted_indices)
+        elif isinstance(input, Tensor) and input.dim() == 2:
+            finals = tuple(final.squeeze(1) for final in finals)
+        return batch.restore(output), finals if len(finals) > 1 else finals[0]
+
+    def _read(self, input: Any, lengths: Any, resets: Any) -> tuple[Sequences, Tensor | None, Tensor]:
+        """The input as Sequences, its batch sizes if packed, and the tensor that torch.nn's checks look at."""
+        is_padded = isinstance(input, Tensor) and not input.is_nested and input.dim() == 3
+        if lengths is not None and not is_padded:
+            raise ValueError(
+                "lengths: expected None but with a padded batch (3-D input); this input has its own lengths"
+            )
+        if isinstance(input, PackedSequence):
+            if resets is not None:
+                raise ValueError("resets: not for a PackedSequence; give a padded batch with lengths=, or a list")
+            self.check_input(input.data, input.batch_sizes)
+            return sequences.from_packed(input), input.batch_sizes, input.data
+        if isinstance(input, list):
+            batch = sequences.from_list(input, resets)
+        elif not isinstance(input, Tensor):
+            raise TypeError(
+                f"input: expected a Tensor, a PackedSequence or a list of Tensors, got {type(input).__name__}"
+            )
+        elif input.is_nested:
+            if resets is not None:
+                raise ValueError("resets: not for a nested tensor; give a padded batch with lengths=, or a list")
+            batch = sequences.from_nested(input)
+        elif input.dim() == 3:
+            return sequences.from_tensor(input, lengths, resets, self.batch_first), None, input
+        elif input.dim() == 2:
+            return sequences.from_unbatched(input, resets), None, input.unsqueeze(0 if self.batch_first else 1)
+        else:
+            name, tail = self.cell.name.upper(), " tensor instead" if self.cell is cells.RNN else " instead"
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tail}")
+        return batch, None, batch.data.transpose(0, 1) if self.batch_first else batch.data
+
+    def _read_states(self, data: Tensor, batch_sizes: Tensor | None, hx: Any, unbatched: bool) -> tuple[Tensor, ...]:
+        """The initial states, checked as torch.nn checks them, each (L*D, B, .)."""
+        if hx is None:
+            sizes = [self.get_expected_hidden_size(data, batch_sizes)]
+            if len(self.cell.states) > 1:
+                sizes.append((*sizes[0][:2], self.hidden_size))
+            states = tuple(torch.zeros(size, dtype=data.dtype, device=data.device) for size in sizes)
+        else:
+            states = tuple(hx) if len(self.cell.states) > 1 else (hx,)
+            if batch_sizes is None:
+                self._check_rank(states, 2 if unbatched else 3)
+            if unbatched:
+                states = tuple(state.unsqueeze(1) for state in states)
+        self.check_forward_args(data, states if len(states) > 1 else states[0], batch_sizes)  # type: ignore[arg-type]
+        return states
+
+    def _check_rank(self, states: tuple[Tensor, ...], expected: int) -> None:
+        if all(state.dim() == expected for state in states):
+            return
+        form = "unbatched 2-D" if expected == 2 else "batched 3-D"
+        if len(states) > 1:
+            came = ", ".join(f"{state.dim()}-D" for state in states)
+            raise RuntimeError(f"For {form} input, hx and cx should also be {expected}-D but got ({came}) tensors")
+        raise RuntimeError(f"For {form} input, hx should also be {expected}-D but got {states[0].dim()}-D tensor")
+
+    def _permuted(self, states: tuple[Tensor, ...], permutation: Tensor | None) -> tuple[Tensor, ...]:
+        permuted: Any = self.permute_hidden(states if len(states) > 1 else states[0], permutation)  # type: ignore[arg-type]
+        return permuted if len(states) > 1 else (permuted,)
+
+    def _run(self, batch: Sequences, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Layers by directions: each one call. Returns output (T, B, D*P) and the final states, each (L*D, B, .)."""
+        directions = 2 if self.bidirectional else 1
+        dtype = autocast_dtype(batch.data)
+        names, options = self._all_weights, self._options()
+        finals: list[tuple[Tensor, ...]] = []
+        output = batch.data
+        for layer in range(self.num_layers):
+            outputs: list[Tensor] = []
+            for k in range(layer * directions, (layer + 1) * directions):
+                # torch.nn stores weight_hr after the biases, which may be absent: names, not places.
+                found = {name.rsplit("_l", 1)[0]: getattr(self, name) for name in names[k]}
+                call = Call(
+                    self.cell,
+                    output,
+                    tuple(state[k] for state in states),
+                    {name: found.get(name) for name in self.cell.weights},
+                    batch.lengths,
+                    batch.resets,
+                    k % directions == 1,
+                    options,
+                )
+                result, *last = ops.recurrence(call if dtype is None else call.to(dtype))
+                outputs.append(result)
+                finals.append(tuple(last))
+            output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            if self.dropout > 0 and self.training and layer < self.num_layers - 1:
+                output = batch.dropout(output, self.dropout)
+        return output, tuple(torch.stack(column) for column in zip(*finals, strict=True))
+
+
+class RNN(RecurrentLayer):
+    """Elman RNN, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu: torch.nn.RNN and more.
+
+    Args:
+        input_size, hidden_size, num_layers, nonlinearity ('tanh' or 'relu'), bias, batch_first, dropout, bidirectional,
+            device, dtype: as torch.nn.RNN takes them, in this order.
+    """
+
+    cell = cells.RNN
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        _reject_projection(kwargs)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **kwargs)
+
+    def _options(self) -> Options:
+        return {"nonlinearity": self.nonlinearity}
+
+
+class LSTM(RecurrentLayer):
+    """Long short-term memory, gates i, f, g, o: torch.nn.LSTM and more.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
+            torch.nn.LSTM takes them, in this order.
+    """
+
+    cell = cells.LSTM
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class GRU(RecurrentLayer):
+    """Gated recurrent unit, gates r, z, n: torch.nn.GRU and more.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU
+            takes them, in this order.
+        reset_after: True for n = tanh(W_in x + b_in + r (W_hn h + b_hn)), torch.nn's and cuDNN's form; False for
+            n = tanh(W_in x + b_in + W_hn (r h) + b_hn), the original (Cho et al. 2014) and TensorFlow v1's.
+    """
+
+    cell = cells.GRU
+
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        _reject_projection(kwargs)
+        self.reset_after = _read_flag("reset_after", reset_after)
+        super().__init__("GRU", *args, **kwargs)
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        super().__setstate__({"reset_after": True, **d})
+
+    def _options(self) -> Options:
+        return {"reset_after": self.reset_after}
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", reset_after=False" if not self.reset_after else "")
+
+
+def _reject_projection(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def _read_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    return value

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms a batch of sequences comes in, read into (data, lengths, resets), and the output put back into that form.
+
+Letters: T steps, B rows, I and F features of input and output, N valid steps of all rows together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_sequence
+
+Form = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A batch of sequences, time first.
+
+    Attributes:
+        data: (T, B, I).
+        lengths: (B,) int64, or None where every row has T steps.
+        resets: (T, B) bool, or None.
+        restore: output (T, B, F) -> the form in which the input came.
+        packed_rows: of a PackedSequence, where in (T * B) each of its N steps stands; else None.
+    """
+
+    data: Tensor
+    lengths: Tensor | None
+    resets: Tensor | None
+    restore: Form
+    packed_rows: Tensor | None = None
+
+    def dropout(self, output: Tensor, p: float) -> Tensor:
+        """Dropout between layers on (T, B, F), drawing torch.nn's very numbers: over the packed steps if packed."""
+        if self.packed_rows is None:
+            return F.dropout(output, p)
+        steps = output.flatten(0, 1)
+        dropped = F.dropout(steps.index_select(0, self.packed_rows), p)
+        return torch.zeros_like(steps).index_copy(0, self.packed_rows, dropped).view_as(output)
+
+
+def from_tensor(input: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Sequences:
+    """A padded batch, (T, B, I) or with batch_first (B, T, I).
+
+    Args:
+        lengths: (B,) integers in any order, on any device, each in 0..T; or None.
+        resets: bool, (T, B) or with batch_first (B, T); or None.
+    """
+    data = input.transpose(0, 1) if batch_first else input
+    steps, batch = data.shape[:2]
+    layout, shape = ("(B, T)", (batch, steps)) if batch_first else ("(T, B)", (steps, batch))
+    resets = _read_resets(resets, layout, shape, input.device)
+    if resets is not None and batch_first:
+        resets = resets.transpose(0, 1)
+
+    def restore(output: Tensor) -> Tensor:
+        return output.transpose(0, 1) if batch_first else output
+
+    return Sequences(data, read_lengths(lengths, batch), resets, restore)
+
+
+def from_unbatched(input: Tensor, resets: Any) -> Sequences:
+    """One sequence (T, I), resets (T,)."""
+    resets = _read_resets(resets, "(T,)", (input.shape[0],), input.device)
+    return Sequences(input.unsqueeze(1), None, None if resets is None else resets.unsqueeze(1), lambda y: y.squeeze(1))
+
+
+def from_packed(input: PackedSequence) -> Sequences:
+    """A PackedSequence, its rows in packed order: longest first."""
+    sizes = input.batch_sizes
+    steps, batch = sizes.shape[0], int(sizes[0])
+    lengths = (sizes.unsqueeze(-1) > torch.arange(batch)).sum(0)
+    rows = torch.nonzero((torch.arange(batch) < sizes.unsqueeze(-1)).flatten()).squeeze(-1).to(input.data.device)
+    padded = input.data.new_zeros((steps * batch, input.data.shape[-1])).index_copy(0, rows, input.data)
+
+    def restore(output: Tensor) -> PackedSequence:
+        data = output.flatten(0, 1).index_select(0, rows)
+        return PackedSequence(data, sizes, input.sorted_indices, input.unsorted_indices)
+
+    return Sequences(padded.unflatten(0, (steps, batch)), lengths, None, restore, rows)
+
+
+def from_list(input: list[Tensor], resets: Any) -> Sequences:
+    """A list of (T_b, I), in any order, some perhaps of length 0; resets a list of (T_b,)."""
+    faults: list[str] = []
+    if not input:
+        raise ValueError("input: expected a list of at least one tensor (T, input_size), got an empty list")
+    for k, row in enumerate(input):
+        if not isinstance(row, Tensor) or row.dim() != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+            came = f"{row.dim()} dimensions" if isinstance(row, Tensor) else type(row).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+            faults.append(f"input[{k}]: expected a tensor (T, input_size), got {came}")
+        elif (row.shape[1], row.dtype, row.device) != (input[0].shape[-1], input[0].dtype, input[0].device):
+            expected = f"{input[0].shape[-1]} features, {input[0].dtype}, {input[0].device} as in input[0]"
+            faults.append(f"input[{k}]: expected {expected}, got {row.shape[1]}, {row.dtype}, {row.device}")
+    if faults:
+        raise ValueError("\n".join(faults))
+    sizes = [row.shape[0] for row in input]
+    padded_resets = None
+    if resets is not None:
+        if not isinstance(resets, list) or len(resets) != len(input):
+            raise ValueError(f"resets: expected a list of {len(input)} bool tensors (T,), like input")
+        marks = [
+            _read_resets(row, f"resets[{k}] (T,)", (size,), input[0].device)
+            for k, (row, size) in enumerate(zip(resets, sizes, strict=True))
+        ]
+        padded_resets = pad_sequence([mark for mark in marks if mark is not None])
+
+    def restore(output: Tensor) -> list[Tensor]:
+        return [output[:size, k] for k, size in enumerate(sizes)]
+
+    return Sequences(pad_sequence(input), torch.tensor(sizes), padded_resets, restore)
+
+
+def from_nested(input: Tensor) -> Sequences:
+    """A jagged nested tensor (B, j, I): nested out, with the input's own offsets. No host-device synchronisation."""
+    if input.layout != torch.jagged or input.dim() != 3 or input.lengths() is not None:
+        raise ValueError(
+            "input: expected a nested tensor (B, T, input_size) of layout torch.jagged without holes; "
+            "torch.nested.nested_tensor(rows, layout=torch.jagged) makes one"
+        )
+    offsets = input.offsets()
+    lengths = offsets.diff()
+    padded = torch.nested.to_padded_tensor(input, 0.0).transpose(0, 1)
+    total = input.values().shape[0]
+    row = torch.repeat_interleave(lengths, output_size=total)
+    step = torch.arange(total, device=offsets.device) - offsets[row]
+
+    def restore(output: Tensor) -> Tensor:
+        return torch.nested.nested_tensor_from_jagged(output[step, row], offsets)
+
+    return Sequences(padded, lengths, None, restore)
+
+
+def read_lengths(lengths: Any, batch: int, name: str = "lengths") -> Tensor | None:
+    """(B,) int64 from integers of any kind, or None. Values are checked where they are used: `check_lengths`."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"{name}: expected an integer dtype, got {lengths.dtype}")
+    if lengths.dim() != 1 or lengths.shape[0] != batch:
+        raise ValueError(f"{name}: expected one per row, (B,) = ({batch},), got {tuple(lengths.shape)}")
+    return lengths.to(torch.int64)
+
+
+def _read_resets(resets: Any, layout: str, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    if resets is None:
+        return None
+    if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+        came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+        raise ValueError(f"resets: expected a bool tensor, got {came}")
+    if resets.dim() != len(shape) or any(a != b for a, b in zip(resets.shape, shape, strict=True)):
+        raise ValueError(f"resets: expected {layout} = {shape}, got {tuple(resets.shape)}")
+    return resets.to(device)
