@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -69,7 +69,7 @@ def named() -> str:
 
 
 @contextlib.contextmanager
-def backend(name: str | None) -> Iterator[None]:
+def backend(name: str | None) -> Generator[None]:
     """Run every call inside the block on one backend; None gives the choice back to tidegate.
 
     Like torch.backends' flags, this belongs to the process, not to a thread. A compiled model is compiled anew where

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 States = tuple[Tensor, ...]
-Weights = dict[str, Tensor | None]
+Weights = dict[str, Any]  # Tensor, or None for an optional one
 Options = dict[str, Any]
 
 
@@ -59,7 +59,8 @@ class Call(NamedTuple):
         lengths: (B,) int64 on any device, each in 0..T, or None for T everywhere. Past a row's length the output is
             0 and the state stays; the reverse direction starts at the last valid step.
         resets: (T, B) bool, or None. `resets[t, b]` makes t the first step of a new sequence in row b: forward, the
-            state entering t is zero; in reverse, the state entering t-1 is zero. Marks past a row's length mean nothing.
+            state entering t is zero; in reverse, the state entering t-1 is zero. A mark past a row's length means
+            nothing.
         reverse: from the last valid step to the first; output[t] still belongs to input[t].
         options: the cell's options by name.
     """
@@ -75,7 +76,7 @@ class Call(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        return self.weights["weight_hh"].shape[0] // len(self.cell.gates)  # type: ignore[union-attr]
+        return self.weights["weight_hh"].shape[0] // len(self.cell.gates)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -127,7 +128,6 @@ def _gru_step(gates_x: Tensor, states: States, weights: Weights, options: Option
     (h,) = states
     hidden_size = h.shape[-1]
     weight_hh, bias_hh = weights["weight_hh"], weights["bias_hh"]
-    assert weight_hh is not None
     if options["reset_after"]:
         x_r, x_z, x_n = gates_x.chunk(3, -1)
         h_r, h_z, h_n = linear(h, weight_hh, bias_hh).chunk(3, -1)

@@ -44,14 +44,14 @@ def _expectations(call: Call) -> list[tuple[str, Tensor | None, tuple[int, ...],
     weight_hr = call.weights.get("weight_hr")
     proj = hidden if weight_hr is None else weight_hr.shape[0]
     letters = "hidden_size" if weight_hr is None else "proj_size"
-    shapes = {
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "weight_ih": ((gates * hidden, input_size), f"({gates}*hidden_size, input_size)"),
         "weight_hh": ((gates * hidden, proj), f"({gates}*hidden_size, {letters})"),
         "bias_ih": ((gates * hidden,), f"({gates}*hidden_size,)"),
         "bias_hh": ((gates * hidden,), f"({gates}*hidden_size,)"),
         "weight_hr": ((proj, hidden), "(proj_size, hidden_size)"),
     }
-    states = [
+    states: list[tuple[str, Tensor | None, tuple[int, ...], str]] = [
         (
             f"{name}_0",
             state,
@@ -60,7 +60,7 @@ def _expectations(call: Call) -> list[tuple[str, Tensor | None, tuple[int, ...],
         )
         for name, state in zip(call.cell.states, call.states, strict=True)
     ]
-    return [*states, *((name, tensor, *shapes[name]) for name, tensor in call.weights.items())]
+    return [*states, *((name, tensor, shapes[name][0], shapes[name][1]) for name, tensor in call.weights.items())]
 
 
 def _sequence_faults(call: Call) -> list[str]:
@@ -94,7 +94,7 @@ def check_lengths(lengths: Tensor | None, steps: int, name: str = "lengths") -> 
     if lengths is None or lengths.numel() == 0:
         return
     if lengths.device.type != "cpu":
-        torch._assert_async(((lengths >= 0) & (lengths <= steps)).all())
+        torch.ops.aten._assert_async(((lengths >= 0) & (lengths <= steps)).all())
         return
     low, high = (int(bound) for bound in torch.aminmax(lengths))
     if low < 0 or high > steps:

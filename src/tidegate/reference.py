@@ -36,9 +36,7 @@ def _scan(call: Call) -> tuple[Tensor, ...]:
     fresh = _fresh_steps(call, valid)
     # Padding may hold anything, and 0 * NaN is NaN in a weight's gradient.
     input = call.input if valid is None else call.input.masked_fill(~valid.unsqueeze(-1), 0)
-    weight_ih = call.weights["weight_ih"]
-    assert weight_ih is not None
-    gates_x = linear(input, weight_ih, call.weights["bias_ih"])  # (T, B, G*H)
+    gates_x = linear(input, call.weights["weight_ih"], call.weights["bias_ih"])  # (T, B, G*H)
     states = call.states
     outputs: list[Tensor] = []
     for t in reversed(range(steps)) if call.reverse else range(steps):

@@ -117,7 +117,7 @@ def from_list(input: list[Tensor], resets: Any) -> Sequences:
     return Sequences(pad_sequence(input), torch.tensor(sizes), padded_resets, restore)
 
 
-def from_nested(input: Tensor) -> Sequences:
+def from_nested(input: Any) -> Sequences:
     """A jagged nested tensor (B, j, I): nested out, with the input's own offsets. No host-device synchronisation."""
     if input.layout != torch.jagged or input.dim() != 3 or input.lengths() is not None:
         raise ValueError(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,20 +37,16 @@ def forward(call: Call) -> tuple[Tensor, ...]:
     return (output.flip(0) if call.reverse else output, *states)
 
 
-def _operator(call: Call, data: tuple[Tensor, ...], states: States, layout: tuple[bool, ...]) -> tuple[Tensor, ...]:
+def _operator(call: Call, data: tuple[Any, ...], states: States, layout: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """torch's operator, one layer in one direction. data is (input,), or (packed data, batch sizes) with no layout."""
     weights = [weight for weight in call.weights.values() if weight is not None]
     has_biases = call.weights["bias_ih"] is not None
+    hidden = [state.unsqueeze(0) for state in states]
+    operators: dict[str, Any] = {"gru": torch.gru, "lstm": torch.lstm, "tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
+    operator = operators[call.options.get("nonlinearity", call.cell.name)]
     # cuDNN computes gradients in training mode alone; without dropout the results are the same.
     settings = (weights, has_biases, 1, 0.0, torch.is_grad_enabled(), False, *layout)
-    hidden = [state.unsqueeze(0) for state in states]
-    if call.cell is LSTM:
-        output, *finals = torch.lstm(*data, hidden, *settings)
-    elif call.cell is RNN:
-        operator = torch.rnn_tanh if call.options["nonlinearity"] == "tanh" else torch.rnn_relu
-        output, *finals = operator(*data, hidden[0], *settings)
-    else:
-        output, *finals = torch.gru(*data, hidden[0], *settings)
+    output, *finals = operator(*data, hidden if call.cell is LSTM else hidden[0], *settings)
     return (output, *(final.squeeze(0) for final in finals))
 
 

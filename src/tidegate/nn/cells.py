@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate import cells, ops
+from tidegate import cells
 from tidegate.cells import Call, Cell, Options
-from tidegate.nn.autocast import autocast_dtype
+from tidegate.nn import autocast
 from tidegate.nn.layers import _read_flag
 
 
@@ -43,8 +43,7 @@ class RecurrentCell(torch.nn.RNNCellBase):
         """The cell over (T, B, I) in one call: output (T, B, H) and the final states."""
         weights = {name: getattr(self, name, None) for name in self.cell.weights}
         call = Call(self.cell, input, states, weights, lengths, None, False, self._options())
-        dtype = autocast_dtype(input)
-        return ops.recurrence(call if dtype is None else call.to(dtype))
+        return autocast.recurrence(call, widens_on_cpu=self.cell is not cells.RNN)
 
     def _check_rank(self, input: Tensor) -> None:
         if input.dim() not in (1, 2):
@@ -101,7 +100,7 @@ class RNNCell(_OneStateCell, torch.nn.RNNCell):
 
 
 class GRUCell(_OneStateCell, torch.nn.GRUCell):
-    """One step of a GRU: torch.nn.GRUCell(input_size, hidden_size, bias, device, dtype), and `reset_after` as in GRU."""
+    """One step of a GRU: torch.nn.GRUCell(input_size, hidden_size, bias, device, dtype) with GRU's `reset_after`."""
 
     cell = cells.GRU
 

@@ -7,6 +7,7 @@ Letters: T steps, B rows, F output features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def dynamic_rnn(
         output, *finals = whole.sequence(data, states, lengths)
         state = finals[0] if len(finals) == 1 else tuple(finals)
     if not time_major:
-        output = pytree.tree_map(lambda steps: steps.transpose(0, 1), output)
+        output = pytree.tree_map(_batch_first, output)
     return output, state
 
 
@@ -93,7 +94,11 @@ def _zero_state(cell: Any, data: Tensor) -> Any:
             f"initial_state: needed, because a {type(cell).__name__} does not tell its state's size; "
             "pass initial_state, or give the cell a state_size"
         )
-    return pytree.tree_map(lambda n: data.new_zeros((data.shape[1], n)), size)
+
+    def zeros(n: int) -> Tensor:
+        return data.new_zeros((data.shape[1], n))
+
+    return pytree.tree_map(zeros, size)
 
 
 def _loop(cell: Callable[..., Any], data: Tensor, lengths: Tensor | None, state: Any) -> tuple[Any, Any]:
@@ -105,16 +110,25 @@ def _loop(cell: Callable[..., Any], data: Tensor, lengths: Tensor | None, state:
     for t in range(steps):
         output, stepped = _split(cell(data[t], state), state)
         if lengths is not None:
-            live = lengths.to(data.device) > t
-            output = pytree.tree_map(lambda new: torch.where(_over_rows(live, new), new, 0), output)
-            stepped = pytree.tree_map(lambda new, old: torch.where(_over_rows(live, new), new, old), stepped, state)
+            select = partial(_where_live, lengths.to(data.device) > t)
+            output = pytree.tree_map(select, output)
+            stepped = pytree.tree_map(select, stepped, state)
         outputs.append(output)
         state = stepped
-    return pytree.tree_map(lambda *column: torch.stack(column), *outputs), state
+    return pytree.tree_map(_stacked, *outputs), state
 
 
-def _over_rows(live: Tensor, tensor: Tensor) -> Tensor:
-    return live.view(-1, *(1,) * (tensor.dim() - 1))
+def _batch_first(steps: Tensor) -> Tensor:
+    return steps.transpose(0, 1)
+
+
+def _stacked(*steps: Tensor) -> Tensor:
+    return torch.stack(steps)
+
+
+def _where_live(live: Tensor, new: Tensor, old: Tensor | None = None) -> Tensor:
+    rows = live.view(-1, *(1,) * (new.dim() - 1))
+    return torch.where(rows, new, torch.zeros_like(new) if old is None else old)
 
 
 def _split(result: Any, state: Any) -> tuple[Any, Any]:

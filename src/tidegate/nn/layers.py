@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tidegate import cells, ops, sequences
+from tidegate import cells, sequences
 from tidegate.cells import Call, Cell, Options
-from tidegate.nn.autocast import autocast_dtype
+from tidegate.nn import autocast
 from tidegate.sequences import Sequences
 
 
@@ -58,8 +58,8 @@ class RecurrentLayer(torch.nn.RNNBase):
             lengths: (B,) integers, any order, dtype and device, zeros allowed; for a padded batch. Past a row's length
                 the output is 0, the returned state is the one after its last valid step (the initial one if the length
                 is 0), and the reverse direction starts at the last valid step.
-            resets: bool (T, B), with batch_first (B, T); unbatched (T,); for a list, a list of (T_b,). A mark at t makes
-                t the first step of a new sequence: forward, the state entering t is zero; in reverse, the state
+            resets: bool (T, B), with batch_first (B, T); unbatched (T,); for a list, a list of (T_b,). A mark at t
+                makes t the first step of a new sequence: forward, the state entering t is zero; in reverse, the state
                 entering t-1 is zero. Gradients do not cross it.
 
         Returns:
@@ -84,7 +84,7 @@ class RecurrentLayer(torch.nn.RNNBase):
             finals = self._permuted(finals, input.unsorted_indices)
         elif isinstance(input, Tensor) and input.dim() == 2:
             finals = tuple(final.squeeze(1) for final in finals)
-        return batch.restore(output), finals if len(finals) > 1 else finals[0]
+        return batch.restore(output), _one_or_tuple(finals)
 
     def _read(self, input: Any, lengths: Any, resets: Any) -> tuple[Sequences, Tensor | None, Tensor]:
         """The input as Sequences, its batch sizes if packed, and the tensor that torch.nn's checks look at."""
@@ -130,26 +130,24 @@ class RecurrentLayer(torch.nn.RNNBase):
                 self._check_rank(states, 2 if unbatched else 3)
             if unbatched:
                 states = tuple(state.unsqueeze(1) for state in states)
-        self.check_forward_args(data, states if len(states) > 1 else states[0], batch_sizes)  # type: ignore[arg-type]
+        self.check_forward_args(data, _one_or_tuple(states), batch_sizes)
         return states
 
     def _check_rank(self, states: tuple[Tensor, ...], expected: int) -> None:
         if all(state.dim() == expected for state in states):
             return
         form = "unbatched 2-D" if expected == 2 else "batched 3-D"
-        if len(states) > 1:
-            came = ", ".join(f"{state.dim()}-D" for state in states)
-            raise RuntimeError(f"For {form} input, hx and cx should also be {expected}-D but got ({came}) tensors")
-        raise RuntimeError(f"For {form} input, hx should also be {expected}-D but got {states[0].dim()}-D tensor")
+        came = ", ".join(f"{state.dim()}-D" for state in states)
+        names, came = ("hx", f"{came} tensor") if len(states) == 1 else ("hx and cx", f"({came}) tensors")
+        raise RuntimeError(f"For {form} input, {names} should also be {expected}-D but got {came}")
 
     def _permuted(self, states: tuple[Tensor, ...], permutation: Tensor | None) -> tuple[Tensor, ...]:
-        permuted: Any = self.permute_hidden(states if len(states) > 1 else states[0], permutation)  # type: ignore[arg-type]
+        permuted: Any = self.permute_hidden(_one_or_tuple(states), permutation)
         return permuted if len(states) > 1 else (permuted,)
 
     def _run(self, batch: Sequences, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Layers by directions: each one call. Returns output (T, B, D*P) and the final states, each (L*D, B, .)."""
         directions = 2 if self.bidirectional else 1
-        dtype = autocast_dtype(batch.data)
         names, options = self._all_weights, self._options()
         finals: list[tuple[Tensor, ...]] = []
         output = batch.data
@@ -168,7 +166,7 @@ class RecurrentLayer(torch.nn.RNNBase):
                     k % directions == 1,
                     options,
                 )
-                result, *last = ops.recurrence(call if dtype is None else call.to(dtype))
+                result, *last = autocast.recurrence(call, widens_on_cpu=self.cell is cells.GRU)
                 outputs.append(result)
                 finals.append(tuple(last))
             output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -248,6 +246,11 @@ class GRU(RecurrentLayer):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", reset_after=False" if not self.reset_after else "")
+
+
+def _one_or_tuple(states: tuple[Tensor, ...]) -> Any:
+    """States as torch.nn passes them: h alone, or (h, c)."""
+    return states[0] if len(states) == 1 else states
 
 
 def _reject_projection(kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What torch is doing around a call: plain eager mode, tracing, torch.func's levels, forward-mode differentiation.
+
+Every use of torch's private interfaces for this is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import _C, Tensor
+from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+
+def is_traced() -> bool:
+    """A compiler, an exporter or a dispatch mode is looking: it must see one operator, not what is inside."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def is_transformed() -> bool:
+    """Inside torch.func's grad, vmap, jvp and what is made of them."""
+    return _C._are_functorch_transforms_active()
+
+
+def is_plain() -> bool:
+    """Real tensors and no transform: what the backends can be handed."""
+    return not is_traced() and not is_transformed()
+
+
+def is_forward_mode() -> bool:
+    """Tensors may carry tangents."""
+    return forward_ad._current_level >= 0
+
+
+def is_per_example(weights: Iterable[Tensor | None]) -> bool:
+    """torch.func is asking for what plain operations batch and a kernel does not.
+
+    That is: a gradient for each example, weights that differ between examples, or tangents.
+    """
+    interpreters: Any = functorch.get_interpreter_stack()  # pyright: ignore
+    kinds = {str(interpreter.key()).rsplit(".", 1)[-1] for interpreter in interpreters or ()}
+    if not kinds <= {"Grad", "Vmap", "Functionalize"}:
+        return True
+    batched: Any = functorch.is_batchedtensor  # pyright: ignore
+    return "Vmap" in kinds and ("Grad" in kinds or any(weight is not None and batched(weight) for weight in weights))
+
+
+def below_autograd(operator: Any, *arguments: Any) -> Any:
+    """The operator past this level's Autograd key. The levels of torch.func below this one differentiate on."""
+    with _C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(torch.is_grad_enabled() or is_transformed()):
+        return operator(*arguments)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply` at the Autograd key, where torch.func runs one level at a time, as for torch's own operators."""
+    bound: Any = super(torch.autograd.Function, function)
+    with enable_single_level_autograd_function():
+        return bound.apply(*arguments)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators' signatures, derived from what a cell is: `torch.ops.tidegate.<cell>` and `<cell>_backward`.
+
+Arguments of both: input, states, weights, lengths, resets, reverse, options (these describe the call), backend; then
+for the forward `save`, for the backward output, saved, grad_output, gradients of the final states, `needs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tidegate.cells import Call, Cell
+
+_SCHEMA_TYPES = {bool: "bool", str: "str"}
+
+
+def schemas(cell: Cell) -> tuple[str, str]:
+    """The forward's and the backward's."""
+    states = "".join(f"Tensor {state}_0, " for state in cell.states)
+    weights = "".join(f"Tensor{'?' * (name in cell.optional_weights)} {name}, " for name in cell.weights)
+    options = "".join(f"{_SCHEMA_TYPES[kind]} {name}, " for name, (kind, _) in cell.options.items())
+    call = f"Tensor input, {states}{weights}Tensor? lengths, Tensor? resets, bool reverse, {options}str backend"
+    finals = "".join(f"Tensor {state}_n, " for state in cell.states)
+    gradients = "".join(f", Tensor? grad_{state}_n" for state in cell.states)
+    forward = f"{cell.name}({call}, bool save) -> (Tensor output, {finals}Tensor saved)"
+    extra = f"Tensor output, Tensor saved, Tensor? grad_output{gradients}, bool[] needs"
+    returned = ", ".join(["Tensor"] * tensor_count(cell))
+    return forward, f"{cell.name}_backward({call}, {extra}) -> ({returned})"
+
+
+def forward_operator(cell: Cell) -> Any:
+    return getattr(torch.ops.tidegate, cell.name).default
+
+
+def backward_operator(cell: Cell) -> Any:
+    return getattr(torch.ops.tidegate, cell.name + "_backward").default
+
+
+def tensor_count(cell: Cell) -> int:
+    """How many of the arguments, from the first, a gradient may be asked of."""
+    return 1 + len(cell.states) + len(cell.weights)
+
+
+def arity(cell: Cell) -> int:
+    """How many of the arguments, from the first, describe the call."""
+    return tensor_count(cell) + 3 + len(cell.options)
+
+
+def arguments(call: Call) -> tuple[Any, ...]:
+    """The arguments that describe `call`."""
+    return (*call.tensors, call.lengths, call.resets, call.reverse, *call.options.values())
+
+
+def read(cell: Cell, values: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
+    """The call that an operator's arguments describe, and the arguments that follow: the inverse of `arguments`."""
+    states, tensors, end = 1 + len(cell.states), tensor_count(cell), arity(cell)
+    weights = dict(zip(cell.weights, values[states:tensors], strict=True))
+    lengths, resets, reverse, *options = values[tensors:end]
+    options = dict(zip(cell.options, options, strict=True))
+    return Call(cell, values[0], tuple(values[1:states]), weights, lengths, resets, reverse, options), values[end:]
