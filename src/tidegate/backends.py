@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tidegate import reference
+from tidegate import dispatch, reference
 from tidegate.cells import Call
 from tidegate.errors import UnsupportedError
 from tidegate.kernels import aten
@@ -51,12 +51,12 @@ ATEN = Backend("aten", aten.unsupported_reasons, composite=aten.forward)
 REFERENCE = Backend("reference", reference.unsupported_reasons, composite=reference.forward)
 
 BACKENDS = (ATEN, REFERENCE)  # the first that fits
+BY_NAME = {candidate.name: candidate for candidate in BACKENDS}
 
 
 def _known(name: str, source: str) -> str:
-    names = [backend.name for backend in BACKENDS]
-    if name and name not in names:
-        raise ValueError(f"{source}: expected one of {', '.join(names)}, got {name!r}")
+    if name and name not in BY_NAME:
+        raise ValueError(f"{source}: expected one of {', '.join(BY_NAME)}, got {name!r}")
     return name
 
 
@@ -147,7 +147,7 @@ def run_backward(
     if backend.backward is not None:
         return backend.backward(call, output, saved, grad_output, grad_states, needs)
     assert backend.composite is not None
-    with torch.enable_grad():
+    with dispatch.recording():
         recorded, wanted = detached(call, needs)
         gradients = graph_gradients(backend.composite(recorded), wanted, (grad_output, *grad_states), needs)
     return _owned(gradients, (*call.tensors, grad_output, *grad_states))

@@ -6,7 +6,8 @@ Every use of torch's private interfaces for this is in this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
     """The operator past this level's Autograd key. The levels of torch.func below this one differentiate on."""
     with _C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(torch.is_grad_enabled() or is_transformed()):
         return operator(*arguments)
+
+
+@contextlib.contextmanager
+def recording() -> Generator[None]:
+    """Record autograd, even inside an operator that was called past the Autograd key."""
+    key = _C.DispatchKey
+    with (
+        _C._SetExcludeDispatchKeyGuard(key.AutogradFunctionality, False),
+        _C._SetExcludeDispatchKeyGuard(key.ADInplaceOrView, False),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -27,7 +27,7 @@ class Recurrence(torch.autograd.Function):
             results = dispatch.below_autograd(operator, *arguments, backend.name, True)
         elif backend.composite is not None:
             # torch's operators keep what they need in a graph of their own, which one backward uses up.
-            with torch.enable_grad():
+            with dispatch.recording():
                 recorded, wanted = backends.detached(call, ctx.needs)
                 outputs = backend.composite(recorded)
             ctx.graph = (outputs, wanted)
@@ -46,7 +46,8 @@ class Recurrence(torch.autograd.Function):
         ctx.graph = None
         gradients = gradients[:-1]
         if graph is not None and not torch.is_grad_enabled():
-            found = backends.graph_gradients(*graph, gradients, ctx.needs)
+            outputs, wanted = graph
+            found = backends.graph_gradients(outputs, wanted, gradients, ctx.needs)
         else:
             *inputs, output, saved = ctx.saved_tensors
             rest = (ctx.backend.name, output, saved, *gradients, list(ctx.needs))

@@ -1,0 +1,51 @@
+# Everything a contributor runs. Each target makes .venv first if need be, and can be run again.
+#
+#   PYTHON  the interpreter .venv is made from (3.10 or later)
+#   TORCH   what pip installs as torch, before anything else: a later, ranged torch would bring gigabytes of CUDA
+#           packages. Where your registry's torch is a CUDA build and you want the CPU's, add PyTorch's CPU index here.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/* csrc/*/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint bench wheel clean
+
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## Make .venv ready for development.
+
+$(VENV)/.installed: $(SOURCES)
+	@echo "Making $(VENV): torch, tidegate (compiled where there is a C++ compiler) and the tools"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet scikit-build-core cmake ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: install  ## Train a GRU on the embedded data set beside torch.nn's; writes pictures to out/demo.
+	$(BIN)/tidegate demo
+
+test: install  ## Run every test but the exhaustive ones.
+	$(BIN)/python -m pytest
+
+test-slow: install  ## Run the exhaustive tests.
+	$(BIN)/python -m pytest -m slow
+
+lint: install  ## Style, types and the dependency rules.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: install  ## Time this machine against torch.nn, quickly; `tidegate bench --help` for more.
+	$(BIN)/tidegate bench --quick
+
+wheel: install  ## Build the wheel into dist/.
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:  ## Remove what the targets made.
+	rm -rf $(VENV) build dist out

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs: the choice, the names, the refusals, `explain`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from calls import VARIANTS, make_call
+
+import tidegate as tg
+from tidegate import backends, ops
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reference_runs_every_call(variant: str) -> None:
+    for form in ({"lengths": True}, {"resets": True}, {"steps": 0}, {"batch": 0}, {"dtype": torch.float16}):
+        assert backends.REFERENCE.unsupported_reasons(make_call(variant, **form)) == []
+
+
+def test_a_named_backend_refuses_with_every_reason() -> None:
+    layer = tg.GRU(3, 4, reset_after=False)
+    with tg.backend("aten"), pytest.raises(tg.UnsupportedError) as refusal:
+        layer(torch.rand(5, 2, 3), resets=torch.zeros(5, 2, dtype=torch.bool))
+    message = str(refusal.value)
+    assert message.startswith("no backend named 'aten' runs gru(T=5, B=2, I=3, H=4, float32, cpu, reset_after=False")
+    assert "cannot reset a state in mid-sequence" in message
+    assert "reset_after=False is not among its forms" in message
+    assert "reference would run it" in message
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(ValueError, match=r"name: expected one of .*reference.* got 'cudnn'"), tg.backend("cudnn"):
+        pass
+
+
+def test_blocks_nest_and_end_on_error() -> None:
+    with tg.backend("reference"):
+        with tg.backend(None):
+            assert backends.named() == ""
+        with pytest.raises(KeyError), tg.backend("aten"):
+            raise KeyError
+        assert backends.named() == "reference"
+    assert backends.named() == ""
+
+
+def test_the_environment_names_a_backend() -> None:
+    code = "import tidegate.backends as b; print(b.named())"
+    assert run_python(code, TIDEGATE_BACKEND="reference").stdout == "reference\n"
+    refused = run_python(code, TIDEGATE_BACKEND="fast")
+    assert refused.returncode != 0
+    assert "TIDEGATE_BACKEND: expected one of" in refused.stderr
+
+
+def test_explain_names_each_call_and_runs_none() -> None:
+    layer = tg.LSTM(3, 4, bidirectional=True, num_layers=2)
+    x = torch.rand(5, 2, 3)
+    found = tg.explain(layer, x)
+    assert found.backend == tg.explain(layer, x).calls[0].backend
+    assert [call.call.split("(")[0] for call in found.calls] == ["lstm"] * 4
+    assert "reverse" in found.calls[1].call
+    with tg.backend("reference"):
+        assert tg.explain(layer, x).backend == "reference"
+        assert str(tg.explain(layer, x)).startswith("lstm(T=5, B=2, I=3, H=4, float32, cpu): reference")
+    with tg.backend("aten"), pytest.raises(tg.UnsupportedError):
+        tg.explain(layer, x, resets=torch.zeros(5, 2, dtype=torch.bool))
+    assert str(tg.explain(torch.nn.Linear(3, 4), x)) == "no recurrent call of tidegate's"
+
+
+def test_explain_looks_inside_a_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), tg.GRU(3, 4))
+    assert len(tg.explain(model, torch.rand(5, 2, 3)).calls) == 1
+
+
+def test_aten_refuses_lengths_that_it_would_have_to_wait_for() -> None:
+    call = make_call("gru", lengths=True)
+    call = call._replace(lengths=torch.empty(3, dtype=torch.int64, device="meta"))
+    assert backends.ATEN.unsupported_reasons(call) == ["lengths are on meta: torch packs from lengths on the cpu"]
+
+
+def test_import_is_cheap() -> None:
+    """No optional framework, no device probed."""
+    code = (
+        "import sys, tidegate, torch; assert not torch.cuda.is_initialized();"
+        "heavy = {'numpy.testing', 'matplotlib', 'typer', 'rich', 'triton', 'onnx', 'keras', 'jax', 'h5py'};"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    assert run_python(code).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", backends.BY_NAME)
+def test_inference_mode(name: str) -> None:
+    call = make_call("gru")
+    with tg.backend(name), torch.inference_mode():
+        found = ops.recurrence(call)
+    torch.testing.assert_close(found[0].clone(), ops.recurrence(call)[0], rtol=0, atol=1e-14)

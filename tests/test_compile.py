@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile without a break, torch.export with dynamic T and B: one operator per layer and direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchRuntimeError
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import tidegate as tg
+
+LAYERS = {"rnn": tg.RNN, "lstm": tg.LSTM, "gru": tg.GRU}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def make_layer(kind: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return LAYERS[kind](3, 4, num_layers=2, bidirectional=True, dtype=torch.float64, **options)
+
+
+def assert_same_training_step(compiled: Any, layer: Any, x: Tensor, **extras: Any) -> None:
+    results = []
+    for module in (compiled, layer):
+        layer.zero_grad()
+        data = x.clone().requires_grad_()
+        output, states = module(data, **extras)
+        (output.square().sum() + sum(state.sum() for state in states)).backward()
+        results.append([output.detach(), data.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_graph_for_every_length_and_batch(kind: str) -> None:
+    layer = make_layer(kind)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for steps, batch in ((5, 2), (7, 3), (300, 4)):
+        assert_same_training_step(compiled, layer, torch.rand(steps, batch, 3, dtype=torch.float64))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    operators = [node for node in counter.graphs[-1].graph.nodes if str(node.target).startswith("tidegate.")]
+    assert len(operators) == 4
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_lengths_and_resets_compile(kind: str) -> None:
+    layer = make_layer(kind, batch_first=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for steps, batch in ((5, 2), (7, 3)):
+        x = torch.rand(batch, steps, 3, dtype=torch.float64)
+        lengths = torch.arange(batch) + 2
+        resets = torch.rand(batch, steps) < 0.3
+        assert_same_training_step(compiled, layer, x, lengths=lengths, resets=resets)
+    with pytest.raises(ValueError, match="lengths: expected values in"):
+        compiled(x, lengths=torch.full((batch,), steps + 1))
+
+
+def test_inductor_runs_a_whole_model() -> None:
+    class Tagger(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(11, 3)
+            self.layer = tg.GRU(3, 4, bidirectional=True)
+            self.head = torch.nn.Linear(8, 5)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.layer(self.embedding(tokens))[0])
+
+    torch.manual_seed(0)
+    model = Tagger()
+    compiled = torch.compile(model, fullgraph=True)
+    tokens = torch.randint(0, 11, (6, 2))
+    compiled(tokens).square().sum().backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(tokens).square().sum().backward()
+    for ours, expected in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_cells_compile(kind: str) -> None:
+    torch.manual_seed(0)
+    cell = getattr(tg, f"{kind.upper()}Cell")(3, 4)
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    x = torch.rand(2, 3)
+    torch.testing.assert_close(compiled(x), cell(x), rtol=0, atol=1e-6)
+
+
+def test_a_compiled_layer_follows_the_named_backend() -> None:
+    layer, x = make_layer("gru"), torch.rand(3, 2, 3, dtype=torch.float64)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for name in ("reference", "aten"):
+        with tg.backend(name):
+            compiled(x)
+        assert f"'{name}'" in counter.graphs[-1].code
+    # The compiler wraps the refusal in an error of its own.
+    with tg.backend("aten"), pytest.raises(TorchRuntimeError, match="no backend named 'aten' runs gru"):
+        torch.compile(layer, backend="aot_eager")(x, resets=torch.zeros(3, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_export_with_dynamic_steps_and_batch(kind: str, strict: bool) -> None:
+    layer = make_layer(kind)
+    dims = {0: torch.export.Dim("T", min=1), 1: torch.export.Dim("B", min=1)}
+    example = torch.rand(5, 2, 3, dtype=torch.float64)
+    program = torch.export.export(layer, (example,), dynamic_shapes=(dims,), strict=strict)
+    operators = [node for node in program.graph.nodes if str(node.target).startswith("tidegate.")]
+    assert len(operators) == 4
+    for steps, batch in ((1, 1), (400, 3)):
+        x = torch.rand(steps, batch, 3, dtype=torch.float64)
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=1e-14)
+
+
+def test_export_survives_saving(tmp_path: Any) -> None:
+    layer = make_layer("lstm")
+    x = torch.rand(5, 2, 3, dtype=torch.float64)
+    torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
+    found = torch.export.load(tmp_path / "layer.pt2").module()(x)
+    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-14)
+
+
+def test_export_with_lengths() -> None:
+    layer = make_layer("gru")
+    x, lengths = torch.rand(5, 2, 3, dtype=torch.float64), torch.tensor([5, 2])
+    dims: Any = {"input": {0: torch.export.Dim("T"), 1: torch.export.Dim("B")}, "lengths": {0: torch.export.Dim("B")}}
+    program = torch.export.export(layer, (x,), {"lengths": lengths}, dynamic_shapes=dims)
+    x, lengths = torch.rand(9, 3, 3, dtype=torch.float64), torch.tensor([0, 9, 4])
+    torch.testing.assert_close(program.module()(x, lengths=lengths), layer(x, lengths=lengths), rtol=0, atol=1e-14)
