@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// The GRU: h' = (1 - z) n + z h; see cells.py for its two forms and their sources.
+//
+// Columns of `gates`: r, z, n, and after the forward of the reset-after form also W_hn h + b_hn.
+// Columns of `dgates`: dr, dz, dn (of x's side), and for the reset-after form dn r (of h's side).
+#pragma once
+
+#include "../sequence.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+template <class S>
+class GruForward : ForwardBase<S> {
+    using Base = ForwardBase<S>;
+    using Base::gates, Base::h_before, Base::hidden_, Base::lanes, Base::p_;
+    using typename Base::A, typename Base::V;
+
+public:
+    explicit GruForward(const ForwardProblem& p)
+        : Base(p), weights_(ceil_div(p.hidden, lanes), p.hidden, p.poison) {}
+
+    double row_flops() const { return 6.0 * static_cast<double>(hidden_ * hidden_); }
+    int64_t panels() const { return weights_.count; }
+
+    void prepare(const Crew& all) const {
+        const S* weight = static_cast<const S*>(p_.weight_hh);
+        for (int64_t panel = all.begin(panels()); panel < all.end(panels()); ++panel)
+            for (int gate = 0; gate < 3; ++gate) {
+                const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
+                weights_.pack_rows(panel, gate, weight, hidden_, first, valid);
+                weights_.pack_bias(panel, gate, static_cast<const S*>(p_.bias_hh), first, valid);
+            }
+        this->start_h(all);
+    }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        multiply(h_before(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
+                 crew.begin(panels()), crew.end(panels()), [&](int64_t i, int64_t panel, const A* sums) {
+                     point(share[i], step, panel * lanes, load(sums), load(sums + lanes), load(sums + 2 * lanes));
+                 });
+        crew.wait();
+    }
+
+private:
+    void point(const LiveRow& row, int64_t step, int64_t unit, V h_r, V h_z, V h_n) const {
+        const int64_t valid = hidden_ - unit;
+        S* at = gates(row) + unit;
+        const V r = sigmoid<A>(load(at, valid) + h_r);
+        const V z = sigmoid<A>(load(at + hidden_, valid) + h_z);
+        const V n = tanh<A>(load(at + 2 * hidden_, valid) + r * h_n);
+        const V h = load(h_before(step, row.rank) + unit, valid);
+        this->write_h(row, step, unit, valid, n + z * (h - n));
+        if (!p_.save) return;
+        store(at, r, valid);
+        store(at + hidden_, z, valid);
+        store(at + 2 * hidden_, n, valid);
+        store(at + 3 * hidden_, h_n, valid);
+    }
+
+    const Panels<A, 3> weights_;
+};
+
+template <class S>
+class GruBackward : BackwardBase<S> {
+    using Base = BackwardBase<S>;
+    using Base::hidden_, Base::lanes, Base::p_;
+    using typename Base::A, typename Base::V, typename Base::Columns;
+
+public:
+    explicit GruBackward(const BackwardProblem& p)
+        : Base(p),
+          weights_(Base::panels_of(p.hidden), 3 * p.hidden, p.poison),
+          flow_stride_(padded<A>(3 * p.hidden)),
+          carry_stride_(padded<A>(p.hidden)),
+          flow_{{p.rows.batch * flow_stride_, p.poison}, {p.rows.batch * flow_stride_, p.poison}},
+          carry_(p.rows.batch * carry_stride_, p.poison) {}
+
+    double row_flops() const { return 6.0 * static_cast<double>(hidden_ * hidden_); }
+    int64_t panels() const { return weights_.count; }
+    void prepare(const Crew& all) const { Base::pack(all, weights_, p_.weight_hh, hidden_); }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, flow_stride_, weights_, hidden_,
+                        share.live(step + 1), [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
+                            point(row, flow_[step & 1] + row.rank * flow_stride_, unit, valid, sum);
+                        });
+        crew.wait();
+    }
+
+    void finish(Crew& crew, Share& share) const {
+        if (share.live(0) > 0) share.enter(0);
+        Base::flow_back(crew, share, 0, flow_[0] + 0, flow_stride_, weights_, hidden_, share.live(0),
+                        [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
+                            const V dh = row.cut ? V{} : sum + load(carry(row) + unit, valid);
+                            store(static_cast<S*>(p_.dh_0) + row.row * hidden_ + unit, dh, valid);
+                        });
+        this->pass_through(crew, share, p_.grad_h_n, p_.dh_0, hidden_);
+    }
+
+private:
+    A* carry(const LiveRow& row) const { return carry_ + row.rank * carry_stride_; }
+
+    void point(const LiveRow& row, A* flow, int64_t unit, int64_t valid, V sum) const {
+        if (!row.last) sum += load(carry(row) + unit, valid);
+        const V dh = this->grad_h(row, unit, valid, sum);
+        const S* at = this->saved(row.position) + unit;
+        const V r = load(at, valid), z = load(at + hidden_, valid), n = load(at + 2 * hidden_, valid);
+        const V h_n = load(at + 3 * hidden_, valid);
+        const V h = this->h_before(row, unit, valid);
+        const V dz = dh * (h - n) * z * (1 - z);
+        const V dn = dh * (1 - z) * (1 - n * n);
+        const V dr = dn * h_n * r * (1 - r);
+        const V dh_n = dn * r;
+        store(carry(row) + unit, dh * z, valid);
+        flow += unit;
+        store(flow, dr, valid);
+        store(flow + hidden_, dz, valid);
+        store(flow + 2 * hidden_, dh_n, valid);
+        S* to = this->dgates(row) + unit;
+        store(to, dr, valid);
+        store(to + hidden_, dz, valid);
+        store(to + 2 * hidden_, dn, valid);
+        store(to + 3 * hidden_, dh_n, valid);
+    }
+
+    const Columns weights_;
+    const int64_t flow_stride_, carry_stride_;
+    const Buffer<A> flow_[2];   // what the recurrent product reads: dr, dz, dn r, by rank
+    const Buffer<A> carry_;     // dh z, by rank
+};
+
+}  // namespace tidegate::TIDEGATE_ISA
