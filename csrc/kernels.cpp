@@ -5,6 +5,7 @@
 #include "cells/gru_reset_before.h"
 #include "cells/lstm.h"
 #include "isa.h"
+#include "product.h"
 
 namespace tidegate::TIDEGATE_ISA {
 namespace {
@@ -56,6 +57,19 @@ void backward(const BackwardProblem& problem) {
     }
 }
 
+void product(const ProductProblem& problem) {
+    switch (problem.type) {
+        case Type::f32: return run_product<float>(problem);
+        case Type::f64: return run_product<double>(problem);
+        case Type::bf16: return run_product<bf16>(problem);
+    }
+}
+
+void outer(const OuterProblem& problem) {
+    if (problem.type == Type::f64) run_outer<double>(problem);
+    else run_outer<float>(problem);
+}
+
 void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t count) {
     switch (type) {
         case Type::f32: return activate_as<float>(hyperbolic, in, out, count);
@@ -69,6 +83,6 @@ void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t cou
 
 }  // namespace
 
-const Kernels kernels = {TIDEGATE_NAME(TIDEGATE_ISA), forward, backward, activate};
+const Kernels kernels = {TIDEGATE_NAME(TIDEGATE_ISA), forward, backward, product, outer, activate};
 
 }  // namespace tidegate::TIDEGATE_ISA

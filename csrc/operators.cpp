@@ -4,13 +4,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
-#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "crew.h"
 #include "isa.h"
@@ -180,25 +181,41 @@ Tensor places(Tensor lengths, int64_t time, bool reverse) {
     return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(int64_t kind, Tensor gates, Tensor h_0, Optional c_0, Tensor weight_hh,
-                                           Optional bias_hh, Optional weight_hr, Optional lengths, Optional resets,
-                                           int64_t time, bool reverse, bool save) {
+// (T, B, I) with whole rows, anywhere.
+void check_input(const Tensor& input, ScalarType dtype, int64_t batch) {
+    if (!input.is_cpu()) fail("input", "a tensor on the cpu", "one on another device");
+    if (input.scalar_type() != dtype) fail("input", "the dtype of the other tensors", "another");
+    if (input.dim() != 3) fail("input", "three dimensions", std::to_string(input.dim()));
+    if (input.size(1) != batch) fail("input", std::to_string(batch) + " rows", std::to_string(input.size(1)));
+    if (input.size(2) > 1 && input.stride(2) != 1) fail("input", "whole rows", "other strides");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(int64_t kind, Tensor input, Tensor h_0, Optional c_0,
+                                                   Tensor weight_ih, Tensor weight_hh, Optional bias_ih,
+                                                   Optional bias_hh, Optional weight_hr, Optional lengths,
+                                                   Optional resets, bool reverse, bool save) {
     const Sizes s = check_cell(kind, h_0, c_0, weight_hh, weight_hr);
-    if (bias_hh) check(*bias_hh, "bias_hh", s.dtype, {gates_of(s.kind) * s.hidden});
+    check_input(input, s.dtype, s.batch);
+    const int64_t time = input.size(0), input_size = input.size(2), rows = gates_of(s.kind) * s.hidden;
+    check(weight_ih, "weight_ih", s.dtype, {rows, input_size});
+    if (bias_ih) check(*bias_ih, "bias_ih", s.dtype, {rows});
+    if (bias_hh) check(*bias_hh, "bias_hh", s.dtype, {rows});
     const Schedule schedule = schedule_of(lengths, time, s.batch, reverse);
-    const int64_t columns = (save ? std::max(saved_gates(s.kind), gates_of(s.kind)) : gates_of(s.kind)) * s.hidden;
-    const int64_t stride = check_rows(gates, "gates", s.dtype, schedule.total(), columns);
     Tensor output = make(s.type, {time, s.batch, s.projected});
     Tensor h_n = make(s.type, {s.batch, s.projected});
     Tensor c_n = make(s.type, {c_0 ? s.batch : 0, c_0 ? s.hidden : 0});
+    const int64_t saved_columns = save ? saved_gates(s.kind) * s.hidden : 0;
+    Tensor saved = saved_columns ? make(s.type, {time * s.batch, saved_columns}) : make(s.type, {0});
     if (schedule.total() < time * s.batch)   // 0 past each row's length
         std::memset(output.mutable_data_ptr(), 0, static_cast<size_t>(output.numel()) * bytes_of(s.type));
-    active_kernels().forward({s.kind, s.type, s.hidden, s.projected,
-                              schedule.rows(check_resets(resets, time, s.batch)), thread_count(), save, poison,
-                              gates.mutable_data_ptr(), stride, h_0.const_data_ptr(), pointer(c_0),
-                              weight_hh.const_data_ptr(), pointer(bias_hh), pointer(weight_hr),
-                              output.mutable_data_ptr(), h_n.mutable_data_ptr(), c_n.mutable_data_ptr()});
-    return {output, h_n, c_n};
+    active_kernels().forward({s.kind, s.type, input_size, s.hidden, s.projected,
+                              schedule.rows(check_resets(resets, time, s.batch)), thread_count(), poison,
+                              input.const_data_ptr(), input.stride(0), input.stride(1), h_0.const_data_ptr(),
+                              pointer(c_0), weight_ih.const_data_ptr(), weight_hh.const_data_ptr(), pointer(bias_ih),
+                              pointer(bias_hh), pointer(weight_hr), output.mutable_data_ptr(),
+                              h_n.mutable_data_ptr(), c_n.mutable_data_ptr(),
+                              saved_columns ? saved.mutable_data_ptr() : nullptr, saved_columns});
+    return {output, h_n, c_n, saved};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(int64_t kind, Tensor saved, Tensor output, Tensor h_0,
@@ -233,6 +250,73 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(int64_t kind, Tensor saved, 
     return {dgates, h_before, dh_0, dc_0};
 }
 
+// The gradient of the input: dgates W_ih, row by row to where the input lies.
+Tensor input_gradient(Tensor dgates, Tensor weight_ih, Optional lengths, int64_t time, int64_t batch, bool reverse) {
+    if (weight_ih.dim() != 2) fail("weight_ih", "two dimensions", std::to_string(weight_ih.dim()));
+    const Type type = type_of(weight_ih, "weight_ih");
+    const int64_t depth = weight_ih.size(0), columns = weight_ih.size(1);
+    check(weight_ih, "weight_ih", weight_ih.scalar_type(), {depth, columns});
+    if (batch < 0) fail("batch", "0 or more", std::to_string(batch));
+    const Schedule schedule = schedule_of(lengths, time, batch, reverse);
+    const int64_t stride = check_rows(dgates, "dgates", weight_ih.scalar_type(), schedule.total(), depth);
+    Tensor result = make(type, {time, batch, columns});
+    std::vector<int64_t> places;
+    if (lengths) {
+        std::memset(result.mutable_data_ptr(), 0, static_cast<size_t>(result.numel()) * bytes_of(type));
+        places.resize(static_cast<size_t>(schedule.total()));
+        schedule.places(places.data());
+    }
+    active_kernels().product({type, thread_count(), schedule.total(), depth, columns, dgates.const_data_ptr(), stride,
+                              weight_ih.const_data_ptr(), lengths ? places.data() : nullptr,
+                              result.mutable_data_ptr()});
+    return result;
+}
+
+// The gradients of weight_ih and weight_hh, empty where not wanted, and the sums of dgates' columns.
+std::tuple<Tensor, Tensor, Tensor> weight_gradients(int64_t kind, Tensor dgates, Tensor input, Tensor output,
+                                                    Tensor h_0, Optional lengths, Optional resets, int64_t hidden,
+                                                    bool reverse, bool want_ih, bool want_hh) {
+    const Type type = type_of(input, "input");
+    const ScalarType dtype = input.scalar_type();
+    if (type == Type::bf16) fail("input", "float32 or float64", "bfloat16");
+    if (h_0.dim() != 2) fail("h_0", "two dimensions", std::to_string(h_0.dim()));
+    const int64_t batch = h_0.size(0), projected = h_0.size(1), element = static_cast<int64_t>(bytes_of(type));
+    check(h_0, "h_0", dtype, {batch, projected});
+    check_input(input, dtype, batch);
+    const int64_t time = input.size(0), input_size = input.size(2);
+    check(output, "output", dtype, {time, batch, projected});
+    const Schedule schedule = schedule_of(lengths, time, batch, reverse);
+    const int64_t rows = gates_of(kind_of(kind)) * hidden;
+    const int64_t stride = check_rows(dgates, "dgates", dtype, schedule.total(), rows);
+    const int64_t columns = dgates.size(1);
+    const size_t total = static_cast<size_t>(schedule.total());
+    Tensor grad_ih = make(type, {want_ih ? rows : 0, input_size});
+    Tensor grad_hh = make(type, {want_hh ? rows : 0, projected});
+    Tensor sums = make(type, {columns});
+    if (total == 0)
+        for (const Tensor* tensor : {&grad_ih, &grad_hh, &sums})
+            std::memset(tensor->mutable_data_ptr(), 0, static_cast<size_t>(tensor->numel() * element));
+    OuterProblem problem = {type, thread_count(), schedule.total(), dgates.const_data_ptr(), stride, columns, 0, {},
+                            sums.mutable_data_ptr()};
+    std::vector<const void*> input_rows(want_ih ? total : 0), h_rows(want_hh ? total : 0);
+    if (want_ih) {
+        schedule.input_rows(static_cast<const char*>(input.const_data_ptr()), input.stride(0) * element,
+                            input.stride(1) * element, input_rows.data());
+        problem.target[problem.targets++] = {input_rows.data(), input_size, rows, columns, grad_ih.mutable_data_ptr()};
+    }
+    if (want_hh) {
+        schedule.h_rows(static_cast<const char*>(output.const_data_ptr()),
+                        static_cast<const char*>(h_0.const_data_ptr()), projected * element,
+                        check_resets(resets, time, batch), h_rows.data());
+        // A GRU's n gate has its own gradient on h's side, in the last columns.
+        const bool own_n = kind_of(kind) == Kind::gru;
+        problem.target[problem.targets++] = {h_rows.data(), projected, own_n ? 2 * hidden : rows,
+                                             own_n ? 3 * hidden : columns, grad_hh.mutable_data_ptr()};
+    }
+    active_kernels().outer(problem);
+    return {grad_ih, grad_hh, sums};
+}
+
 Tensor activate(Tensor x, bool hyperbolic) {
     const Type type = type_of(x, "x");
     check(x, "x", x.scalar_type(), {x.numel()});
@@ -260,9 +344,15 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
     tidegate::set_parallel_for(tidegate::parallel_for_of_torch);
     m.def("places(Tensor lengths, int time, bool reverse) -> Tensor");
     m.def(
-        "forward(int kind, Tensor(a!) gates, Tensor h_0, Tensor? c_0, Tensor weight_hh, Tensor? bias_hh, "
-        "Tensor? weight_hr, Tensor? lengths, Tensor? resets, int time, bool reverse, bool save) "
-        "-> (Tensor, Tensor, Tensor)");
+        "forward(int kind, Tensor input, Tensor h_0, Tensor? c_0, Tensor weight_ih, Tensor weight_hh, "
+        "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, bool reverse, "
+        "bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "input_gradient(Tensor dgates, Tensor weight_ih, Tensor? lengths, int time, int batch, bool reverse) "
+        "-> Tensor");
+    m.def(
+        "weight_gradients(int kind, Tensor dgates, Tensor input, Tensor output, Tensor h_0, Tensor? lengths, "
+        "Tensor? resets, int hidden, bool reverse, bool want_ih, bool want_hh) -> (Tensor, Tensor, Tensor)");
     m.def(
         "backward(int kind, Tensor saved, Tensor output, Tensor h_0, Tensor? c_0, Tensor weight_hh, "
         "Tensor? weight_hr, Tensor? lengths, Tensor? resets, bool reverse, Tensor? grad_output, Tensor? grad_h_n, "
@@ -278,6 +368,8 @@ STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CPU, m) {
     m.impl("places", TORCH_BOX(&tidegate::places));
     m.impl("forward", TORCH_BOX(&tidegate::forward));
     m.impl("backward", TORCH_BOX(&tidegate::backward));
+    m.impl("input_gradient", TORCH_BOX(&tidegate::input_gradient));
+    m.impl("weight_gradients", TORCH_BOX(&tidegate::weight_gradients));
     m.impl("activate", TORCH_BOX(&tidegate::activate));
 }
 

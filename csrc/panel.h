@@ -62,28 +62,40 @@ public:
 
     // Panel vector c takes rows first .. first + valid - 1 of a row-major (rows, depth) matrix as its columns.
     template <class S>
-    void pack_rows(int64_t panel, int c, const S* matrix, int64_t stride, int64_t first, int64_t valid) const {
+    void pack_rows(int64_t panel, int c, const S* matrix, int64_t first, int64_t valid) const {
         A* to = at(panel) + c * lanes;
-        for (int lane = 0; lane < lanes; ++lane) {
-            const S* from = matrix + (first + lane) * stride;
-            if (lane < valid)
-                for (int64_t k = 0; k < depth; ++k) to[k * columns + lane] = widen(from[k]);
-            else
-                for (int64_t k = 0; k < depth; ++k) to[k * columns + lane] = 0;
+        for (int64_t k = 0; k < depth; k += lanes) {
+            Vec<A> block[lanes] = {};
+            for (int lane = 0; lane < lanes && lane < valid; ++lane)
+                block[lane] = load(matrix + (first + lane) * depth + k, depth - k);
+            transpose<A>(block);
+            for (int i = 0; i < lanes && k + i < depth; ++i) store(to + (k + i) * columns, block[i]);
         }
     }
 
-    // Panel vector c takes columns first .. first + valid - 1 of a row-major (depth, columns) matrix.
+    // Takes its columns of a row-major (depth, all_columns) matrix, without a bias.
     template <class S>
-    void pack_columns(int64_t panel, int c, const S* matrix, int64_t stride, int64_t first, int64_t valid) const {
-        A* to = at(panel) + c * lanes;
-        for (int64_t k = 0; k < depth; ++k) store(to + k * columns, load(matrix + k * stride + first, valid));
+    void pack_columns(int64_t panel, const S* matrix, int64_t all_columns) const {
+        A* to = at(panel);
+        const int64_t first = panel * columns;
+        for (int64_t k = 0; k < depth; ++k)
+            for (int c = 0; c < C; ++c, to += lanes) {
+                const int64_t column = first + c * lanes;
+                store(to, column < all_columns ? load(matrix + k * all_columns + column, all_columns - column) : Vec<A>{});
+            }
+        clear_bias(panel);
     }
 
+    // Rows as above, and their bias, which may be null.
     template <class S>
-    void pack_bias(int64_t panel, int c, const S* from, int64_t first, int64_t valid) const {
-        A* to = bias + panel * columns + c * lanes;
-        store(to, from ? load(from + first, valid) : Vec<A>{});
+    void pack(int64_t panel, int c, const void* matrix, const void* bias_of_rows, int64_t first, int64_t valid) const {
+        pack_rows(panel, c, static_cast<const S*>(matrix), first, valid);
+        const S* from = static_cast<const S*>(bias_of_rows);
+        store(bias + panel * columns + c * lanes, from ? load(from + first, valid) : Vec<A>{});
+    }
+
+    void clear_bias(int64_t panel) const {
+        for (int c = 0; c < C; ++c) store(bias + panel * columns + c * lanes, Vec<A>{});
     }
 
     const int64_t count, depth;
@@ -96,21 +108,30 @@ void tile(const A* rows, int64_t row_stride, const A* panel, int64_t panel_strid
           A* sums) {
     constexpr int lanes = width<A>;
     Vec<A> acc[R][M][C];
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
         for (int m = 0; m < M; ++m)
-            for (int c = 0; c < C; ++c) acc[r][m][c] = bias ? load(bias + (m * C + c) * lanes) : Vec<A>{};
-    for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 24
+            for (int c = 0; c < C; ++c) acc[r][m][c] = load(bias + (m * C + c) * lanes);
+    for (int64_t k = 0; k < depth; ++k)
+#pragma GCC unroll 24
         for (int m = 0; m < M; ++m) {
             Vec<A> w[C];
+#pragma GCC unroll 24
             for (int c = 0; c < C; ++c) w[c] = load(panel + m * panel_stride + (k * C + c) * lanes);
+#pragma GCC unroll 24
             for (int r = 0; r < R; ++r) {
-                const Vec<A> x = Vec<A>{} + rows[r * row_stride + k];
+                const Vec<A> x = splat<A>(rows[r * row_stride + k]);
+#pragma GCC unroll 24
                 for (int c = 0; c < C; ++c) acc[r][m][c] += x * w[c];
             }
         }
-    }
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
         for (int m = 0; m < M; ++m)
+#pragma GCC unroll 24
             for (int c = 0; c < C; ++c) store(sums + ((r * M + m) * C + c) * lanes, acc[r][m][c]);
 }
 

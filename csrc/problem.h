@@ -28,21 +28,24 @@ struct Rows {
 struct ForwardProblem {
     Kind kind;
     Type type;
-    int64_t hidden, projected;   // H, P
+    int64_t input_size, hidden, projected;   // I, H, P
     Rows rows;
     int threads;                 // at most so many
-    bool save;                   // leave in `gates` what the backward needs
     bool poison;                 // fill internal buffers with NaN first (tests)
-    void* gates;                 // rows of gates_x = x W_ih^T + b_ih, overwritten
-    int64_t gates_stride;
+    const void* input;           // (T, B, I)
+    int64_t input_time_stride, input_batch_stride;
     const void* h_0;
     const void* c_0;             // LSTM, else null
+    const void* weight_ih;       // (G*H, I)
     const void* weight_hh;       // (G*H, P)
+    const void* bias_ih;         // (G*H) or null
     const void* bias_hh;         // (G*H) or null
     const void* weight_hr;       // (P, H) or null
     void* output;                // (T, B, P)
     void* h_n;
     void* c_n;
+    void* saved;                 // what the backward needs, a row a position; or null
+    int64_t saved_stride;
 };
 
 struct BackwardProblem {
@@ -69,11 +72,43 @@ struct BackwardProblem {
     void* dc_0;                  // (B, H), LSTM
 };
 
+// out[places[n]] = rows[n] W for n in 0 .. count - 1; places null: out[n]. The gradient of the input.
+struct ProductProblem {
+    Type type;
+    int threads;
+    int64_t count, depth, columns;
+    const void* rows;
+    int64_t stride;
+    const void* weight;          // (depth, columns)
+    const int64_t* places;
+    void* out;
+};
+
+// out = D^T X over all positions, for columns of D that are a weight's rows and rows of X that lie anywhere.
+struct OuterTarget {
+    const void* const* rows;     // of X, one a position; null is a row of zeros
+    int64_t columns;             // of X
+    int64_t skip_first, skip_last;   // columns of D that have no row in `out`
+    void* out;
+};
+struct OuterProblem {
+    Type type;                   // f32 or f64
+    int threads;
+    int64_t count;               // positions
+    const void* d;
+    int64_t stride, columns;     // of D
+    int targets;
+    OuterTarget target[2];
+    void* sums;                  // (columns): the sums of D's columns
+};
+
 // One instruction set's kernels.
 struct Kernels {
     const char* name;
     void (*forward)(const ForwardProblem&);
     void (*backward)(const BackwardProblem&);
+    void (*product)(const ProductProblem&);
+    void (*outer)(const OuterProblem&);
     void (*activate)(Type, bool tanh, const void* in, void* out, int64_t count);   // tests of the error bounds
 };
 

@@ -44,9 +44,26 @@ Rows Schedule::rows(const uint8_t* resets) const {
 
 void Schedule::places(int64_t* to) const {
     for (int64_t step = 0; step < steps_; ++step)
+        for (int64_t rank = 0; rank < live_[step]; ++rank)
+            to[offset_[step] + rank] = time_of(step, rank) * batch_ + order_[rank];
+}
+
+void Schedule::input_rows(const char* input, int64_t time_stride, int64_t batch_stride, const void** to) const {
+    for (int64_t step = 0; step < steps_; ++step)
+        for (int64_t rank = 0; rank < live_[step]; ++rank)
+            to[offset_[step] + rank] = input + time_of(step, rank) * time_stride + order_[rank] * batch_stride;
+}
+
+void Schedule::h_rows(const char* output, const char* h_0, int64_t h_bytes, const uint8_t* resets,
+                      const void** to) const {
+    for (int64_t step = 0; step < steps_; ++step)
         for (int64_t rank = 0; rank < live_[step]; ++rank) {
-            const int64_t t = reverse_ ? length_[rank] - 1 - step : step;
-            *to++ = t * batch_ + order_[rank];
+            const int64_t row = order_[rank], t = time_of(step, rank);
+            const int64_t before = reverse_ ? t + 1 : t - 1, marked = reverse_ ? t + 1 : t;
+            const bool cut = resets && marked < length_[rank] && resets[marked * batch_ + row];
+            to[offset_[step] + rank] = cut         ? nullptr
+                                       : step == 0 ? h_0 + row * h_bytes
+                                                   : output + (before * batch_ + row) * h_bytes;
         }
 }
 

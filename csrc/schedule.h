@@ -18,10 +18,17 @@ public:
     Rows rows(const uint8_t* resets) const;
     int64_t total() const { return total_; }
 
-    // For each row of gates in turn, the row t*B + b of the input that it belongs to.
+    // For each position in turn, the row t*B + b of the input that it belongs to.
     void places(int64_t* to) const;
 
+    // For each position, where the input's row lies and where the h that entered the step does, null being zero.
+    // Strides are in bytes; output and h_0 have rows of `h_bytes`.
+    void input_rows(const char* input, int64_t time_stride, int64_t batch_stride, const void** to) const;
+    void h_rows(const char* output, const char* h_0, int64_t h_bytes, const uint8_t* resets, const void** to) const;
+
 private:
+    int64_t time_of(int64_t step, int64_t rank) const { return reverse_ ? length_[rank] - 1 - step : step; }
+
     int64_t time_, batch_, steps_, total_;
     bool reverse_;
     std::vector<int64_t> order_, length_, live_, offset_;

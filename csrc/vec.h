@@ -63,6 +63,21 @@ struct Computed<bf16> {
 template <class S>
 using computed = typename Computed<S>::type;
 
+// Every lane the same. Minus zero, because plus zero would turn -0 into 0 and so cost an addition.
+template <class A>
+inline Vec<A> splat(A value) {
+    return value - Vec<A>{};
+}
+
+// Calls body.template operator()<0>() .. <count - 1>(): constant indices keep arrays of vectors in registers.
+template <int count, int first = 0, class Body>
+[[gnu::always_inline]] inline void unroll(Body&& body) {
+    if constexpr (first < count) {
+        body.template operator()<first>();
+        unroll<count, first + 1>(body);
+    }
+}
+
 template <class A>
 inline A widen(A value) {
     return value;
@@ -126,6 +141,26 @@ inline void store(S* to, Vec<computed<S>> value, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = lane[i];
 }
 
+// rows[i][j] becomes rows[j][i]: log2(width) rounds of interleaving the halves.
+template <class A>
+inline void transpose(Vec<A> (&rows)[width<A>]) {
+    using Int = typename Lanes<A>::Int;
+    constexpr int lanes = width<A>;
+    Int low{}, high{};
+    for (int i = 0; i < lanes; ++i) {
+        low[i] = i / 2 + (i % 2) * lanes;
+        high[i] = low[i] + lanes / 2;
+    }
+    for (int round = 1; round < lanes; round *= 2) {
+        Vec<A> next[lanes];
+        unroll<lanes / 2>([&]<int i>() [[gnu::always_inline]] {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + lanes / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + lanes / 2], high);
+        });
+        unroll<lanes>([&]<int i>() [[gnu::always_inline]] { rows[i] = next[i]; });
+    }
+}
+
 template <class A>
 inline A sum(Vec<A> value) {
     A total = 0;
@@ -170,7 +205,7 @@ inline Exp<A> split_exp(Vec<A> x) {
     // Taylor's 1/2! + r/3! + ...: its remainder is below half a unit in the last place for |r| <= ln 2 / 2.
     A coefficient = 1;
     for (int i = 2; i <= K::terms + 1; ++i) coefficient /= static_cast<A>(i);
-    Vec<A> q = Vec<A>{} + coefficient;
+    Vec<A> q = splat<A>(coefficient);
     for (int i = K::terms + 1; i > 2; --i) {
         coefficient *= static_cast<A>(i);
         q = q * r + coefficient;
@@ -188,19 +223,19 @@ inline Vec<A> absolute(Vec<A> x) {
 
 template <class A>
 inline Vec<A> sigmoid(Vec<A> x) {
-    const Vec<A> limit = Vec<A>{} - Constants<A>::exp_zero;
+    const Vec<A> limit = splat<A>(-Constants<A>::exp_zero);
     Vec<A> magnitude = absolute<A>(x);
     magnitude = magnitude > limit ? limit : magnitude;
     const Exp<A> e = split_exp<A>(-magnitude);
     const Vec<A> t = (e.minus_one * e.scale_a + e.scale_a) * e.scale_b;   // exp(-|x|)
-    const Vec<A> one = Vec<A>{} + 1;
+    const Vec<A> one = splat<A>(1);
     return (x >= 0 ? one : t) / (t + 1);
 }
 
 template <class A>
 inline Vec<A> tanh(Vec<A> x) {
     using Int = typename Lanes<A>::Int;
-    const Vec<A> limit = Vec<A>{} + Constants<A>::tanh_one;
+    const Vec<A> limit = splat<A>(Constants<A>::tanh_one);
     const Vec<A> magnitude = absolute<A>(x);
     Vec<A> doubled = magnitude + magnitude;
     doubled = doubled > limit ? limit : doubled;

@@ -3,7 +3,7 @@
 // backward needs, so nothing is saved. Columns of `dgates`: the gradient of the pre-activation.
 #pragma once
 
-#include "../sequence.h"
+#include "base.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
@@ -24,67 +24,75 @@ struct ReluUnit {
     }
     template <class A>
     static Vec<A> slope(Vec<A> h) {
-        const Vec<A> one = Vec<A>{} + 1;
+        const Vec<A> one = splat<A>(1);
         return h <= 0 ? Vec<A>{} : one;
     }
 };
 
 template <class S, class Unit>
-class ElmanForward : ForwardBase<S> {
+class ElmanForward : public ForwardBase<S> {
     using Base = ForwardBase<S>;
-    using Base::gates, Base::h_before, Base::hidden_, Base::lanes, Base::p_;
+    using Base::h_before, Base::hidden_, Base::lanes, Base::p_, Base::x_gates;
     using typename Base::A, typename Base::V;
     static constexpr int wide = 2;   // vectors of units in a panel
 
 public:
-    explicit ElmanForward(const ForwardProblem& p)
-        : Base(p), weights_(ceil_div(p.hidden, wide * lanes), p.hidden, p.poison) {}
+    static double row_flops(const ForwardProblem& p) { return 2.0 * p.hidden * (p.hidden + p.input_size); }
+    static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
 
-    double row_flops() const { return 2.0 * static_cast<double>(hidden_ * hidden_); }
-    int64_t panels() const { return weights_.count; }
+    ElmanForward(const ForwardProblem& p, const Sharing& sharing)
+        : Base(p, sharing, panels_of(p) * wide * lanes),
+          input_weights_(panels_of(p), p.input_size, p.poison),
+          weights_(panels_of(p), p.hidden, p.poison) {}
 
     void prepare(const Crew& all) const {
-        for (int64_t panel = all.begin(panels()); panel < all.end(panels()); ++panel)
+        for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
             for (int c = 0; c < wide; ++c) {
                 const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ > unit ? hidden_ - unit : 0;
-                weights_.pack_rows(panel, c, static_cast<const S*>(p_.weight_hh), hidden_, unit, valid);
-                weights_.pack_bias(panel, c, static_cast<const S*>(p_.bias_hh), unit, valid);
+                input_weights_.template pack<S>(panel, c, p_.weight_ih, p_.bias_ih, unit, valid);
+                weights_.template pack<S>(panel, c, p_.weight_hh, p_.bias_hh, unit, valid);
             }
         this->start_h(all);
     }
 
+    void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+    }
+
     void step(Crew& crew, const Share& share, int64_t step) const {
         multiply(h_before(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
-                 crew.begin(panels()), crew.end(panels()), [&](int64_t i, int64_t panel, const A* sums) {
+                 crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
+                     const A* x = x_gates(share[i]) + panel * weights_.columns;
                      for (int c = 0; c < wide; ++c) {
                          const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ - unit;
                          if (valid <= 0) return;
-                         const V x = load(gates(share[i]) + unit, valid);
-                         this->write_h(share[i], step, unit, valid, Unit::template apply<A>(x + load(sums + c * lanes)));
+                         const V pre_activation = load(x + c * lanes) + load(sums + c * lanes);
+                         this->write_h(share[i], step, unit, valid, Unit::template apply<A>(pre_activation));
                      }
                  });
         crew.wait();
     }
 
 private:
-    const Panels<A, wide> weights_;
+    const Panels<A, wide> input_weights_, weights_;
 };
 
 template <class S, class Unit>
-class ElmanBackward : BackwardBase<S> {
+class ElmanBackward : public BackwardBase<S> {
     using Base = BackwardBase<S>;
     using Base::hidden_, Base::lanes, Base::p_;
     using typename Base::A, typename Base::V, typename Base::Columns;
 
 public:
-    explicit ElmanBackward(const BackwardProblem& p)
+    static double row_flops(const BackwardProblem& p) { return 2.0 * p.hidden * p.hidden; }
+    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.hidden); }
+
+    ElmanBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_(Base::panels_of(p.hidden), p.hidden, p.poison),
+          weights_(panels_of(p), p.hidden, p.poison),
           stride_(padded<A>(p.hidden)),
           flow_{{p.rows.batch * stride_, p.poison}, {p.rows.batch * stride_, p.poison}} {}
 
-    double row_flops() const { return 2.0 * static_cast<double>(hidden_ * hidden_); }
-    int64_t panels() const { return weights_.count; }
     void prepare(const Crew& all) const { Base::pack(all, weights_, p_.weight_hh, hidden_); }
 
     void step(Crew& crew, const Share& share, int64_t step) const {

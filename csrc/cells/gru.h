@@ -1,82 +1,89 @@
 // SPDX-License-Identifier: Apache-2.0
 // The GRU: h' = (1 - z) n + z h; see cells.py for its two forms and their sources.
 //
-// Columns of `gates`: r, z, n, and after the forward of the reset-after form also W_hn h + b_hn.
+// Columns of `saved`: r, z, n, and for the reset-after form also W_hn h + b_hn.
 // Columns of `dgates`: dr, dz, dn (of x's side), and for the reset-after form dn r (of h's side).
 #pragma once
 
-#include "../sequence.h"
+#include "base.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
 template <class S>
-class GruForward : ForwardBase<S> {
+class GruForward : public ForwardBase<S> {
     using Base = ForwardBase<S>;
-    using Base::gates, Base::h_before, Base::hidden_, Base::lanes, Base::p_;
+    using Base::h_before, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
     using typename Base::A, typename Base::V;
 
 public:
-    explicit GruForward(const ForwardProblem& p)
-        : Base(p), weights_(ceil_div(p.hidden, lanes), p.hidden, p.poison) {}
+    static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
+    static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
 
-    double row_flops() const { return 6.0 * static_cast<double>(hidden_ * hidden_); }
-    int64_t panels() const { return weights_.count; }
+    GruForward(const ForwardProblem& p, const Sharing& sharing)
+        : Base(p, sharing, panels_of(p) * 3 * lanes),
+          input_weights_(panels_of(p), p.input_size, p.poison),
+          weights_(panels_of(p), p.hidden, p.poison) {}
 
     void prepare(const Crew& all) const {
-        const S* weight = static_cast<const S*>(p_.weight_hh);
-        for (int64_t panel = all.begin(panels()); panel < all.end(panels()); ++panel)
+        for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
             for (int gate = 0; gate < 3; ++gate) {
                 const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
-                weights_.pack_rows(panel, gate, weight, hidden_, first, valid);
-                weights_.pack_bias(panel, gate, static_cast<const S*>(p_.bias_hh), first, valid);
+                input_weights_.template pack<S>(panel, gate, p_.weight_ih, p_.bias_ih, first, valid);
+                weights_.template pack<S>(panel, gate, p_.weight_hh, p_.bias_hh, first, valid);
             }
         this->start_h(all);
     }
 
+    void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+    }
+
     void step(Crew& crew, const Share& share, int64_t step) const {
         multiply(h_before(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
-                 crew.begin(panels()), crew.end(panels()), [&](int64_t i, int64_t panel, const A* sums) {
-                     point(share[i], step, panel * lanes, load(sums), load(sums + lanes), load(sums + 2 * lanes));
+                 crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
+                     point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
                  });
         crew.wait();
     }
 
 private:
-    void point(const LiveRow& row, int64_t step, int64_t unit, V h_r, V h_z, V h_n) const {
+    void point(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
         const int64_t valid = hidden_ - unit;
-        S* at = gates(row) + unit;
-        const V r = sigmoid<A>(load(at, valid) + h_r);
-        const V z = sigmoid<A>(load(at + hidden_, valid) + h_z);
-        const V n = tanh<A>(load(at + 2 * hidden_, valid) + r * h_n);
+        const V h_n = load(sums + 2 * lanes);
+        const V r = sigmoid<A>(load(x) + load(sums));
+        const V z = sigmoid<A>(load(x + lanes) + load(sums + lanes));
+        const V n = tanh<A>(load(x + 2 * lanes) + r * h_n);
         const V h = load(h_before(step, row.rank) + unit, valid);
         this->write_h(row, step, unit, valid, n + z * (h - n));
-        if (!p_.save) return;
+        if (!p_.saved) return;
+        S* at = saved(row) + unit;
         store(at, r, valid);
         store(at + hidden_, z, valid);
         store(at + 2 * hidden_, n, valid);
         store(at + 3 * hidden_, h_n, valid);
     }
 
-    const Panels<A, 3> weights_;
+    const Panels<A, 3> input_weights_, weights_;
 };
 
 template <class S>
-class GruBackward : BackwardBase<S> {
+class GruBackward : public BackwardBase<S> {
     using Base = BackwardBase<S>;
     using Base::hidden_, Base::lanes, Base::p_;
     using typename Base::A, typename Base::V, typename Base::Columns;
 
 public:
-    explicit GruBackward(const BackwardProblem& p)
+    static double row_flops(const BackwardProblem& p) { return 6.0 * p.hidden * p.hidden; }
+    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.hidden); }
+
+    GruBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_(Base::panels_of(p.hidden), 3 * p.hidden, p.poison),
+          weights_(panels_of(p), 3 * p.hidden, p.poison),
           flow_stride_(padded<A>(3 * p.hidden)),
           carry_stride_(padded<A>(p.hidden)),
           flow_{{p.rows.batch * flow_stride_, p.poison}, {p.rows.batch * flow_stride_, p.poison}},
           carry_(p.rows.batch * carry_stride_, p.poison) {}
 
-    double row_flops() const { return 6.0 * static_cast<double>(hidden_ * hidden_); }
-    int64_t panels() const { return weights_.count; }
     void prepare(const Crew& all) const { Base::pack(all, weights_, p_.weight_hh, hidden_); }
 
     void step(Crew& crew, const Share& share, int64_t step) const {

@@ -1,108 +1,119 @@
 // SPDX-License-Identifier: Apache-2.0
 // The GRU that resets before the product: n = tanh(W_in x + b_in + W_hn (r h) + b_hn). Two products a step, one after
-// the other. Columns of `gates` and `dgates`: r, z, n.
+// the other. Columns of `saved` and `dgates`: r, z, n.
 #pragma once
 
-#include "../sequence.h"
+#include "base.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
 template <class S>
-class GruResetBeforeForward : ForwardBase<S> {
+class GruResetBeforeForward : public ForwardBase<S> {
     using Base = ForwardBase<S>;
-    using Base::gates, Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_;
+    using Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
     using typename Base::A, typename Base::V;
     static constexpr int wide = 2;   // vectors of units in a panel of W_hn
 
 public:
-    explicit GruResetBeforeForward(const ForwardProblem& p)
-        : Base(p),
-          weights_rz_(ceil_div(p.hidden, lanes), p.hidden, p.poison),
-          weights_n_(ceil_div(p.hidden, wide * lanes), p.hidden, p.poison),
+    static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
+    static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
+
+    GruResetBeforeForward(const ForwardProblem& p, const Sharing& sharing)
+        : Base(p, sharing, (ceil_div(p.hidden, lanes) + panels_of(p)) * 2 * lanes),
+          input_rz_(ceil_div(p.hidden, lanes), p.input_size, p.poison),
+          weights_rz_(input_rz_.count, p.hidden, p.poison),
+          input_n_(panels_of(p), p.input_size, p.poison),
+          weights_n_(panels_of(p), p.hidden, p.poison),
+          n_offset_(input_rz_.count * input_rz_.columns),
           reset_h_(p.rows.batch * h_stride_, p.poison),
           z_(p.rows.batch * h_stride_, p.poison) {}
 
-    double row_flops() const { return 6.0 * static_cast<double>(hidden_ * hidden_); }
-    int64_t panels() const { return weights_n_.count; }
-
     void prepare(const Crew& all) const {
         for (int64_t panel = all.begin(weights_rz_.count); panel < all.end(weights_rz_.count); ++panel)
-            for (int gate = 0; gate < 2; ++gate) pack(weights_rz_, panel, gate, gate * hidden_, panel * lanes);
+            for (int gate = 0; gate < 2; ++gate)
+                pack(input_rz_, weights_rz_, panel, gate, gate * hidden_, panel * lanes);
         for (int64_t panel = all.begin(weights_n_.count); panel < all.end(weights_n_.count); ++panel)
-            for (int c = 0; c < wide; ++c) pack(weights_n_, panel, c, 2 * hidden_, (panel * wide + c) * lanes);
+            for (int c = 0; c < wide; ++c)
+                pack(input_n_, weights_n_, panel, c, 2 * hidden_, (panel * wide + c) * lanes);
         this->start_h(all);
+    }
+
+    void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
+        const int64_t count = this->gather(team, share, step, end);
+        this->multiply_gathered(team, count, input_rz_, 0);
+        this->multiply_gathered(team, count, input_n_, n_offset_);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         const int64_t count = share.live(step), stride = share.stride() * h_stride_;
         multiply(h_before(step, share.first()), stride, count, weights_rz_, crew.begin(weights_rz_.count),
                  crew.end(weights_rz_.count), [&](int64_t i, int64_t panel, const A* sums) {
-                     reset(share[i], step, panel * lanes, load(sums), load(sums + lanes));
+                     reset(share[i], step, panel * lanes, x_gates(share[i]) + panel * 2 * lanes, sums);
                  });
         crew.wait();
         multiply(reset_h_ + share.first() * h_stride_, stride, count, weights_n_, crew.begin(weights_n_.count),
                  crew.end(weights_n_.count), [&](int64_t i, int64_t panel, const A* sums) {
+                     const A* x = x_gates(share[i]) + n_offset_ + panel * wide * lanes;
                      for (int c = 0; c < wide; ++c)
-                         update(share[i], step, (panel * wide + c) * lanes, load(sums + c * lanes));
+                         update(share[i], step, (panel * wide + c) * lanes, load(x + c * lanes) + load(sums + c * lanes));
                  });
         crew.wait();
     }
 
 private:
-    template <class P>
-    void pack(const P& panels, int64_t panel, int c, int64_t first, int64_t unit) const {
+    void pack(const Panels<A, 2>& input, const Panels<A, 2>& recurrent, int64_t panel, int c, int64_t first,
+              int64_t unit) const {
         const int64_t valid = hidden_ > unit ? hidden_ - unit : 0;
-        panels.pack_rows(panel, c, static_cast<const S*>(p_.weight_hh), hidden_, first + unit, valid);
-        panels.pack_bias(panel, c, static_cast<const S*>(p_.bias_hh), first + unit, valid);
+        input.template pack<S>(panel, c, p_.weight_ih, p_.bias_ih, first + unit, valid);
+        recurrent.template pack<S>(panel, c, p_.weight_hh, p_.bias_hh, first + unit, valid);
     }
 
-    void reset(const LiveRow& row, int64_t step, int64_t unit, V h_r, V h_z) const {
-        const int64_t valid = hidden_ - unit, at = row.rank * h_stride_ + unit;
-        S* x = gates(row) + unit;
-        const V r = sigmoid<A>(load(x, valid) + h_r);
-        const V z = sigmoid<A>(load(x + hidden_, valid) + h_z);
-        store(reset_h_ + at, r * load(h_before(step, row.rank) + unit, valid), valid);
-        store(z_ + at, z, valid);
-        if (!p_.save) return;
-        store(x, r, valid);
-        store(x + hidden_, z, valid);
+    void reset(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
+        const int64_t valid = hidden_ - unit, own = row.rank * h_stride_ + unit;
+        const V r = sigmoid<A>(load(x) + load(sums));
+        const V z = sigmoid<A>(load(x + lanes) + load(sums + lanes));
+        store(reset_h_ + own, r * load(h_before(step, row.rank) + unit, valid), valid);
+        store(z_ + own, z, valid);
+        if (!p_.saved) return;
+        store(saved(row) + unit, r, valid);
+        store(saved(row) + hidden_ + unit, z, valid);
     }
 
-    void update(const LiveRow& row, int64_t step, int64_t unit, V h_n) const {
+    void update(const LiveRow& row, int64_t step, int64_t unit, V pre_activation) const {
         const int64_t valid = hidden_ - unit;
         if (valid <= 0) return;
-        S* x = gates(row) + unit + 2 * hidden_;
-        const V n = tanh<A>(load(x, valid) + h_n);
+        const V n = tanh<A>(pre_activation);
         const V z = load(z_ + row.rank * h_stride_ + unit, valid);
         const V h = load(h_before(step, row.rank) + unit, valid);
         this->write_h(row, step, unit, valid, n + z * (h - n));
-        if (p_.save) store(x, n, valid);
+        if (p_.saved) store(saved(row) + 2 * hidden_ + unit, n, valid);
     }
 
-    const Panels<A, 2> weights_rz_;
-    const Panels<A, wide> weights_n_;
+    const Panels<A, 2> input_rz_, weights_rz_, input_n_, weights_n_;
+    const int64_t n_offset_;        // of n's product among a slot's gates
     const Buffer<A> reset_h_, z_;   // by rank
 };
 
 template <class S>
-class GruResetBeforeBackward : BackwardBase<S> {
+class GruResetBeforeBackward : public BackwardBase<S> {
     using Base = BackwardBase<S>;
     using Base::hidden_, Base::lanes, Base::p_;
     using typename Base::A, typename Base::V, typename Base::Columns;
 
 public:
-    explicit GruResetBeforeBackward(const BackwardProblem& p)
+    static double row_flops(const BackwardProblem& p) { return 6.0 * p.hidden * p.hidden; }
+    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.hidden); }
+
+    GruResetBeforeBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_rz_(Base::panels_of(p.hidden), 2 * p.hidden, p.poison),
-          weights_n_(Base::panels_of(p.hidden), p.hidden, p.poison),
+          weights_rz_(Base::column_panels(p.hidden), 2 * p.hidden, p.poison),
+          weights_n_(Base::column_panels(p.hidden), p.hidden, p.poison),
           rz_stride_(padded<A>(2 * p.hidden)),
           stride_(padded<A>(p.hidden)),
           flow_rz_(p.rows.batch * rz_stride_, p.poison),
           flow_n_(p.rows.batch * stride_, p.poison),
           carry_(p.rows.batch * stride_, p.poison) {}
 
-    double row_flops() const { return 6.0 * static_cast<double>(hidden_ * hidden_); }
-    int64_t panels() const { return weights_n_.count; }
 
     void prepare(const Crew& all) const {
         const S* weight = static_cast<const S*>(p_.weight_hh);

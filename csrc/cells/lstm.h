@@ -1,55 +1,60 @@
 // SPDX-License-Identifier: Apache-2.0
 // The LSTM: c' = f c + i g; m = o tanh(c'); h' = m, or W_hr m with a projection.
 //
-// Columns of `gates`: i, f, g, o, and after the forward also c'.
+// Columns of `saved`: i, f, g, o, c'.
 // Columns of `dgates`: di, df, dg, do, and with a projection also dh'.
 #pragma once
 
-#include "../sequence.h"
+#include "base.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
 template <class S>
-class LstmForward : ForwardBase<S> {
+class LstmForward : public ForwardBase<S> {
     using Base = ForwardBase<S>;
-    using Base::gates, Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::projected_;
+    using Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::projected_, Base::saved,
+        Base::x_gates;
     using typename Base::A, typename Base::V;
     static constexpr int wide = 2;   // vectors of h in a panel of W_hr
 
 public:
-    explicit LstmForward(const ForwardProblem& p)
-        : Base(p),
-          weights_(ceil_div(p.hidden, lanes), p.projected, p.poison),
+    static double row_flops(const ForwardProblem& p) { return 8.0 * p.hidden * (p.projected + p.input_size); }
+    static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
+
+    LstmForward(const ForwardProblem& p, const Sharing& sharing)
+        : Base(p, sharing, panels_of(p) * 4 * lanes),
+          input_weights_(panels_of(p), p.input_size, p.poison),
+          weights_(panels_of(p), p.projected, p.poison),
           projection_(p.weight_hr ? ceil_div(p.projected, wide * lanes) : 0, p.hidden, p.poison),
           c_stride_(padded<A>(p.hidden)),
           c_(p.rows.batch * c_stride_, p.poison),
           m_(p.weight_hr ? p.rows.batch * c_stride_ : 0, p.poison) {}
 
-    double row_flops() const { return 8.0 * static_cast<double>(hidden_ * projected_); }
-    int64_t panels() const { return weights_.count; }
-
     void prepare(const Crew& all) const {
-        const S* weight = static_cast<const S*>(p_.weight_hh);
-        for (int64_t panel = all.begin(panels()); panel < all.end(panels()); ++panel)
+        for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
             for (int gate = 0; gate < 4; ++gate) {
                 const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
-                weights_.pack_rows(panel, gate, weight, projected_, first, valid);
-                weights_.pack_bias(panel, gate, static_cast<const S*>(p_.bias_hh), first, valid);
+                input_weights_.template pack<S>(panel, gate, p_.weight_ih, p_.bias_ih, first, valid);
+                weights_.template pack<S>(panel, gate, p_.weight_hh, p_.bias_hh, first, valid);
             }
         for (int64_t panel = all.begin(projection_.count); panel < all.end(projection_.count); ++panel)
             for (int c = 0; c < wide; ++c) {
                 const int64_t unit = (panel * wide + c) * lanes, valid = projected_ > unit ? projected_ - unit : 0;
-                projection_.pack_rows(panel, c, static_cast<const S*>(p_.weight_hr), hidden_, unit, valid);
-                projection_.pack_bias(panel, c, static_cast<const S*>(nullptr), unit, valid);
+                projection_.template pack<S>(panel, c, p_.weight_hr, nullptr, unit, valid);
             }
         this->start_h(all);
         this->start(all, p_.c_0, p_.c_n, c_ + 0, c_stride_, hidden_);
     }
 
+    void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+    }
+
     void step(Crew& crew, const Share& share, int64_t step) const {
         multiply(h_before(step, share.first()), share.stride() * h_stride_, share.live(step), weights_,
-                 crew.begin(panels()), crew.end(panels()),
-                 [&](int64_t i, int64_t panel, const A* sums) { point(share[i], step, panel * lanes, sums); });
+                 crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
+                     point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
+                 });
         crew.wait();
         if (!p_.weight_hr) return;
         multiply(m_ + share.first() * c_stride_, share.stride() * c_stride_, share.live(step), projection_,
@@ -65,13 +70,12 @@ public:
     }
 
 private:
-    void point(const LiveRow& row, int64_t step, int64_t unit, const A* sums) const {
+    void point(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
         const int64_t valid = hidden_ - unit;
-        S* at = gates(row) + unit;
-        const V i = sigmoid<A>(load(at, valid) + load(sums));
-        const V f = sigmoid<A>(load(at + hidden_, valid) + load(sums + lanes));
-        const V g = tanh<A>(load(at + 2 * hidden_, valid) + load(sums + 2 * lanes));
-        const V o = sigmoid<A>(load(at + 3 * hidden_, valid) + load(sums + 3 * lanes));
+        const V i = sigmoid<A>(load(x) + load(sums));
+        const V f = sigmoid<A>(load(x + lanes) + load(sums + lanes));
+        const V g = tanh<A>(load(x + 2 * lanes) + load(sums + 2 * lanes));
+        const V o = sigmoid<A>(load(x + 3 * lanes) + load(sums + 3 * lanes));
         A* carried = c_ + row.rank * c_stride_ + unit;
         const V c = f * load(carried, valid) + i * g;
         const V m = o * tanh<A>(c);
@@ -79,7 +83,8 @@ private:
         if (row.last) store(static_cast<S*>(p_.c_n) + row.row * hidden_ + unit, c, valid);
         if (p_.weight_hr) store(m_ + row.rank * c_stride_ + unit, m, valid);
         else this->write_h(row, step, unit, valid, m);
-        if (!p_.save) return;
+        if (!p_.saved) return;
+        S* at = saved(row) + unit;
         store(at, i, valid);
         store(at + hidden_, f, valid);
         store(at + 2 * hidden_, g, valid);
@@ -87,23 +92,26 @@ private:
         store(at + 4 * hidden_, c, valid);
     }
 
-    const Panels<A, 4> weights_;
+    const Panels<A, 4> input_weights_, weights_;
     const Panels<A, wide> projection_;
     const int64_t c_stride_;
     const Buffer<A> c_, m_;   // by rank
 };
 
 template <class S>
-class LstmBackward : BackwardBase<S> {
+class LstmBackward : public BackwardBase<S> {
     using Base = BackwardBase<S>;
     using Base::hidden_, Base::lanes, Base::p_, Base::projected_;
     using typename Base::A, typename Base::V, typename Base::Columns;
 
 public:
-    explicit LstmBackward(const BackwardProblem& p)
+    static double row_flops(const BackwardProblem& p) { return 8.0 * p.hidden * p.projected; }
+    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.projected); }
+
+    LstmBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_(Base::panels_of(p.projected), 4 * p.hidden, p.poison),
-          projection_(p.weight_hr ? Base::panels_of(p.hidden) : 0, p.projected, p.poison),
+          weights_(panels_of(p), 4 * p.hidden, p.poison),
+          projection_(p.weight_hr ? Base::column_panels(p.hidden) : 0, p.projected, p.poison),
           flow_stride_(padded<A>(4 * p.hidden)),
           c_stride_(padded<A>(p.hidden)),
           dh_stride_(padded<A>(p.projected)),
@@ -111,8 +119,6 @@ public:
           carry_(p.rows.batch * c_stride_, p.poison),
           dh_(p.weight_hr ? p.rows.batch * dh_stride_ : 0, p.poison) {}
 
-    double row_flops() const { return 8.0 * static_cast<double>(hidden_ * projected_); }
-    int64_t panels() const { return weights_.count; }
 
     void prepare(const Crew& all) const {
         Base::pack(all, weights_, p_.weight_hh, projected_);

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from tidegate import kernels
 from tidegate.cells import Call
@@ -93,37 +92,24 @@ def saved_shape(call: Call) -> tuple[int, ...]:
 
 
 class _Plan:
-    """A call's arguments as the operators take them, and the rows of the input that are valid."""
+    """A call's arguments as the operators take them."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.name = _kind(call)
-        self.time, self.batch, self.input_size = call.input.shape
+        self.kind = _KINDS[self.name]
+        weights = call.weights
         self.hidden_size = call.hidden_size
         self.gate_columns = call.hidden_size * len(call.cell.gates)
-        weights = call.weights
-        self.weight_ih, self.weight_hh = weights["weight_ih"], _contiguous(weights["weight_hh"])
-        self.bias_ih, self.bias_hh = weights["bias_ih"], _contiguous(weights["bias_hh"])
+        x = call.input
+        self.input = x if x.stride(2) == 1 else x.contiguous()
+        self.weight_ih, self.weight_hh = _contiguous(weights["weight_ih"]), _contiguous(weights["weight_hh"])
+        self.bias_ih, self.bias_hh = _contiguous(weights["bias_ih"]), _contiguous(weights["bias_hh"])
         self.weight_hr = _contiguous(weights.get("weight_hr"))
         self.h_0 = call.states[0].contiguous()
         self.c_0 = call.states[1].contiguous() if len(call.states) > 1 else None
         self.resets = None if call.resets is None else call.resets.to("cpu").contiguous()
         self.lengths = None if call.lengths is None else call.lengths.to("cpu", torch.int64).contiguous()
-        self.places: Tensor | None = None
-        if self.lengths is not None:
-            self.places = operators().places(self.lengths, self.time, call.reverse)
-            if self.places.shape[0] == self.time * self.batch:   # every row is full
-                self.lengths = self.places = None
-
-    def valid_input(self) -> Tensor:
-        x = self.call.input.reshape(self.time * self.batch, self.input_size)
-        return x if self.places is None else x.index_select(0, self.places)
-
-    def whole_input(self, rows: Tensor) -> Tensor:
-        """The inverse of `valid_input`, zero elsewhere."""
-        if self.places is not None:
-            rows = rows.new_zeros(self.time * self.batch, self.input_size).index_copy_(0, self.places, rows)
-        return rows.view(self.time, self.batch, self.input_size)
 
 
 def _contiguous(tensor: Tensor | None) -> Any:
@@ -133,27 +119,11 @@ def _contiguous(tensor: Tensor | None) -> Any:
 def forward(call: Call, save: bool) -> tuple[Tensor, ...]:
     """Runs the sequence: output (T, B, P), the final states, and what `backward` needs, (0,) without `save`."""
     plan = _Plan(call)
-    x = plan.valid_input()
-    assert plan.weight_ih is not None
-    saved = x.new_empty(saved_shape(call) if save else (0,))
-    if saved.dim() == 2:
-        # The kernel turns the pre-activations into the gates where they lie.
-        gates = saved[: x.shape[0]]
-        _linear_into(gates[:, : plan.gate_columns], x, plan.weight_ih, plan.bias_ih)
-    else:
-        gates = linear(x, plan.weight_ih, plan.bias_ih)
-    output, h_n, c_n = operators().forward(
-        _KINDS[plan.name], gates, plan.h_0, plan.c_0, plan.weight_hh, plan.bias_hh, plan.weight_hr, plan.lengths,
-        plan.resets, plan.time, call.reverse, saved.dim() == 2,
+    output, h_n, c_n, saved = operators().forward(
+        plan.kind, plan.input, plan.h_0, plan.c_0, plan.weight_ih, plan.weight_hh, plan.bias_ih, plan.bias_hh,
+        plan.weight_hr, plan.lengths, plan.resets, call.reverse, save,
     )  # fmt: skip
     return (output, h_n, saved) if plan.c_0 is None else (output, h_n, c_n, saved)
-
-
-def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def backward(
@@ -167,76 +137,67 @@ def backward(
     """The gradients of `Call.tensors`, in that order, None where not needed."""
     plan = _Plan(call)
     need = dict(zip(("input", *call.cell.states, *call.weights), needs, strict=True))
-    packed = plan.places is not None or plan.resets is not None
-    want_h_before = need["weight_hh"] and (packed or plan.name == "gru_reset_before")
+    own_weight_hh = plan.name != "gru_reset_before" and call.input.dtype != torch.bfloat16
     grad_h_n, grad_c_n = (*grad_states, None)[:2]
+    output = output.contiguous()
     dgates, h_before, dh_0, dc_0 = operators().backward(
-        _KINDS[plan.name], saved, output.contiguous(), plan.h_0, plan.c_0, plan.weight_hh, plan.weight_hr,
-        plan.lengths, plan.resets, call.reverse, _contiguous(grad_output), _contiguous(grad_h_n),
-        _contiguous(grad_c_n), want_h_before,
+        plan.kind, saved, output, plan.h_0, plan.c_0, plan.weight_hh, plan.weight_hr, plan.lengths, plan.resets,
+        call.reverse, _contiguous(grad_output), _contiguous(grad_h_n), _contiguous(grad_c_n),
+        need["weight_hh"] and not own_weight_hh,
     )  # fmt: skip
-    dgates_x = dgates[:, : plan.gate_columns]
     grads: dict[str, Tensor | None] = {"h": dh_0, "c": dc_0}
     if need["input"]:
-        assert plan.weight_ih is not None
-        grads["input"] = plan.whole_input(dgates_x @ plan.weight_ih)
-    if need["weight_ih"]:
-        grads["weight_ih"] = dgates_x.t() @ plan.valid_input()
-    if need["weight_hh"]:
-        grads["weight_hh"] = _grad_weight_hh(plan, output, saved, dgates, h_before if want_h_before else None)
-    if need["bias_ih"] or need["bias_hh"]:
-        grads["bias_ih"], grads["bias_hh"] = _grad_biases(plan, dgates)
+        grads["input"] = operators().input_gradient(
+            dgates, plan.weight_ih, plan.lengths, *call.input.shape[:2], call.reverse
+        )
+    if any(need[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
+        grads |= _grad_weights(plan, output, saved, dgates, h_before, need)
     if need.get("weight_hr"):
         grads["weight_hr"] = _grad_weight_hr(plan, saved, dgates)
     return tuple(grads[name] if needed else None for name, needed in need.items())
 
 
-def _grad_biases(plan: _Plan, dgates: Tensor) -> tuple[Tensor, Tensor]:
-    hidden_size = plan.hidden_size
-    sums = dgates.sum(0)
-    grad_ih = sums[: plan.gate_columns]
-    if plan.name == "gru":
-        return grad_ih.clone(), torch.cat((sums[: 2 * hidden_size], sums[3 * hidden_size :]))
+def _grad_weights(
+    plan: _Plan, output: Tensor, saved: Tensor, dgates: Tensor, h_before: Tensor, need: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    hidden_size, columns, call = plan.hidden_size, plan.gate_columns, plan.call
+    reset_before, bfloat16 = plan.name == "gru_reset_before", call.input.dtype == torch.bfloat16
+    if bfloat16:
+        grad_ih, grad_hh, sums = _bfloat16_products(plan, dgates, h_before, need)
+    else:
+        grad_ih, grad_hh, sums = operators().weight_gradients(
+            plan.kind, dgates, plan.input, output, plan.h_0, plan.lengths, plan.resets, hidden_size, call.reverse,
+            need["weight_ih"], need["weight_hh"] and not reset_before,
+        )  # fmt: skip
+    if need["weight_hh"] and reset_before:
+        reset_h = saved[: h_before.shape[0], :hidden_size] * h_before   # (N, H)
+        grad_hh = torch.cat(
+            (dgates[:, : 2 * hidden_size].t() @ h_before, dgates[:, 2 * hidden_size :].t() @ reset_h)
+        )
     # Two tensors, so that accumulating into one bias' gradient does not change the other's.
-    return grad_ih.clone(), grad_ih.clone()
-
-
-def _grad_weight_hh(plan: _Plan, output: Tensor, saved: Tensor, dgates: Tensor, h_before: Tensor | None) -> Tensor:
-    hidden_size = plan.hidden_size
-    result = torch.empty_like(plan.weight_hh)
+    grad_bias_ih, grad_bias_hh = sums[:columns].clone(), sums[:columns].clone()
     if plan.name == "gru":
-        blocks = [(0, 2 * hidden_size, 0), (2 * hidden_size, 3 * hidden_size, 3 * hidden_size)]
-    elif plan.name == "gru_reset_before":
-        assert h_before is not None
-        r = saved[: h_before.shape[0], :hidden_size]
-        torch.mm(dgates[:, : 2 * hidden_size].t(), h_before, out=result[: 2 * hidden_size])
-        torch.mm(dgates[:, 2 * hidden_size :].t(), r * h_before, out=result[2 * hidden_size :])
-        return result
-    else:
-        blocks = [(0, plan.gate_columns, 0)]
-    for first, last, column in blocks:
-        dgates_h = dgates[:, column : column + last - first].t()
-        if h_before is None:
-            _product_with_h_before(plan, output, dgates_h, result[first:last])
-        else:
-            torch.mm(dgates_h, h_before, out=result[first:last])
-    return result
+        grad_bias_hh[2 * hidden_size :] = sums[columns:]
+    return {"weight_ih": grad_ih, "weight_hh": grad_hh, "bias_ih": grad_bias_ih, "bias_hh": grad_bias_hh}
 
 
-def _product_with_h_before(plan: _Plan, output: Tensor, dgates_h: Tensor, out: Tensor) -> None:
-    """out = dgates_h^T times the h that entered each step: the output one step before, and h_0. No copy of either."""
-    rows = plan.time * plan.batch
-    h = output.view(rows, -1)
-    batch = plan.batch if plan.time > 0 else 0
-    if plan.call.reverse:
-        first, rest = dgates_h[:, rows - batch :], dgates_h[:, : rows - batch]
-        h = h[batch:]
-    else:
-        first, rest = dgates_h[:, :batch], dgates_h[:, batch:]
-        h = h[: rows - batch]
-    torch.mm(rest, h, out=out)
-    if batch:
-        out.addmm_(first, plan.h_0)
+def _bfloat16_products(
+    plan: _Plan, dgates: Tensor, h_before: Tensor, need: dict[str, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """torch's, which use the matrix instructions for bfloat16 where there are any."""
+    hidden_size, columns, call = plan.hidden_size, plan.gate_columns, plan.call
+    grad_ih = grad_hh = None
+    if need["weight_ih"]:
+        time, batch, input_size = call.input.shape
+        x = call.input.reshape(time * batch, input_size)
+        if plan.lengths is not None:
+            x = x.index_select(0, operators().places(plan.lengths, time, call.reverse))
+        grad_ih = dgates[:, :columns].t() @ x
+    if need["weight_hh"] and plan.name != "gru_reset_before":
+        grad_hh = dgates[:, :columns].t() @ h_before
+        if plan.name == "gru":
+            grad_hh[2 * hidden_size :] = dgates[:, columns:].t() @ h_before
+    return grad_ih, grad_hh, dgates.sum(0)
 
 
 def _grad_weight_hr(plan: _Plan, saved: Tensor, dgates: Tensor) -> Tensor:
