@@ -144,6 +144,7 @@ Sizes check_cell(int64_t kind, const Tensor& h_0, const Optional& c_0, const Ten
 }
 
 const int64_t* check_lengths(const Tensor& lengths, int64_t time, int64_t batch) {
+    if (lengths.scalar_type() != ScalarType::Long) fail("lengths", "int64", "another dtype");
     check(lengths, "lengths", ScalarType::Long, {batch});
     const int64_t* values = static_cast<const int64_t*>(lengths.const_data_ptr());
     for (int64_t b = 0; b < batch; ++b)
@@ -160,6 +161,7 @@ Schedule schedule_of(const Optional& lengths, int64_t time, int64_t batch, bool 
 
 const uint8_t* check_resets(const Optional& resets, int64_t time, int64_t batch) {
     if (!resets) return nullptr;
+    if (resets->scalar_type() != ScalarType::Bool) fail("resets", "bool", "another dtype");
     check(*resets, "resets", ScalarType::Bool, {time, batch});
     return static_cast<const uint8_t*>(resets->const_data_ptr());
 }

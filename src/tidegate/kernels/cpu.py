@@ -52,6 +52,12 @@ def operators() -> Any:
     return torch.ops.tidegate_cpu
 
 
+def availability() -> list[str]:
+    """Why this installation has no compiled operators; empty if it has."""
+    missing = _missing()
+    return [missing] if missing else []
+
+
 def _kind(call: Call) -> str:
     if call.cell.name == "rnn":
         return f"rnn_{call.options['nonlinearity']}"
@@ -62,10 +68,7 @@ def _kind(call: Call) -> str:
 
 def unsupported_reasons(call: Call) -> list[str]:
     """Why the compiled operators cannot run `call`; empty if they can. Never raises."""
-    reasons: list[str] = []
-    missing = _missing()
-    if missing:
-        reasons.append(missing)
+    reasons = availability()
     if _kind(call) not in _KINDS:
         reasons.append(f"no kernel for {call.cell.name} with {call.options}")
     if call.input.dtype not in _DTYPES:
