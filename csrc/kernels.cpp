@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set, with TIDEGATE_ISA as its name.
-#include "cells/elman.h"
-#include "cells/gru.h"
 #include "cells/gru_reset_before.h"
-#include "cells/lstm.h"
 #include "isa.h"
 #include "product.h"
+#include "step.h"
 
 namespace tidegate::TIDEGATE_ISA {
 namespace {
 
 template <class S>
 void forward_as(const ForwardProblem& problem) {
+    if (fits_one_step(problem)) return run_one_step<S>(problem);
     switch (problem.kind) {
         case Kind::rnn_tanh: return run_forward<ElmanForward<S, TanhUnit>>(problem);
         case Kind::rnn_relu: return run_forward<ElmanForward<S, ReluUnit>>(problem);

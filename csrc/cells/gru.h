@@ -9,6 +9,19 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
+// A vector of units, from r's and z's pre-activations, n's two parts and h.
+template <class A>
+struct GruUnit {
+    Vec<A> r, z, n, h;
+};
+template <class A>
+inline GruUnit<A> gru_unit(Vec<A> r, Vec<A> z, Vec<A> x_n, Vec<A> h_n, Vec<A> h) {
+    r = sigmoid<A>(r);
+    z = sigmoid<A>(z);
+    const Vec<A> n = tanh<A>(x_n + r * h_n);
+    return {r, z, n, n + z * (h - n)};
+}
+
 template <class S>
 class GruForward : public ForwardBase<S> {
     using Base = ForwardBase<S>;
@@ -50,11 +63,9 @@ private:
     void point(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
         const int64_t valid = hidden_ - unit;
         const V h_n = load(sums + 2 * lanes);
-        const V r = sigmoid<A>(load(x) + load(sums));
-        const V z = sigmoid<A>(load(x + lanes) + load(sums + lanes));
-        const V n = tanh<A>(load(x + 2 * lanes) + r * h_n);
-        const V h = load(h_before(step, row.rank) + unit, valid);
-        this->write_h(row, step, unit, valid, n + z * (h - n));
+        const auto [r, z, n, h] = gru_unit<A>(load(x) + load(sums), load(x + lanes) + load(sums + lanes),
+                                              load(x + 2 * lanes), h_n, load(h_before(step, row.rank) + unit, valid));
+        this->write_h(row, step, unit, valid, h);
         if (!p_.saved) return;
         S* at = saved(row) + unit;
         store(at, r, valid);

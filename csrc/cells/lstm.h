@@ -9,6 +9,21 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
+// A vector of units, from the pre-activations and c.
+template <class A>
+struct LstmUnit {
+    Vec<A> i, f, g, o, c, m;
+};
+template <class A>
+inline LstmUnit<A> lstm_unit(Vec<A> i, Vec<A> f, Vec<A> g, Vec<A> o, Vec<A> c) {
+    i = sigmoid<A>(i);
+    f = sigmoid<A>(f);
+    g = tanh<A>(g);
+    o = sigmoid<A>(o);
+    c = f * c + i * g;
+    return {i, f, g, o, c, o * tanh<A>(c)};
+}
+
 template <class S>
 class LstmForward : public ForwardBase<S> {
     using Base = ForwardBase<S>;
@@ -72,13 +87,11 @@ public:
 private:
     void point(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
         const int64_t valid = hidden_ - unit;
-        const V i = sigmoid<A>(load(x) + load(sums));
-        const V f = sigmoid<A>(load(x + lanes) + load(sums + lanes));
-        const V g = tanh<A>(load(x + 2 * lanes) + load(sums + 2 * lanes));
-        const V o = sigmoid<A>(load(x + 3 * lanes) + load(sums + 3 * lanes));
         A* carried = c_ + row.rank * c_stride_ + unit;
-        const V c = f * load(carried, valid) + i * g;
-        const V m = o * tanh<A>(c);
+        const auto [i, f, g, o, c, m] =
+            lstm_unit<A>(load(x) + load(sums), load(x + lanes) + load(sums + lanes),
+                         load(x + 2 * lanes) + load(sums + 2 * lanes), load(x + 3 * lanes) + load(sums + 3 * lanes),
+                         load(carried, valid));
         store(carried, row.cut_next ? V{} : c, valid);
         if (row.last) store(static_cast<S*>(p_.c_n) + row.row * hidden_ + unit, c, valid);
         if (p_.weight_hr) store(m_ + row.rank * c_stride_ + unit, m, valid);
