@@ -68,6 +68,10 @@ int64_t check_rows(const Tensor& tensor, const char* name, ScalarType dtype, int
     return tensor.stride(0);
 }
 
+// The tensor, or a copy of it that lies in one piece.
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Optional dense(const Optional& tensor) { return tensor ? Optional(dense(*tensor)) : tensor; }
+
 const void* pointer(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 int32_t dtype_code(Type type) {
@@ -175,7 +179,8 @@ void parallel_for_of_torch(int64_t count, void (*body)(int64_t, int64_t, void*),
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-Tensor places(Tensor lengths, int64_t time, bool reverse) {
+Tensor places(const Tensor& any_lengths, int64_t time, bool reverse) {
+    const Tensor lengths = dense(any_lengths);
     if (lengths.dim() != 1) fail("lengths", "one dimension", std::to_string(lengths.dim()));
     const Schedule schedule = schedule_of(lengths, time, lengths.size(0), reverse);
     Tensor result = make(aoti_torch_dtype_int64(), 8, {schedule.total()});
@@ -183,19 +188,27 @@ Tensor places(Tensor lengths, int64_t time, bool reverse) {
     return result;
 }
 
-// (T, B, I) with whole rows, anywhere.
+// (T, B, I) with whole rows, anywhere: the tensor, or a copy.
+Tensor whole_rows(const Tensor& input) {
+    return input.dim() == 3 && input.size(2) > 1 && input.stride(2) != 1 ? torch::stable::contiguous(input) : input;
+}
+
 void check_input(const Tensor& input, ScalarType dtype, int64_t batch) {
     if (!input.is_cpu()) fail("input", "a tensor on the cpu", "one on another device");
     if (input.scalar_type() != dtype) fail("input", "the dtype of the other tensors", "another");
     if (input.dim() != 3) fail("input", "three dimensions", std::to_string(input.dim()));
     if (input.size(1) != batch) fail("input", std::to_string(batch) + " rows", std::to_string(input.size(1)));
-    if (input.size(2) > 1 && input.stride(2) != 1) fail("input", "whole rows", "other strides");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(int64_t kind, Tensor input, Tensor h_0, Optional c_0,
-                                                   Tensor weight_ih, Tensor weight_hh, Optional bias_ih,
-                                                   Optional bias_hh, Optional weight_hr, Optional lengths,
-                                                   Optional resets, bool reverse, bool save) {
+// output, the final states, saved.
+std::vector<Tensor> forward(int64_t kind, const Tensor& any_input, const Tensor& any_h_0, const Optional& any_c_0,
+                            const Tensor& any_weight_ih, const Tensor& any_weight_hh, const Optional& any_bias_ih,
+                            const Optional& any_bias_hh, const Optional& any_weight_hr, const Optional& any_lengths,
+                            const Optional& any_resets, bool reverse, bool save) {
+    const Tensor input = whole_rows(any_input), h_0 = dense(any_h_0), weight_ih = dense(any_weight_ih),
+                 weight_hh = dense(any_weight_hh);
+    const Optional c_0 = dense(any_c_0), bias_ih = dense(any_bias_ih), bias_hh = dense(any_bias_hh),
+                   weight_hr = dense(any_weight_hr), lengths = dense(any_lengths), resets = dense(any_resets);
     const Sizes s = check_cell(kind, h_0, c_0, weight_hh, weight_hr);
     check_input(input, s.dtype, s.batch);
     const int64_t time = input.size(0), input_size = input.size(2), rows = gates_of(s.kind) * s.hidden;
@@ -203,28 +216,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(int64_t kind, Tensor input, T
     if (bias_ih) check(*bias_ih, "bias_ih", s.dtype, {rows});
     if (bias_hh) check(*bias_hh, "bias_hh", s.dtype, {rows});
     const Schedule schedule = schedule_of(lengths, time, s.batch, reverse);
-    Tensor output = make(s.type, {time, s.batch, s.projected});
-    Tensor h_n = make(s.type, {s.batch, s.projected});
-    Tensor c_n = make(s.type, {c_0 ? s.batch : 0, c_0 ? s.hidden : 0});
     const int64_t saved_columns = save ? saved_gates(s.kind) * s.hidden : 0;
-    Tensor saved = saved_columns ? make(s.type, {time * s.batch, saved_columns}) : make(s.type, {0});
+    std::vector<Tensor> results;
+    results.reserve(4);
+    results.push_back(make(s.type, {time, s.batch, s.projected}));
+    results.push_back(make(s.type, {s.batch, s.projected}));
+    if (c_0) results.push_back(make(s.type, {s.batch, s.hidden}));
+    results.push_back(saved_columns ? make(s.type, {time * s.batch, saved_columns}) : make(s.type, {0}));
+    void* output = results[0].mutable_data_ptr();
     if (schedule.total() < time * s.batch)   // 0 past each row's length
-        std::memset(output.mutable_data_ptr(), 0, static_cast<size_t>(output.numel()) * bytes_of(s.type));
+        std::memset(output, 0, static_cast<size_t>(results[0].numel()) * bytes_of(s.type));
     active_kernels().forward({s.kind, s.type, input_size, s.hidden, s.projected,
                               schedule.rows(check_resets(resets, time, s.batch)), thread_count(), poison,
                               input.const_data_ptr(), input.stride(0), input.stride(1), h_0.const_data_ptr(),
                               pointer(c_0), weight_ih.const_data_ptr(), weight_hh.const_data_ptr(), pointer(bias_ih),
-                              pointer(bias_hh), pointer(weight_hr), output.mutable_data_ptr(),
-                              h_n.mutable_data_ptr(), c_n.mutable_data_ptr(),
-                              saved_columns ? saved.mutable_data_ptr() : nullptr, saved_columns});
-    return {output, h_n, c_n, saved};
+                              pointer(bias_hh), pointer(weight_hr), output, results[1].mutable_data_ptr(),
+                              c_0 ? results[2].mutable_data_ptr() : nullptr,
+                              saved_columns ? results.back().mutable_data_ptr() : nullptr, saved_columns});
+    return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(int64_t kind, Tensor saved, Tensor output, Tensor h_0,
-                                                    Optional c_0, Tensor weight_hh, Optional weight_hr,
-                                                    Optional lengths, Optional resets, bool reverse,
-                                                    Optional grad_output, Optional grad_h_n, Optional grad_c_n,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& any_output,
+                                                    const Tensor& any_h_0, const Optional& any_c_0,
+                                                    const Tensor& any_weight_hh, const Optional& any_weight_hr,
+                                                    const Optional& any_lengths, const Optional& any_resets,
+                                                    bool reverse, const Optional& any_grad_output,
+                                                    const Optional& any_grad_h_n, const Optional& any_grad_c_n,
                                                     bool want_h_before) {
+    const Tensor output = dense(any_output), h_0 = dense(any_h_0), weight_hh = dense(any_weight_hh);
+    const Optional c_0 = dense(any_c_0), weight_hr = dense(any_weight_hr), lengths = dense(any_lengths),
+                   resets = dense(any_resets), grad_output = dense(any_grad_output),
+                   grad_h_n = dense(any_grad_h_n), grad_c_n = dense(any_grad_c_n);
     const Sizes s = check_cell(kind, h_0, c_0, weight_hh, weight_hr);
     if (output.dim() != 3) fail("output", "three dimensions", std::to_string(output.dim()));
     const int64_t time = output.size(0);
@@ -253,7 +275,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(int64_t kind, Tensor saved, 
 }
 
 // The gradient of the input: dgates W_ih, row by row to where the input lies.
-Tensor input_gradient(Tensor dgates, Tensor weight_ih, Optional lengths, int64_t time, int64_t batch, bool reverse) {
+Tensor input_gradient(const Tensor& dgates, const Tensor& any_weight_ih, const Optional& any_lengths, int64_t time,
+                      int64_t batch, bool reverse) {
+    const Tensor weight_ih = dense(any_weight_ih);
+    const Optional lengths = dense(any_lengths);
     if (weight_ih.dim() != 2) fail("weight_ih", "two dimensions", std::to_string(weight_ih.dim()));
     const Type type = type_of(weight_ih, "weight_ih");
     const int64_t depth = weight_ih.size(0), columns = weight_ih.size(1);
@@ -275,9 +300,12 @@ Tensor input_gradient(Tensor dgates, Tensor weight_ih, Optional lengths, int64_t
 }
 
 // The gradients of weight_ih and weight_hh, empty where not wanted, and the sums of dgates' columns.
-std::tuple<Tensor, Tensor, Tensor> weight_gradients(int64_t kind, Tensor dgates, Tensor input, Tensor output,
-                                                    Tensor h_0, Optional lengths, Optional resets, int64_t hidden,
-                                                    bool reverse, bool want_ih, bool want_hh) {
+std::tuple<Tensor, Tensor, Tensor> weight_gradients(int64_t kind, const Tensor& dgates, const Tensor& any_input,
+                                                    const Tensor& any_output, const Tensor& any_h_0,
+                                                    const Optional& any_lengths, const Optional& any_resets,
+                                                    int64_t hidden, bool reverse, bool want_ih, bool want_hh) {
+    const Tensor input = whole_rows(any_input), output = dense(any_output), h_0 = dense(any_h_0);
+    const Optional lengths = dense(any_lengths), resets = dense(any_resets);
     const Type type = type_of(input, "input");
     const ScalarType dtype = input.scalar_type();
     if (type == Type::bf16) fail("input", "float32 or float64", "bfloat16");
@@ -319,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor> weight_gradients(int64_t kind, Tensor dgates,
     return {grad_ih, grad_hh, sums};
 }
 
-Tensor activate(Tensor x, bool hyperbolic) {
+Tensor activate(const Tensor& x, bool hyperbolic) {
     const Type type = type_of(x, "x");
     check(x, "x", x.scalar_type(), {x.numel()});
     Tensor result = make(type, {x.numel()});
@@ -348,7 +376,7 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
     m.def(
         "forward(int kind, Tensor input, Tensor h_0, Tensor? c_0, Tensor weight_ih, Tensor weight_hh, "
         "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, bool reverse, "
-        "bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+        "bool save) -> Tensor[]");
     m.def(
         "input_gradient(Tensor dgates, Tensor weight_ih, Tensor? lengths, int time, int batch, bool reverse) "
         "-> Tensor");

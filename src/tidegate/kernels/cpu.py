@@ -68,6 +68,17 @@ def _kind(call: Call) -> str:
 
 def unsupported_reasons(call: Call) -> list[str]:
     """Why the compiled operators cannot run `call`; empty if they can. Never raises."""
+    dtype = call.input.dtype
+    if dtype in _DTYPES and _kind(call) in _KINDS and not _missing():
+        for tensor in call.tensors:
+            if tensor is not None and not (tensor.is_cpu and tensor.dtype is dtype and tensor.layout is torch.strided):
+                break
+        else:
+            return []   # every streamed step comes this way
+    return _reasons(call)
+
+
+def _reasons(call: Call) -> list[str]:
     reasons = availability()
     if _kind(call) not in _KINDS:
         reasons.append(f"no kernel for {call.cell.name} with {call.options}")
@@ -77,11 +88,11 @@ def unsupported_reasons(call: Call) -> list[str]:
     for name, tensor in zip(names, call.tensors, strict=True):
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             reasons.append(f"{name} is on {tensor.device}")
-        elif tensor.layout != torch.strided:
+        elif tensor.layout is not torch.strided:
             reasons.append(f"{name} is {tensor.layout}")
-        elif tensor.dtype != call.input.dtype:
+        elif tensor.dtype is not call.input.dtype:
             reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, unlike input")
     return reasons
 
@@ -94,39 +105,25 @@ def saved_shape(call: Call) -> tuple[int, ...]:
     return (call.input.shape[0] * call.input.shape[1], gates * call.hidden_size)
 
 
-class _Plan:
-    """A call's arguments as the operators take them."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.name = _kind(call)
-        self.kind = _KINDS[self.name]
-        weights = call.weights
-        self.hidden_size = call.hidden_size
-        self.gate_columns = call.hidden_size * len(call.cell.gates)
-        x = call.input
-        self.input = x if x.stride(2) == 1 else x.contiguous()
-        self.weight_ih, self.weight_hh = _contiguous(weights["weight_ih"]), _contiguous(weights["weight_hh"])
-        self.bias_ih, self.bias_hh = _contiguous(weights["bias_ih"]), _contiguous(weights["bias_hh"])
-        self.weight_hr = _contiguous(weights.get("weight_hr"))
-        self.h_0 = call.states[0].contiguous()
-        self.c_0 = call.states[1].contiguous() if len(call.states) > 1 else None
-        self.resets = None if call.resets is None else call.resets.to("cpu").contiguous()
-        self.lengths = None if call.lengths is None else call.lengths.to("cpu", torch.int64).contiguous()
-
-
-def _contiguous(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.contiguous()
+def _on_cpu(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """lengths and resets, which may be on any device."""
+    lengths, resets = call.lengths, call.resets
+    if lengths is not None:
+        lengths = lengths.to("cpu", torch.int64)
+    if resets is not None:
+        resets = resets.to("cpu")
+    return lengths, resets
 
 
 def forward(call: Call, save: bool) -> tuple[Tensor, ...]:
     """Runs the sequence: output (T, B, P), the final states, and what `backward` needs, (0,) without `save`."""
-    plan = _Plan(call)
-    output, h_n, c_n, saved = operators().forward(
-        plan.kind, plan.input, plan.h_0, plan.c_0, plan.weight_ih, plan.weight_hh, plan.bias_ih, plan.bias_hh,
-        plan.weight_hr, plan.lengths, plan.resets, call.reverse, save,
-    )  # fmt: skip
-    return (output, h_n, saved) if plan.c_0 is None else (output, h_n, c_n, saved)
+    states, weights = call.states, call.weights
+    c_0 = states[1] if len(states) > 1 else None
+    lengths, resets = _on_cpu(call)
+    return tuple(operators().forward.default(
+        _KINDS[_kind(call)], call.input, states[0], c_0, weights["weight_ih"], weights["weight_hh"],
+        weights["bias_ih"], weights["bias_hh"], weights.get("weight_hr"), lengths, resets, call.reverse, save,
+    ))  # fmt: skip
 
 
 def backward(
@@ -138,73 +135,75 @@ def backward(
     needs: tuple[bool, ...],
 ) -> Gradients:
     """The gradients of `Call.tensors`, in that order, None where not needed."""
-    plan = _Plan(call)
-    need = dict(zip(("input", *call.cell.states, *call.weights), needs, strict=True))
-    own_weight_hh = plan.name != "gru_reset_before" and call.input.dtype != torch.bfloat16
+    kind, weights = _kind(call), call.weights
+    need = dict(zip(("input", *call.cell.states, *weights), needs, strict=True))
+    c_0 = call.states[1] if len(call.states) > 1 else None
     grad_h_n, grad_c_n = (*grad_states, None)[:2]
-    output = output.contiguous()
-    dgates, h_before, dh_0, dc_0 = operators().backward(
-        plan.kind, saved, output, plan.h_0, plan.c_0, plan.weight_hh, plan.weight_hr, plan.lengths, plan.resets,
-        call.reverse, _contiguous(grad_output), _contiguous(grad_h_n), _contiguous(grad_c_n),
-        need["weight_hh"] and not own_weight_hh,
+    lengths, resets = _on_cpu(call)
+    ours = kind != "gru_reset_before" and call.input.dtype != torch.bfloat16   # weight_hh's product
+    dgates, h_before, dh_0, dc_0 = operators().backward.default(
+        _KINDS[kind], saved, output, call.states[0], c_0, weights["weight_hh"], weights.get("weight_hr"), lengths,
+        resets, call.reverse, grad_output, grad_h_n, grad_c_n, need["weight_hh"] and not ours,
     )  # fmt: skip
     grads: dict[str, Tensor | None] = {"h": dh_0, "c": dc_0}
     if need["input"]:
-        grads["input"] = operators().input_gradient(
-            dgates, plan.weight_ih, plan.lengths, *call.input.shape[:2], call.reverse
+        steps, batch = call.input.shape[:2]
+        grads["input"] = operators().input_gradient.default(
+            dgates, weights["weight_ih"], lengths, steps, batch, call.reverse
         )
     if any(need[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
-        grads |= _grad_weights(plan, output, saved, dgates, h_before, need)
+        if call.input.dtype == torch.bfloat16:
+            grad_ih, grad_hh, sums = _bfloat16_products(call, dgates, h_before, lengths, need)
+        else:
+            grad_ih, grad_hh, sums = operators().weight_gradients.default(
+                _KINDS[kind], dgates, call.input, output, call.states[0], lengths, resets, call.hidden_size,
+                call.reverse, need["weight_ih"], need["weight_hh"] and ours,
+            )  # fmt: skip
+        if need["weight_hh"] and kind == "gru_reset_before":
+            grad_hh = _reset_before_product(call, saved, dgates, h_before)
+        grads["weight_ih"], grads["weight_hh"] = grad_ih, grad_hh
+        grads["bias_ih"], grads["bias_hh"] = _grad_biases(call, kind, sums)
     if need.get("weight_hr"):
-        grads["weight_hr"] = _grad_weight_hr(plan, saved, dgates)
+        grads["weight_hr"] = _grad_weight_hr(call, saved, dgates)
     return tuple(grads[name] if needed else None for name, needed in need.items())
 
 
-def _grad_weights(
-    plan: _Plan, output: Tensor, saved: Tensor, dgates: Tensor, h_before: Tensor, need: dict[str, bool]
-) -> dict[str, Tensor | None]:
-    hidden_size, columns, call = plan.hidden_size, plan.gate_columns, plan.call
-    reset_before, bfloat16 = plan.name == "gru_reset_before", call.input.dtype == torch.bfloat16
-    if bfloat16:
-        grad_ih, grad_hh, sums = _bfloat16_products(plan, dgates, h_before, need)
-    else:
-        grad_ih, grad_hh, sums = operators().weight_gradients(
-            plan.kind, dgates, plan.input, output, plan.h_0, plan.lengths, plan.resets, hidden_size, call.reverse,
-            need["weight_ih"], need["weight_hh"] and not reset_before,
-        )  # fmt: skip
-    if need["weight_hh"] and reset_before:
-        reset_h = saved[: h_before.shape[0], :hidden_size] * h_before   # (N, H)
-        grad_hh = torch.cat(
-            (dgates[:, : 2 * hidden_size].t() @ h_before, dgates[:, 2 * hidden_size :].t() @ reset_h)
-        )
+def _grad_biases(call: Call, kind: str, sums: Tensor) -> tuple[Tensor, Tensor]:
+    hidden_size, columns = call.hidden_size, call.hidden_size * len(call.cell.gates)
     # Two tensors, so that accumulating into one bias' gradient does not change the other's.
-    grad_bias_ih, grad_bias_hh = sums[:columns].clone(), sums[:columns].clone()
-    if plan.name == "gru":
-        grad_bias_hh[2 * hidden_size :] = sums[columns:]
-    return {"weight_ih": grad_ih, "weight_hh": grad_hh, "bias_ih": grad_bias_ih, "bias_hh": grad_bias_hh}
+    grad_ih = sums[:columns].clone()
+    if kind == "gru":
+        return grad_ih, torch.cat((sums[: 2 * hidden_size], sums[columns:]))
+    return grad_ih, grad_ih.clone()
 
 
 def _bfloat16_products(
-    plan: _Plan, dgates: Tensor, h_before: Tensor, need: dict[str, bool]
+    call: Call, dgates: Tensor, h_before: Tensor, lengths: Tensor | None, need: dict[str, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """torch's, which use the matrix instructions for bfloat16 where there are any."""
-    hidden_size, columns, call = plan.hidden_size, plan.gate_columns, plan.call
+    hidden_size, columns = call.hidden_size, call.hidden_size * len(call.cell.gates)
     grad_ih = grad_hh = None
     if need["weight_ih"]:
-        time, batch, input_size = call.input.shape
-        x = call.input.reshape(time * batch, input_size)
-        if plan.lengths is not None:
-            x = x.index_select(0, operators().places(plan.lengths, time, call.reverse))
+        steps, batch, input_size = call.input.shape
+        x = call.input.reshape(steps * batch, input_size)
+        if lengths is not None:
+            x = x.index_select(0, operators().places.default(lengths, steps, call.reverse))
         grad_ih = dgates[:, :columns].t() @ x
-    if need["weight_hh"] and plan.name != "gru_reset_before":
+    if need["weight_hh"] and h_before.shape[0] == dgates.shape[0]:
         grad_hh = dgates[:, :columns].t() @ h_before
-        if plan.name == "gru":
+        if dgates.shape[1] > columns and call.cell.name == "gru":
             grad_hh[2 * hidden_size :] = dgates[:, columns:].t() @ h_before
     return grad_ih, grad_hh, dgates.sum(0)
 
 
-def _grad_weight_hr(plan: _Plan, saved: Tensor, dgates: Tensor) -> Tensor:
-    hidden_size = plan.hidden_size
+def _reset_before_product(call: Call, saved: Tensor, dgates: Tensor, h_before: Tensor) -> Tensor:
+    hidden_size = call.hidden_size
+    reset_h = saved[: h_before.shape[0], :hidden_size] * h_before   # (N, H)
+    return torch.cat((dgates[:, : 2 * hidden_size].t() @ h_before, dgates[:, 2 * hidden_size :].t() @ reset_h))
+
+
+def _grad_weight_hr(call: Call, saved: Tensor, dgates: Tensor) -> Tensor:
+    hidden_size = call.hidden_size
     kept = saved[: dgates.shape[0]]
     before_projection = kept[:, 3 * hidden_size : 4 * hidden_size] * kept[:, 4 * hidden_size :].tanh()   # (N, H)
     return dgates[:, 4 * hidden_size :].t() @ before_projection
