@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the cells share: the carried h, the input's product by chunks of steps, the gradient that arrives at h.
+#pragma once
+
+#include "../sequence.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+// What every cell's forward shares: h between steps, in the computed type, by rank and double-buffered, because all of
+// h_{t-1} is read while h_t is written.
+template <class S>
+class ForwardBase {
+public:
+    using A = computed<S>;
+    using V = Vec<A>;
+    static constexpr int lanes = width<A>;
+
+    int64_t chunk_steps() const { return chunk_steps_; }
+    int64_t first_slot(const Team& team) const {
+        return team.index * chunk_steps_ * ceil_div(p_.rows.batch, team.count);
+    }
+
+protected:
+    // input_columns: of the packed input weights, all gates.
+    ForwardBase(const ForwardProblem& p, const Sharing& sharing, int64_t input_columns)
+        : p_(p),
+          hidden_(p.hidden),
+          projected_(p.projected),
+          h_stride_(padded<A>(p.projected)),
+          x_stride_(padded<A>(p.input_size)),
+          chunk_steps_(sharing.chunk_steps),
+          input_columns_(input_columns),
+          h_{{p.rows.batch * h_stride_, p.poison}, {p.rows.batch * h_stride_, p.poison}},
+          x_(chunk_steps_ * (p.rows.batch + sharing.teams) * x_stride_, p.poison),
+          x_gates_(chunk_steps_ * (p.rows.batch + sharing.teams) * input_columns, p.poison) {}
+
+    static void copy(A* to, const S* from, int64_t count) {
+        for (int64_t k = 0; k < count; k += lanes) store(to + k, load(from + k, count - k), count - k);
+    }
+
+    // Copies the inputs of a chunk of steps side by side, in the computed type. Returns how many rows they are.
+    int64_t gather(Team& team, const Share& share, int64_t step, int64_t end) const {
+        const int64_t first = first_slot(team);
+        int64_t slot = 0;
+        for (; step < end; ++step)
+            for (int64_t i = 0; i < share.live(step); ++i, ++slot) {
+                if (slot % team.crew.size() != team.crew.rank()) continue;
+                const int64_t place = share.place(step, share.rank(i)), batch = p_.rows.batch;
+                const S* from = static_cast<const S*>(p_.input) + place / batch * p_.input_time_stride +
+                                place % batch * p_.input_batch_stride;
+                A* to = x_ + (first + slot) * x_stride_;
+                copy(to, from, p_.input_size);
+            }
+        team.crew.wait();
+        return slot;
+    }
+
+    // The product of the gathered inputs and this thread's panels, which lie from `offset` in a slot's gates.
+    template <int C>
+    void multiply_gathered(const Team& team, int64_t count, const Panels<A, C>& panels, int64_t offset) const {
+        const int64_t first = first_slot(team);
+        multiply(x_ + first * x_stride_, x_stride_, count, panels, team.crew.begin(panels.count),
+                 team.crew.end(panels.count), [&](int64_t slot, int64_t panel, const A* sums) {
+                     A* to = x_gates_ + (first + slot) * input_columns_ + offset + panel * panels.columns;
+                     for (int c = 0; c < C; ++c) store(to + c * lanes, load(sums + c * lanes));
+                 });
+    }
+
+    const A* x_gates(const LiveRow& row) const { return x_gates_ + row.slot * input_columns_; }
+
+    // The state that enters a row's first step, and the final state of a row that has none.
+    void start(const Crew& all, const void* initial, void* final, A* carried, int64_t stride, int64_t size) const {
+        const Rows& rows = p_.rows;
+        for (int64_t rank = all.begin(rows.batch); rank < all.end(rows.batch); ++rank) {
+            const int64_t row = rows.order[rank];
+            const bool cut = rows.resets && !rows.reverse && rows.length[rank] > 0 && rows.resets[row];
+            for (int64_t unit = 0; unit < size; unit += lanes) {
+                const V state = load(static_cast<const S*>(initial) + row * size + unit, size - unit);
+                store(carried + rank * stride + unit, cut ? V{} : state, size - unit);
+                if (rows.length[rank] == 0) store(static_cast<S*>(final) + row * size + unit, state, size - unit);
+            }
+        }
+    }
+    void start_h(const Crew& all) const { start(all, p_.h_0, p_.h_n, h_[0] + 0, h_stride_, projected_); }
+
+    const A* h_before(int64_t step, int64_t rank) const { return h_[step & 1] + rank * h_stride_; }
+
+    void write_h(const LiveRow& row, int64_t step, int64_t unit, int64_t valid, V h) const {
+        store(static_cast<S*>(p_.output) + row.place * projected_ + unit, h, valid);
+        store(h_[(step + 1) & 1] + row.rank * h_stride_ + unit, row.cut_next ? V{} : h, valid);
+        if (row.last) store(static_cast<S*>(p_.h_n) + row.row * projected_ + unit, h, valid);
+    }
+
+    // Where the row's gates are to be kept; only if p_.saved.
+    S* saved(const LiveRow& row) const { return static_cast<S*>(p_.saved) + row.position * p_.saved_stride; }
+
+    const ForwardProblem& p_;
+    const int64_t hidden_, projected_, h_stride_, x_stride_, chunk_steps_, input_columns_;
+    const Buffer<A> h_[2];          // by rank
+    const Buffer<A> x_, x_gates_;   // of a chunk of steps, by team and slot
+};
+
+// What every cell's backward shares: the gradient that arrives at h, and the h that entered a step.
+template <class S>
+class BackwardBase {
+public:
+    using A = computed<S>;
+    using V = Vec<A>;
+    static constexpr int lanes = width<A>;
+    static constexpr int wide = 2;   // vectors in a panel of columns
+    using Columns = Panels<A, wide>;
+
+protected:
+    explicit BackwardBase(const BackwardProblem& p) : p_(p), hidden_(p.hidden), projected_(p.projected) {}
+
+    static int64_t column_panels(int64_t columns) { return ceil_div(columns, wide * lanes); }
+
+    static void pack(const Crew& all, const Columns& panels, const void* matrix, int64_t columns) {
+        for (int64_t panel = all.begin(panels.count); panel < all.end(panels.count); ++panel)
+            panels.pack_columns(panel, static_cast<const S*>(matrix), columns);
+    }
+
+    // Calls point(row, unit, valid units, sum) for this thread's columns of all live rows, where sum is the product of
+    // `flow` (by rank, of the step after) and the panels, and zero for rows whose last step this is.
+    template <class Point>
+    static void flow_back(const Crew& crew, const Share& share, int64_t step, const A* flow, int64_t stride,
+                          const Columns& panels, int64_t columns, int64_t with_product, Point&& point) {
+        const auto each = [&](int64_t i, int64_t panel, const A* sums) {
+            for (int c = 0; c < wide; ++c) {
+                const int64_t unit = (panel * wide + c) * lanes;
+                if (unit < columns) point(share[i], unit, columns - unit, load(sums + c * lanes));
+            }
+        };
+        const int64_t begin = crew.begin(panels.count), end = crew.end(panels.count);
+        multiply(flow + share.first() * stride, share.stride() * stride, with_product, panels, begin, end, each);
+        no_product(with_product, share.live(step), panels, begin, end, each);
+    }
+
+    // What reaches h at this step: from the output, and from the step after unless a reset stands between.
+    V grad_h(const LiveRow& row, int64_t unit, int64_t valid, V from_next) const {
+        V dh = row.cut_next ? V{} : from_next;
+        if (row.last) dh = from(p_.grad_h_n, row.row * projected_ + unit, valid);
+        if (p_.grad_output) dh += from(p_.grad_output, row.place * projected_ + unit, valid);
+        return dh;
+    }
+
+    V h_before(const LiveRow& row, int64_t unit, int64_t valid) const {
+        V h{};
+        if (!row.cut)
+            h = row.first ? from(p_.h_0, row.row * projected_ + unit, valid)
+                          : from(p_.output, row.place_before * projected_ + unit, valid);
+        if (p_.h_before) store(static_cast<S*>(p_.h_before) + row.position * projected_ + unit, h, valid);
+        return h;
+    }
+
+    static V from(const void* tensor, int64_t offset, int64_t valid) {
+        return tensor ? load(static_cast<const S*>(tensor) + offset, valid) : V{};
+    }
+
+    const S* saved(int64_t position) const {
+        return static_cast<const S*>(p_.saved) + position * p_.saved_stride;
+    }
+    S* dgates(const LiveRow& row) const { return static_cast<S*>(p_.dgates) + row.position * p_.dgates_stride; }
+
+    // The gradient of an initial state that no step used is that of the final state.
+    void pass_through(const Crew& crew, const Share& share, const void* grad_final, void* grad_initial,
+                      int64_t size) const {
+        for (int64_t i = share.live(0) + crew.rank(); i < share.all(); i += crew.size()) {
+            const int64_t row = p_.rows.order[share.rank(i)];
+            for (int64_t unit = 0; unit < size; unit += lanes)
+                store(static_cast<S*>(grad_initial) + row * size + unit,
+                      from(grad_final, row * size + unit, size - unit), size - unit);
+        }
+    }
+
+    const BackwardProblem& p_;
+    const int64_t hidden_, projected_;
+};
+
+}  // namespace tidegate::TIDEGATE_ISA

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vanilla RNN: h' = act(W_ih x + b_ih + W_hh h + b_hh), act being tanh or relu. The output says all that the
+// backward needs, so nothing is saved. Columns of `dgates`: the gradient of the pre-activation.
+#pragma once
+
+#include "base.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+struct TanhUnit {
+    template <class A>
+    static Vec<A> apply(Vec<A> x) {
+        return tanh<A>(x);
+    }
+    template <class A>
+    static Vec<A> slope(Vec<A> h) {
+        return 1 - h * h;
+    }
+};
+struct ReluUnit {
+    template <class A>
+    static Vec<A> apply(Vec<A> x) {
+        return x <= 0 ? Vec<A>{} : x;   // a NaN stays
+    }
+    template <class A>
+    static Vec<A> slope(Vec<A> h) {
+        const Vec<A> one = splat<A>(1);
+        return h <= 0 ? Vec<A>{} : one;
+    }
+};
+
+template <class S, class Unit>
+class ElmanForward : public ForwardBase<S> {
+    using Base = ForwardBase<S>;
+    using Base::h_before, Base::hidden_, Base::lanes, Base::p_, Base::x_gates;
+    using typename Base::A, typename Base::V;
+    static constexpr int wide = 2;   // vectors of units in a panel
+
+public:
+    static double row_flops(const ForwardProblem& p) { return 2.0 * p.hidden * (p.hidden + p.input_size); }
+    static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
+
+    ElmanForward(const ForwardProblem& p, const Sharing& sharing)
+        : Base(p, sharing, panels_of(p) * wide * lanes),
+          input_weights_(panels_of(p), p.input_size, p.poison),
+          weights_(panels_of(p), p.hidden, p.poison) {}
+
+    void prepare(const Crew& all) const {
+        for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
+            for (int c = 0; c < wide; ++c) {
+                const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ > unit ? hidden_ - unit : 0;
+                input_weights_.template pack<S>(panel, c, p_.weight_ih, p_.bias_ih, unit, valid);
+                weights_.template pack<S>(panel, c, p_.weight_hh, p_.bias_hh, unit, valid);
+            }
+        this->start_h(all);
+    }
+
+    void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+    }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        multiply(h_before(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
+                 crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
+                     const A* x = x_gates(share[i]) + panel * weights_.columns;
+                     for (int c = 0; c < wide; ++c) {
+                         const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ - unit;
+                         if (valid <= 0) return;
+                         const V pre_activation = load(x + c * lanes) + load(sums + c * lanes);
+                         this->write_h(share[i], step, unit, valid, Unit::template apply<A>(pre_activation));
+                     }
+                 });
+        crew.wait();
+    }
+
+private:
+    const Panels<A, wide> input_weights_, weights_;
+};
+
+template <class S, class Unit>
+class ElmanBackward : public BackwardBase<S> {
+    using Base = BackwardBase<S>;
+    using Base::hidden_, Base::lanes, Base::p_;
+    using typename Base::A, typename Base::V, typename Base::Columns;
+
+public:
+    static double row_flops(const BackwardProblem& p) { return 2.0 * p.hidden * p.hidden; }
+    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.hidden); }
+
+    ElmanBackward(const BackwardProblem& p, const Sharing&)
+        : Base(p),
+          weights_(panels_of(p), p.hidden, p.poison),
+          stride_(padded<A>(p.hidden)),
+          flow_{{p.rows.batch * stride_, p.poison}, {p.rows.batch * stride_, p.poison}} {}
+
+    void prepare(const Crew& all) const { Base::pack(all, weights_, p_.weight_hh, hidden_); }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, stride_, weights_, hidden_, share.live(step + 1),
+                        [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
+                            const V h = Base::from(p_.output, row.place * hidden_ + unit, valid);
+                            const V d = this->grad_h(row, unit, valid, sum) * Unit::template slope<A>(h);
+                            if (p_.h_before) this->h_before(row, unit, valid);
+                            store(flow_[step & 1] + row.rank * stride_ + unit, d, valid);
+                            store(this->dgates(row) + unit, d, valid);
+                        });
+        crew.wait();
+    }
+
+    void finish(Crew& crew, Share& share) const {
+        if (share.live(0) > 0) share.enter(0);
+        Base::flow_back(crew, share, 0, flow_[0] + 0, stride_, weights_, hidden_, share.live(0),
+                        [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
+                            store(static_cast<S*>(p_.dh_0) + row.row * hidden_ + unit, row.cut ? V{} : sum, valid);
+                        });
+        this->pass_through(crew, share, p_.grad_h_n, p_.dh_0, hidden_);
+    }
+
+private:
+    const Columns weights_;
+    const int64_t stride_;
+    const Buffer<A> flow_[2];   // the gradient of the pre-activation, by rank
+};
+
+}  // namespace tidegate::TIDEGATE_ISA

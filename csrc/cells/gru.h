@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// The GRU: h' = (1 - z) n + z h; see cells.py for its two forms and their sources.
+//
+// Columns of `saved`: r, z, n, and for the reset-after form also W_hn h + b_hn.
+// Columns of `dgates`: dr, dz, dn (of x's side), and for the reset-after form dn r (of h's side).
+#pragma once
+
+#include "base.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+// A vector of units, from r's and z's pre-activations, n's two parts and h.
+template <class A>
+struct GruUnit {
+    Vec<A> r, z, n, h;
+};
+template <class A>
+inline GruUnit<A> gru_unit(Vec<A> r, Vec<A> z, Vec<A> x_n, Vec<A> h_n, Vec<A> h) {
+    r = sigmoid<A>(r);
+    z = sigmoid<A>(z);
+    const Vec<A> n = tanh<A>(x_n + r * h_n);
+    return {r, z, n, n + z * (h - n)};
+}
+
+template <class S>
+class GruForward : public ForwardBase<S> {
+    using Base = ForwardBase<S>;
+    using Base::h_before, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
+    using typename Base::A, typename Base::V;
+
+public:
+    static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
+    static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
+
+    GruForward(const ForwardProblem& p, const Sharing& sharing)
+        : Base(p, sharing, panels_of(p) * 3 * lanes),
+          input_weights_(panels_of(p), p.input_size, p.poison),
+          weights_(panels_of(p), p.hidden, p.poison) {}
+
+    void prepare(const Crew& all) const {
+        for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
+            for (int gate = 0; gate < 3; ++gate) {
+                const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
+                input_weights_.template pack<S>(panel, gate, p_.weight_ih, p_.bias_ih, first, valid);
+                weights_.template pack<S>(panel, gate, p_.weight_hh, p_.bias_hh, first, valid);
+            }
+        this->start_h(all);
+    }
+
+    void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+    }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        multiply(h_before(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
+                 crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
+                     point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
+                 });
+        crew.wait();
+    }
+
+private:
+    void point(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
+        const int64_t valid = hidden_ - unit;
+        const V h_n = load(sums + 2 * lanes);
+        const auto [r, z, n, h] = gru_unit<A>(load(x) + load(sums), load(x + lanes) + load(sums + lanes),
+                                              load(x + 2 * lanes), h_n, load(h_before(step, row.rank) + unit, valid));
+        this->write_h(row, step, unit, valid, h);
+        if (!p_.saved) return;
+        S* at = saved(row) + unit;
+        store(at, r, valid);
+        store(at + hidden_, z, valid);
+        store(at + 2 * hidden_, n, valid);
+        store(at + 3 * hidden_, h_n, valid);
+    }
+
+    const Panels<A, 3> input_weights_, weights_;
+};
+
+template <class S>
+class GruBackward : public BackwardBase<S> {
+    using Base = BackwardBase<S>;
+    using Base::hidden_, Base::lanes, Base::p_;
+    using typename Base::A, typename Base::V, typename Base::Columns;
+
+public:
+    static double row_flops(const BackwardProblem& p) { return 6.0 * p.hidden * p.hidden; }
+    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.hidden); }
+
+    GruBackward(const BackwardProblem& p, const Sharing&)
+        : Base(p),
+          weights_(panels_of(p), 3 * p.hidden, p.poison),
+          flow_stride_(padded<A>(3 * p.hidden)),
+          carry_stride_(padded<A>(p.hidden)),
+          flow_{{p.rows.batch * flow_stride_, p.poison}, {p.rows.batch * flow_stride_, p.poison}},
+          carry_(p.rows.batch * carry_stride_, p.poison) {}
+
+    void prepare(const Crew& all) const { Base::pack(all, weights_, p_.weight_hh, hidden_); }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, flow_stride_, weights_, hidden_,
+                        share.live(step + 1), [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
+                            point(row, flow_[step & 1] + row.rank * flow_stride_, unit, valid, sum);
+                        });
+        crew.wait();
+    }
+
+    void finish(Crew& crew, Share& share) const {
+        if (share.live(0) > 0) share.enter(0);
+        Base::flow_back(crew, share, 0, flow_[0] + 0, flow_stride_, weights_, hidden_, share.live(0),
+                        [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
+                            const V dh = row.cut ? V{} : sum + load(carry(row) + unit, valid);
+                            store(static_cast<S*>(p_.dh_0) + row.row * hidden_ + unit, dh, valid);
+                        });
+        this->pass_through(crew, share, p_.grad_h_n, p_.dh_0, hidden_);
+    }
+
+private:
+    A* carry(const LiveRow& row) const { return carry_ + row.rank * carry_stride_; }
+
+    void point(const LiveRow& row, A* flow, int64_t unit, int64_t valid, V sum) const {
+        if (!row.last) sum += load(carry(row) + unit, valid);
+        const V dh = this->grad_h(row, unit, valid, sum);
+        const S* at = this->saved(row.position) + unit;
+        const V r = load(at, valid), z = load(at + hidden_, valid), n = load(at + 2 * hidden_, valid);
+        const V h_n = load(at + 3 * hidden_, valid);
+        const V h = this->h_before(row, unit, valid);
+        const V dz = dh * (h - n) * z * (1 - z);
+        const V dn = dh * (1 - z) * (1 - n * n);
+        const V dr = dn * h_n * r * (1 - r);
+        const V dh_n = dn * r;
+        store(carry(row) + unit, dh * z, valid);
+        flow += unit;
+        store(flow, dr, valid);
+        store(flow + hidden_, dz, valid);
+        store(flow + 2 * hidden_, dh_n, valid);
+        S* to = this->dgates(row) + unit;
+        store(to, dr, valid);
+        store(to + hidden_, dz, valid);
+        store(to + 2 * hidden_, dn, valid);
+        store(to + 3 * hidden_, dh_n, valid);
+    }
+
+    const Columns weights_;
+    const int64_t flow_stride_, carry_stride_;
+    const Buffer<A> flow_[2];   // what the recurrent product reads: dr, dz, dn r, by rank
+    const Buffer<A> carry_;     // dh z, by rank
+};
+
+}  // namespace tidegate::TIDEGATE_ISA

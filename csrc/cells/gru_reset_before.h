@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// The GRU that resets before the product: n = tanh(W_in x + b_in + W_hn (r h) + b_hn). Two products a step, one after
+// the other. Columns of `saved` and `dgates`: r, z, n.
+#pragma once
+
+#include "base.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+template <class S>
+class GruResetBeforeForward : public ForwardBase<S> {
+    using Base = ForwardBase<S>;
+    using Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
+    using typename Base::A, typename Base::V;
+    static constexpr int wide = 2;   // vectors of units in a panel of W_hn
+
+public:
+    static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
+    static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
+
+    GruResetBeforeForward(const ForwardProblem& p, const Sharing& sharing)
+        : Base(p, sharing, (ceil_div(p.hidden, lanes) + panels_of(p)) * 2 * lanes),
+          input_rz_(ceil_div(p.hidden, lanes), p.input_size, p.poison),
+          weights_rz_(input_rz_.count, p.hidden, p.poison),
+          input_n_(panels_of(p), p.input_size, p.poison),
+          weights_n_(panels_of(p), p.hidden, p.poison),
+          n_offset_(input_rz_.count * input_rz_.columns),
+          reset_h_(p.rows.batch * h_stride_, p.poison),
+          z_(p.rows.batch * h_stride_, p.poison) {}
+
+    void prepare(const Crew& all) const {
+        for (int64_t panel = all.begin(weights_rz_.count); panel < all.end(weights_rz_.count); ++panel)
+            for (int gate = 0; gate < 2; ++gate)
+                pack(input_rz_, weights_rz_, panel, gate, gate * hidden_, panel * lanes);
+        for (int64_t panel = all.begin(weights_n_.count); panel < all.end(weights_n_.count); ++panel)
+            for (int c = 0; c < wide; ++c)
+                pack(input_n_, weights_n_, panel, c, 2 * hidden_, (panel * wide + c) * lanes);
+        this->start_h(all);
+    }
+
+    void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
+        const int64_t count = this->gather(team, share, step, end);
+        this->multiply_gathered(team, count, input_rz_, 0);
+        this->multiply_gathered(team, count, input_n_, n_offset_);
+    }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        const int64_t count = share.live(step), stride = share.stride() * h_stride_;
+        multiply(h_before(step, share.first()), stride, count, weights_rz_, crew.begin(weights_rz_.count),
+                 crew.end(weights_rz_.count), [&](int64_t i, int64_t panel, const A* sums) {
+                     reset(share[i], step, panel * lanes, x_gates(share[i]) + panel * 2 * lanes, sums);
+                 });
+        crew.wait();
+        multiply(reset_h_ + share.first() * h_stride_, stride, count, weights_n_, crew.begin(weights_n_.count),
+                 crew.end(weights_n_.count), [&](int64_t i, int64_t panel, const A* sums) {
+                     const A* x = x_gates(share[i]) + n_offset_ + panel * wide * lanes;
+                     for (int c = 0; c < wide; ++c)
+                         update(share[i], step, (panel * wide + c) * lanes, load(x + c * lanes) + load(sums + c * lanes));
+                 });
+        crew.wait();
+    }
+
+private:
+    void pack(const Panels<A, 2>& input, const Panels<A, 2>& recurrent, int64_t panel, int c, int64_t first,
+              int64_t unit) const {
+        const int64_t valid = hidden_ > unit ? hidden_ - unit : 0;
+        input.template pack<S>(panel, c, p_.weight_ih, p_.bias_ih, first + unit, valid);
+        recurrent.template pack<S>(panel, c, p_.weight_hh, p_.bias_hh, first + unit, valid);
+    }
+
+    void reset(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
+        const int64_t valid = hidden_ - unit, own = row.rank * h_stride_ + unit;
+        const V r = sigmoid<A>(load(x) + load(sums));
+        const V z = sigmoid<A>(load(x + lanes) + load(sums + lanes));
+        store(reset_h_ + own, r * load(h_before(step, row.rank) + unit, valid), valid);
+        store(z_ + own, z, valid);
+        if (!p_.saved) return;
+        store(saved(row) + unit, r, valid);
+        store(saved(row) + hidden_ + unit, z, valid);
+    }
+
+    void update(const LiveRow& row, int64_t step, int64_t unit, V pre_activation) const {
+        const int64_t valid = hidden_ - unit;
+        if (valid <= 0) return;
+        const V n = tanh<A>(pre_activation);
+        const V z = load(z_ + row.rank * h_stride_ + unit, valid);
+        const V h = load(h_before(step, row.rank) + unit, valid);
+        this->write_h(row, step, unit, valid, n + z * (h - n));
+        if (p_.saved) store(saved(row) + 2 * hidden_ + unit, n, valid);
+    }
+
+    const Panels<A, 2> input_rz_, weights_rz_, input_n_, weights_n_;
+    const int64_t n_offset_;        // of n's product among a slot's gates
+    const Buffer<A> reset_h_, z_;   // by rank
+};
+
+template <class S>
+class GruResetBeforeBackward : public BackwardBase<S> {
+    using Base = BackwardBase<S>;
+    using Base::hidden_, Base::lanes, Base::p_;
+    using typename Base::A, typename Base::V, typename Base::Columns;
+
+public:
+    static double row_flops(const BackwardProblem& p) { return 6.0 * p.hidden * p.hidden; }
+    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.hidden); }
+
+    GruResetBeforeBackward(const BackwardProblem& p, const Sharing&)
+        : Base(p),
+          weights_rz_(Base::column_panels(p.hidden), 2 * p.hidden, p.poison),
+          weights_n_(Base::column_panels(p.hidden), p.hidden, p.poison),
+          rz_stride_(padded<A>(2 * p.hidden)),
+          stride_(padded<A>(p.hidden)),
+          flow_rz_(p.rows.batch * rz_stride_, p.poison),
+          flow_n_(p.rows.batch * stride_, p.poison),
+          carry_(p.rows.batch * stride_, p.poison) {}
+
+
+    void prepare(const Crew& all) const {
+        const S* weight = static_cast<const S*>(p_.weight_hh);
+        Base::pack(all, weights_rz_, weight, hidden_);
+        Base::pack(all, weights_n_, weight + 2 * hidden_ * hidden_, hidden_);
+    }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        Base::flow_back(crew, share, step, flow_rz_ + 0, rz_stride_, weights_rz_, hidden_, share.live(step + 1),
+                        [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) { update(row, unit, valid, sum); });
+        crew.wait();
+        Base::flow_back(crew, share, step, flow_n_ + 0, stride_, weights_n_, hidden_, share.live(step),
+                        [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) { reset(row, unit, valid, sum); });
+        crew.wait();
+    }
+
+    void finish(Crew& crew, Share& share) const {
+        if (share.live(0) > 0) share.enter(0);
+        Base::flow_back(crew, share, 0, flow_rz_ + 0, rz_stride_, weights_rz_, hidden_, share.live(0),
+                        [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
+                            const V dh = row.cut ? V{} : sum + load(carry_ + row.rank * stride_ + unit, valid);
+                            store(static_cast<S*>(p_.dh_0) + row.row * hidden_ + unit, dh, valid);
+                        });
+        this->pass_through(crew, share, p_.grad_h_n, p_.dh_0, hidden_);
+    }
+
+private:
+    // dz and dn, from dh.
+    void update(const LiveRow& row, int64_t unit, int64_t valid, V sum) const {
+        const int64_t own = row.rank * stride_ + unit;
+        if (!row.last) sum += load(carry_ + own, valid);
+        const V dh = this->grad_h(row, unit, valid, sum);
+        const S* at = this->saved(row.position) + unit;
+        const V z = load(at + hidden_, valid), n = load(at + 2 * hidden_, valid);
+        const V h = this->h_before(row, unit, valid);
+        const V dz = dh * (h - n) * z * (1 - z);
+        const V dn = dh * (1 - z) * (1 - n * n);
+        store(carry_ + own, dh * z, valid);
+        store(flow_n_ + own, dn, valid);
+        S* to = this->dgates(row) + unit;
+        store(to + hidden_, dz, valid);
+        store(to + 2 * hidden_, dn, valid);
+    }
+
+    // dr, from the gradient of r h. dz is read back here: flow_rz_ was still being read when it was computed.
+    void reset(const LiveRow& row, int64_t unit, int64_t valid, V dreset_h) const {
+        const int64_t own = row.rank * stride_ + unit;
+        const V r = load(this->saved(row.position) + unit, valid);
+        const V h = this->h_before(row, unit, valid);
+        const V dr = dreset_h * h * r * (1 - r);
+        S* to = this->dgates(row) + unit;
+        store(carry_ + own, load(carry_ + own, valid) + dreset_h * r, valid);
+        A* flow = flow_rz_ + row.rank * rz_stride_ + unit;
+        store(flow, dr, valid);
+        store(flow + hidden_, load(to + hidden_, valid), valid);
+        store(to, dr, valid);
+    }
+
+    const Columns weights_rz_, weights_n_;
+    const int64_t rz_stride_, stride_;
+    const Buffer<A> flow_rz_, flow_n_, carry_;   // by rank
+};
+
+}  // namespace tidegate::TIDEGATE_ISA

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// The LSTM: c' = f c + i g; m = o tanh(c'); h' = m, or W_hr m with a projection.
+//
+// Columns of `saved`: i, f, g, o, c'.
+// Columns of `dgates`: di, df, dg, do, and with a projection also dh'.
+#pragma once
+
+#include "base.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+// A vector of units, from the pre-activations and c.
+template <class A>
+struct LstmUnit {
+    Vec<A> i, f, g, o, c, m;
+};
+template <class A>
+inline LstmUnit<A> lstm_unit(Vec<A> i, Vec<A> f, Vec<A> g, Vec<A> o, Vec<A> c) {
+    i = sigmoid<A>(i);
+    f = sigmoid<A>(f);
+    g = tanh<A>(g);
+    o = sigmoid<A>(o);
+    c = f * c + i * g;
+    return {i, f, g, o, c, o * tanh<A>(c)};
+}
+
+template <class S>
+class LstmForward : public ForwardBase<S> {
+    using Base = ForwardBase<S>;
+    using Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::projected_, Base::saved,
+        Base::x_gates;
+    using typename Base::A, typename Base::V;
+    static constexpr int wide = 2;   // vectors of h in a panel of W_hr
+
+public:
+    static double row_flops(const ForwardProblem& p) { return 8.0 * p.hidden * (p.projected + p.input_size); }
+    static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
+
+    LstmForward(const ForwardProblem& p, const Sharing& sharing)
+        : Base(p, sharing, panels_of(p) * 4 * lanes),
+          input_weights_(panels_of(p), p.input_size, p.poison),
+          weights_(panels_of(p), p.projected, p.poison),
+          projection_(p.weight_hr ? ceil_div(p.projected, wide * lanes) : 0, p.hidden, p.poison),
+          c_stride_(padded<A>(p.hidden)),
+          c_(p.rows.batch * c_stride_, p.poison),
+          m_(p.weight_hr ? p.rows.batch * c_stride_ : 0, p.poison) {}
+
+    void prepare(const Crew& all) const {
+        for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
+            for (int gate = 0; gate < 4; ++gate) {
+                const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
+                input_weights_.template pack<S>(panel, gate, p_.weight_ih, p_.bias_ih, first, valid);
+                weights_.template pack<S>(panel, gate, p_.weight_hh, p_.bias_hh, first, valid);
+            }
+        for (int64_t panel = all.begin(projection_.count); panel < all.end(projection_.count); ++panel)
+            for (int c = 0; c < wide; ++c) {
+                const int64_t unit = (panel * wide + c) * lanes, valid = projected_ > unit ? projected_ - unit : 0;
+                projection_.template pack<S>(panel, c, p_.weight_hr, nullptr, unit, valid);
+            }
+        this->start_h(all);
+        this->start(all, p_.c_0, p_.c_n, c_ + 0, c_stride_, hidden_);
+    }
+
+    void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+    }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        multiply(h_before(step, share.first()), share.stride() * h_stride_, share.live(step), weights_,
+                 crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
+                     point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
+                 });
+        crew.wait();
+        if (!p_.weight_hr) return;
+        multiply(m_ + share.first() * c_stride_, share.stride() * c_stride_, share.live(step), projection_,
+                 crew.begin(projection_.count), crew.end(projection_.count),
+                 [&](int64_t i, int64_t panel, const A* sums) {
+                     for (int c = 0; c < wide; ++c) {
+                         const int64_t unit = (panel * wide + c) * lanes;
+                         if (unit < projected_)
+                             this->write_h(share[i], step, unit, projected_ - unit, load(sums + c * lanes));
+                     }
+                 });
+        crew.wait();
+    }
+
+private:
+    void point(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
+        const int64_t valid = hidden_ - unit;
+        A* carried = c_ + row.rank * c_stride_ + unit;
+        const auto [i, f, g, o, c, m] =
+            lstm_unit<A>(load(x) + load(sums), load(x + lanes) + load(sums + lanes),
+                         load(x + 2 * lanes) + load(sums + 2 * lanes), load(x + 3 * lanes) + load(sums + 3 * lanes),
+                         load(carried, valid));
+        store(carried, row.cut_next ? V{} : c, valid);
+        if (row.last) store(static_cast<S*>(p_.c_n) + row.row * hidden_ + unit, c, valid);
+        if (p_.weight_hr) store(m_ + row.rank * c_stride_ + unit, m, valid);
+        else this->write_h(row, step, unit, valid, m);
+        if (!p_.saved) return;
+        S* at = saved(row) + unit;
+        store(at, i, valid);
+        store(at + hidden_, f, valid);
+        store(at + 2 * hidden_, g, valid);
+        store(at + 3 * hidden_, o, valid);
+        store(at + 4 * hidden_, c, valid);
+    }
+
+    const Panels<A, 4> input_weights_, weights_;
+    const Panels<A, wide> projection_;
+    const int64_t c_stride_;
+    const Buffer<A> c_, m_;   // by rank
+};
+
+template <class S>
+class LstmBackward : public BackwardBase<S> {
+    using Base = BackwardBase<S>;
+    using Base::hidden_, Base::lanes, Base::p_, Base::projected_;
+    using typename Base::A, typename Base::V, typename Base::Columns;
+
+public:
+    static double row_flops(const BackwardProblem& p) { return 8.0 * p.hidden * p.projected; }
+    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.projected); }
+
+    LstmBackward(const BackwardProblem& p, const Sharing&)
+        : Base(p),
+          weights_(panels_of(p), 4 * p.hidden, p.poison),
+          projection_(p.weight_hr ? Base::column_panels(p.hidden) : 0, p.projected, p.poison),
+          flow_stride_(padded<A>(4 * p.hidden)),
+          c_stride_(padded<A>(p.hidden)),
+          dh_stride_(padded<A>(p.projected)),
+          flow_{{p.rows.batch * flow_stride_, p.poison}, {p.rows.batch * flow_stride_, p.poison}},
+          carry_(p.rows.batch * c_stride_, p.poison),
+          dh_(p.weight_hr ? p.rows.batch * dh_stride_ : 0, p.poison) {}
+
+
+    void prepare(const Crew& all) const {
+        Base::pack(all, weights_, p_.weight_hh, projected_);
+        if (p_.weight_hr) Base::pack(all, projection_, p_.weight_hr, hidden_);
+    }
+
+    void step(Crew& crew, const Share& share, int64_t step) const {
+        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, flow_stride_, weights_, projected_,
+                        share.live(step + 1), [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
+                            const V dh = this->grad_h(row, unit, valid, sum);
+                            if (p_.h_before) this->h_before(row, unit, valid);
+                            if (!p_.weight_hr) return point(row, step, unit, valid, dh);
+                            store(dh_ + row.rank * dh_stride_ + unit, dh, valid);
+                            store(this->dgates(row) + 4 * hidden_ + unit, dh, valid);
+                        });
+        crew.wait();
+        if (!p_.weight_hr) return;
+        Base::flow_back(crew, share, step, dh_ + 0, dh_stride_, projection_, hidden_, share.live(step),
+                        [&](const LiveRow& row, int64_t unit, int64_t valid, V dm) {
+                            point(row, step, unit, valid, dm);
+                        });
+        crew.wait();
+    }
+
+    void finish(Crew& crew, Share& share) const {
+        if (share.live(0) > 0) share.enter(0);
+        Base::flow_back(crew, share, 0, flow_[0] + 0, flow_stride_, weights_, projected_, share.live(0),
+                        [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
+                            store(static_cast<S*>(p_.dh_0) + row.row * projected_ + unit, row.cut ? V{} : sum, valid);
+                        });
+        for (int64_t i = crew.rank(); i < share.live(0); i += crew.size())
+            for (int64_t unit = 0; unit < hidden_; unit += lanes) {
+                const V dc = load(carry(share[i]) + unit, hidden_ - unit);
+                store(static_cast<S*>(p_.dc_0) + share[i].row * hidden_ + unit, share[i].cut ? V{} : dc,
+                      hidden_ - unit);
+            }
+        this->pass_through(crew, share, p_.grad_h_n, p_.dh_0, projected_);
+        this->pass_through(crew, share, p_.grad_c_n, p_.dc_0, hidden_);
+    }
+
+private:
+    A* carry(const LiveRow& row) const { return carry_ + row.rank * c_stride_; }
+
+    V c_before(const LiveRow& row, int64_t unit, int64_t valid) const {
+        if (row.cut) return V{};
+        if (row.first) return Base::from(p_.c_0, row.row * hidden_ + unit, valid);
+        return load(this->saved(row.position_before) + 4 * hidden_ + unit, valid);
+    }
+
+    void point(const LiveRow& row, int64_t step, int64_t unit, int64_t valid, V dm) const {
+        const S* at = this->saved(row.position) + unit;
+        const V i = load(at, valid), f = load(at + hidden_, valid), g = load(at + 2 * hidden_, valid);
+        const V o = load(at + 3 * hidden_, valid);
+        const V tanh_c = tanh<A>(load(at + 4 * hidden_, valid));
+        V dc = dm * o * (1 - tanh_c * tanh_c);
+        if (row.last) dc += Base::from(p_.grad_c_n, row.row * hidden_ + unit, valid);
+        else if (!row.cut_next) dc += load(carry(row) + unit, valid);
+        const V di = dc * g * i * (1 - i);
+        const V df = dc * c_before(row, unit, valid) * f * (1 - f);
+        const V dg = dc * i * (1 - g * g);
+        const V d_o = dm * tanh_c * o * (1 - o);
+        store(carry(row) + unit, dc * f, valid);
+        write(flow_[step & 1] + row.rank * flow_stride_ + unit, valid, di, df, dg, d_o);
+        write(this->dgates(row) + unit, valid, di, df, dg, d_o);
+    }
+
+    template <class To>
+    void write(To* to, int64_t valid, V di, V df, V dg, V d_o) const {
+        store(to, di, valid);
+        store(to + hidden_, df, valid);
+        store(to + 2 * hidden_, dg, valid);
+        store(to + 3 * hidden_, d_o, valid);
+    }
+
+    const Columns weights_, projection_;
+    const int64_t flow_stride_, c_stride_, dh_stride_;
+    const Buffer<A> flow_[2];   // di, df, dg, do, by rank
+    const Buffer<A> carry_;     // dc f, by rank
+    const Buffer<A> dh_;        // dh' before the projection's gradient, by rank
+};
+
+}  // namespace tidegate::TIDEGATE_ISA

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "crew.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+namespace tidegate {
+namespace {
+
+ParallelFor parallel_for = nullptr;
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Some 20 microseconds of spinning; then the thread that is waited for may need this very core.
+constexpr int spins_before_yield = 1000;
+
+struct Enrolment {
+    std::atomic<int> joined{0};    // members so far; `closed` is added once nobody else may join
+    std::atomic<int> size{0};      // set when enrolment closes
+    int wanted;
+    int64_t patience;
+    Work work;
+    void* context;
+    Post crew_posts[max_crew];
+    Post team_posts[max_crew];
+
+    static constexpr int closed = 1 << 16;
+};
+
+int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+// The first member closes the enrolment: when all have come, or when its patience ends.
+int close_enrolment(Enrolment& enrolment) {
+    const int64_t deadline = now() + enrolment.patience;
+    for (int spins = 0; enrolment.joined.load(std::memory_order_acquire) < enrolment.wanted; ++spins) {
+        pause();
+        if (spins % 16 == 0 && now() > deadline) break;
+    }
+    const int size = enrolment.joined.fetch_add(Enrolment::closed, std::memory_order_acq_rel);
+    enrolment.size.store(size, std::memory_order_release);
+    return size;
+}
+
+int await_size(const Enrolment& enrolment) {
+    for (int spins = 0;; ++spins) {
+        if (const int size = enrolment.size.load(std::memory_order_acquire)) return size;
+        if (spins < spins_before_yield) pause();
+        else sched_yield();
+    }
+}
+
+// A range of several indices is one thread, not several: it enrols once.
+void enrol(int64_t, int64_t, void* context) {
+    Enrolment& enrolment = *static_cast<Enrolment*>(context);
+    const int rank = enrolment.joined.fetch_add(1, std::memory_order_acq_rel);
+    if (rank >= Enrolment::closed) return;   // too late: the others have shared the work out
+    const int size = rank == 0 ? close_enrolment(enrolment) : await_size(enrolment);
+    Crew crew(enrolment.crew_posts, rank, size);
+    enrolment.work(enrolment.context, crew, enrolment.team_posts);
+}
+
+}  // namespace
+
+void Crew::wait_for_others() {
+    ++epoch_;
+    posts_[rank_].epoch.store(epoch_, std::memory_order_release);
+    for (int other = 0; other < size_; ++other) {
+        const std::atomic<uint32_t>& theirs = posts_[other].epoch;
+        for (int spins = 0; static_cast<int32_t>(theirs.load(std::memory_order_acquire) - epoch_) < 0; ++spins) {
+            if (spins < spins_before_yield) pause();
+            else sched_yield();
+        }
+    }
+}
+
+void set_parallel_for(ParallelFor function) { parallel_for = function; }
+
+void run_crew(int wanted, int64_t patience, Work work, void* context) {
+    wanted = std::clamp(wanted, 1, max_crew);
+    if (wanted == 1) {
+        Post post;
+        Crew crew(&post, 0, 1);
+        work(context, crew, &post);
+        return;
+    }
+    Enrolment enrolment;
+    enrolment.wanted = wanted;
+    enrolment.patience = patience;
+    enrolment.work = work;
+    enrolment.context = context;
+    parallel_for(wanted, enrol, &enrolment);
+}
+
+Team make_team(const Crew& all, Post* team_posts, int count) {
+    const int index = static_cast<int>((static_cast<int64_t>(all.rank()) * count + count - 1) / all.size());
+    const auto first_of = [&](int team) { return static_cast<int>(static_cast<int64_t>(team) * all.size() / count); };
+    int mine = std::min(index, count - 1);
+    while (first_of(mine) > all.rank()) --mine;
+    while (mine + 1 < count && first_of(mine + 1) <= all.rank()) ++mine;
+    const int first = first_of(mine);
+    const int size = (mine + 1 < count ? first_of(mine + 1) : all.size()) - first;
+    return {Crew(team_posts + first, all.rank() - first, size), mine, count};
+}
+
+int available_cpus() {
+    static const int cpus = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    return cpus;
+}
+
+}  // namespace tidegate

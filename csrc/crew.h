@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// The threads of one call. They come from the host's pool, which may start fewer than asked, late, or one after
+// another, so a crew enrols whoever shows up in time and never waits for a thread that has not enrolled.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+// A function shared by all instruction sets must not be emitted by a file compiled for one of them: the linker would
+// keep any copy, and a lesser CPU would trap in it.
+#define TIDEGATE_INLINE __attribute__((always_inline)) inline
+
+namespace tidegate {
+
+constexpr int max_crew = 128;
+
+struct alignas(64) Post {
+    std::atomic<uint32_t> epoch{0};
+};
+
+// One thread's view of its crew.
+class Crew {
+public:
+    TIDEGATE_INLINE Crew(Post* posts, int rank, int size) : posts_(posts), rank_(rank), size_(size) {}
+
+    TIDEGATE_INLINE int rank() const { return rank_; }
+    TIDEGATE_INLINE int size() const { return size_; }
+
+    // A barrier: what any member wrote before it is seen by all after it.
+    TIDEGATE_INLINE void wait() {
+        if (size_ > 1) wait_for_others();
+    }
+
+    // This thread's part of 0 .. count - 1.
+    TIDEGATE_INLINE int64_t begin(int64_t count) const { return count * rank_ / size_; }
+    TIDEGATE_INLINE int64_t end(int64_t count) const { return count * (rank_ + 1) / size_; }
+
+private:
+    void wait_for_others();
+
+    Post* posts_;
+    int rank_, size_;
+    uint32_t epoch_ = 0;
+};
+
+// A crew cut into teams that share no rows: team `index` of `count`, of which this thread is one member.
+struct Team {
+    Crew crew;
+    int index, count;
+};
+
+using Work = void (*)(void* context, Crew& all, Post* team_posts);
+
+// The host's parallel_for over 0 .. count - 1, one index a thread.
+using ParallelFor = void (*)(int64_t count, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+void set_parallel_for(ParallelFor function);
+
+// Runs `work` on up to `wanted` threads. `patience` is how many nanoseconds the first may wait for the rest.
+void run_crew(int wanted, int64_t patience, Work work, void* context);
+
+// Cuts `all` into `count` teams, 1 <= count <= all.size().
+Team make_team(const Crew& all, Post* team_posts, int count);
+
+// The threads worth starting: never more than the CPUs that this process may run on.
+int available_cpus();
+
+}  // namespace tidegate

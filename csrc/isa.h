@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction set runs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace tidegate {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+
+// What this CPU can run, the best last.
+std::vector<std::string> supported_isas();
+
+// The kernels in use: the best, or what TIDEGATE_CPU_ISA names. Throws if that cannot run here.
+const Kernels& active_kernels();
+
+// Takes the kernels of that name from now on, or the default again for an empty name. Throws if they cannot run here.
+void force_isa(const std::string& name);
+
+}  // namespace tidegate

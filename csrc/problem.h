@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the operators hand to the kernels: raw pointers and sizes, no framework, no instruction set.
+//
+// Letters: T time, B batch, H hidden_size, P the size of h (H but for an LSTM with a projection), G gates.
+// A step s counts from a row's first processed step: t = s forward, t = length - 1 - s in reverse. Rows are ranked by
+// length, longest first, so that the rows live at a step are ranks 0 .. live[s] - 1.
+#pragma once
+
+#include <cstdint>
+
+namespace tidegate {
+
+enum class Kind : int64_t { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+enum class Type { f32, f64, bf16 };
+
+// Which rows are live at which step, and where their data lies.
+struct Rows {
+    int64_t time, batch, steps;
+    int64_t total;           // valid steps of all rows
+    bool reverse;
+    const int64_t* order;    // rank -> row of the batch
+    const int64_t* length;   // rank -> valid steps, descending
+    const int64_t* live;     // step -> number of live ranks
+    const int64_t* offset;   // step -> position of rank 0 in the gates' rows
+    const uint8_t* resets;   // (T, B) or null
+};
+
+struct ForwardProblem {
+    Kind kind;
+    Type type;
+    int64_t input_size, hidden, projected;   // I, H, P
+    Rows rows;
+    int threads;                 // at most so many
+    bool poison;                 // fill internal buffers with NaN first (tests)
+    const void* input;           // (T, B, I)
+    int64_t input_time_stride, input_batch_stride;
+    const void* h_0;
+    const void* c_0;             // LSTM, else null
+    const void* weight_ih;       // (G*H, I)
+    const void* weight_hh;       // (G*H, P)
+    const void* bias_ih;         // (G*H) or null
+    const void* bias_hh;         // (G*H) or null
+    const void* weight_hr;       // (P, H) or null
+    void* output;                // (T, B, P)
+    void* h_n;
+    void* c_n;
+    void* saved;                 // what the backward needs, a row a position; or null
+    int64_t saved_stride;
+};
+
+struct BackwardProblem {
+    Kind kind;
+    Type type;
+    int64_t hidden, projected;
+    Rows rows;
+    int threads;
+    bool poison;
+    const void* saved;           // what the forward left in `gates`; null for an RNN
+    int64_t saved_stride;
+    const void* output;          // (T, B, P)
+    const void* h_0;
+    const void* c_0;
+    const void* weight_hh;
+    const void* weight_hr;
+    const void* grad_output;     // (T, B, P) or null
+    const void* grad_h_n;        // (B, P) or null
+    const void* grad_c_n;        // (B, H) or null
+    void* dgates;                // (N, dgates_stride); columns as each cell's header says
+    int64_t dgates_stride;
+    void* h_before;              // (N, P): the h that entered each step, or null if nobody asks
+    void* dh_0;                  // (B, P)
+    void* dc_0;                  // (B, H), LSTM
+};
+
+// out[places[n]] = rows[n] W for n in 0 .. count - 1; places null: out[n]. The gradient of the input.
+struct ProductProblem {
+    Type type;
+    int threads;
+    int64_t count, depth, columns;
+    const void* rows;
+    int64_t stride;
+    const void* weight;          // (depth, columns)
+    const int64_t* places;
+    void* out;
+};
+
+// out = D^T X over all positions, for columns of D that are a weight's rows and rows of X that lie anywhere.
+struct OuterTarget {
+    const void* const* rows;     // of X, one a position; null is a row of zeros
+    int64_t columns;             // of X
+    int64_t skip_first, skip_last;   // columns of D that have no row in `out`
+    void* out;
+};
+struct OuterProblem {
+    Type type;                   // f32 or f64
+    int threads;
+    int64_t count;               // positions
+    const void* d;
+    int64_t stride, columns;     // of D
+    int targets;
+    OuterTarget target[2];
+    void* sums;                  // (columns): the sums of D's columns
+};
+
+// One instruction set's kernels.
+struct Kernels {
+    const char* name;
+    void (*forward)(const ForwardProblem&);
+    void (*backward)(const BackwardProblem&);
+    void (*product)(const ProductProblem&);
+    void (*outer)(const OuterProblem&);
+    void (*activate)(Type, bool tanh, const void* in, void* out, int64_t count);   // tests of the error bounds
+};
+
+}  // namespace tidegate

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two large products of the backward: the input's gradient and the weights'. Here because the register tile of
+// panel.h runs at the machine's rate wherever its instruction set is used, and because both read rows that lie apart.
+#pragma once
+
+#include "panel.h"
+#include "problem.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+// Runs `body(crew)` on as many threads as the work is worth.
+template <class Body>
+inline void run_flops(double flops, int most, Body& body) {
+    const double worth = flops / 1.5e6;
+    const int threads = worth < 1 ? 1 : worth > most ? most : static_cast<int>(worth);
+    run_crew(
+        threads, static_cast<int64_t>(flops / 400) + 20000,
+        [](void* context, Crew& crew, Post*) { (*static_cast<Body*>(context))(crew); }, &body);
+}
+
+// Copies rows into the computed type, padded so that they do not fall on one cache set.
+template <class S>
+inline void copy_rows(computed<S>* to, int64_t to_stride, const S* from, int64_t from_stride, int64_t count,
+                      int64_t columns) {
+    constexpr int lanes = width<computed<S>>;
+    for (int64_t row = 0; row < count; ++row)
+        for (int64_t k = 0; k < columns; k += lanes)
+            store(to + row * to_stride + k, load(from + row * from_stride + k, columns - k), columns - k);
+}
+
+template <class S>
+void run_product(const ProductProblem& p) {
+    using A = computed<S>;
+    constexpr int wide = 2, lanes = width<A>;
+    constexpr int64_t block = 48;   // rows that pass over a panel while it is in the nearest cache
+    const int64_t stride = padded<A>(p.depth), blocks = ceil_div(p.count, block);
+    const Panels<A, wide> panels(ceil_div(p.columns, wide * lanes), p.depth, false);
+    const Buffer<A> copies(p.threads * block * stride, false);
+    auto body = [&](Crew& crew) {
+        for (int64_t panel = crew.begin(panels.count); panel < crew.end(panels.count); ++panel)
+            panels.pack_columns(panel, static_cast<const S*>(p.weight), p.columns);
+        crew.wait();
+        A* rows = copies + crew.rank() * block * stride;
+        for (int64_t i = crew.begin(blocks); i < crew.end(blocks); ++i) {
+            const int64_t first = i * block, size = p.count - first < block ? p.count - first : block;
+            copy_rows(rows, stride, static_cast<const S*>(p.rows) + first * p.stride, p.stride, size, p.depth);
+            multiply(rows, stride, size, panels, 0, panels.count, [&](int64_t row, int64_t panel, const A* sums) {
+                const int64_t place = p.places ? p.places[first + row] : first + row;
+                for (int c = 0; c < wide; ++c) {
+                    const int64_t column = (panel * wide + c) * lanes;
+                    if (column < p.columns)
+                        store(static_cast<S*>(p.out) + place * p.columns + column, load(sums + c * lanes),
+                              p.columns - column);
+                }
+            });
+        }
+    };
+    run_flops(2.0 * p.count * p.depth * p.columns, p.threads, body);
+}
+
+// The transposed product, by blocks of positions. D's block is packed into tiles of R columns, [tile][position][R], and
+// X's into panels; each element of the result is the sum of the blocks in order, whoever computes it.
+template <class A>
+class Outer {
+    static constexpr int wide = 2, lanes = width<A>, R = Tiles<A, wide>::max_rows;
+    static constexpr int64_t block = 256;
+
+public:
+    explicit Outer(const OuterProblem& p)
+        : p_(p), tiles_(ceil_div(p.columns, R)), d_(tiles_ * block * R, false), x_(panels_of(p) * block * wide * lanes, false) {}
+
+    void run(Crew& crew) const {
+        const int64_t begin = crew.begin(tiles_), end = crew.end(tiles_);
+        for (int64_t first = 0; first < p_.count; first += block) {
+            const int64_t size = p_.count - first < block ? p_.count - first : block;
+            for (int64_t tile = begin; tile < end; ++tile) pack_d(tile, first, size);
+            for (int i = 0; i < p_.targets; ++i) {
+                const OuterTarget& target = p_.target[i];
+                const int64_t panels = ceil_div(target.columns, wide * lanes);
+                for (int64_t panel = crew.begin(panels); panel < crew.end(panels); ++panel)
+                    pack_x(target, panel, first, size);
+                crew.wait();
+                for (int64_t panel = 0; panel < panels; ++panel)
+                    for (int64_t tile = begin; tile < end; ++tile) add(target, tile, panel, size, first == 0);
+                crew.wait();
+            }
+        }
+    }
+
+    double flops() const {
+        double total = 0;
+        for (int i = 0; i < p_.targets; ++i) total += 2.0 * p_.count * p_.columns * p_.target[i].columns;
+        return total;
+    }
+
+private:
+    static int64_t panels_of(const OuterProblem& p) {
+        int64_t most = 0;
+        for (int i = 0; i < p.targets; ++i) most = p.target[i].columns > most ? p.target[i].columns : most;
+        return ceil_div(most, wide * lanes);
+    }
+
+    void pack_d(int64_t tile, int64_t first, int64_t size) const {
+        A* to = d_ + tile * block * R;
+        const int64_t column = tile * R, valid = p_.columns - column < R ? p_.columns - column : R;
+        const A* from = static_cast<const A*>(p_.d) + first * p_.stride + column;
+        A sums[R] = {};
+        for (int64_t n = 0; n < size; ++n, from += p_.stride, to += R)
+            for (int r = 0; r < R; ++r) {
+                to[r] = r < valid ? from[r] : 0;
+                sums[r] += to[r];
+            }
+        A* total = static_cast<A*>(p_.sums) + column;
+        for (int r = 0; r < valid; ++r) total[r] = first == 0 ? sums[r] : total[r] + sums[r];
+    }
+
+    void pack_x(const OuterTarget& target, int64_t panel, int64_t first, int64_t size) const {
+        A* to = x_ + panel * block * wide * lanes;
+        for (int64_t n = 0; n < size; ++n) {
+            const A* row = static_cast<const A*>(target.rows[first + n]);
+            for (int c = 0; c < wide; ++c, to += lanes) {
+                const int64_t column = (panel * wide + c) * lanes;
+                store(to, row && column < target.columns ? load(row + column, target.columns - column) : Vec<A>{});
+            }
+        }
+    }
+
+    void add(const OuterTarget& target, int64_t tile, int64_t panel, int64_t size, bool fresh) const {
+        const int64_t column = tile * R;
+        if (column >= target.skip_first && column + R <= target.skip_last) return;
+        alignas(64) A sums[R * wide * lanes];
+        multiply_block(d_ + tile * block * R, x_ + panel * block * wide * lanes, size, sums);
+        for (int r = 0; r < R && column + r < p_.columns; ++r) {
+            if (column + r >= target.skip_first && column + r < target.skip_last) continue;
+            const int64_t row = column + r < target.skip_first ? column + r
+                                                               : column + r - target.skip_last + target.skip_first;
+            for (int c = 0; c < wide; ++c) {
+                const int64_t unit = (panel * wide + c) * lanes, valid = target.columns - unit;
+                if (valid <= 0) break;
+                A* to = static_cast<A*>(target.out) + row * target.columns + unit;
+                const Vec<A> sum = load(sums + (r * wide + c) * lanes);
+                store(to, fresh ? sum : load(to, valid) + sum, valid);
+            }
+        }
+    }
+
+    static void multiply_block(const A* d, const A* x, int64_t size, A* sums) {
+        Vec<A> acc[R][wide];
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+            for (int c = 0; c < wide; ++c) acc[r][c] = Vec<A>{};
+        for (int64_t n = 0; n < size; ++n) {
+            Vec<A> w[wide];
+#pragma GCC unroll 24
+            for (int c = 0; c < wide; ++c) w[c] = load(x + (n * wide + c) * lanes);
+#pragma GCC unroll 24
+            for (int r = 0; r < R; ++r) {
+                const Vec<A> value = splat<A>(d[n * R + r]);
+#pragma GCC unroll 24
+                for (int c = 0; c < wide; ++c) acc[r][c] += value * w[c];
+            }
+        }
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+            for (int c = 0; c < wide; ++c) store(sums + (r * wide + c) * lanes, acc[r][c]);
+    }
+
+    const OuterProblem& p_;
+    const int64_t tiles_;
+    const Buffer<A> d_, x_;
+};
+
+template <class A>
+void run_outer(const OuterProblem& problem) {
+    const Outer<A> outer(problem);
+    auto body = [&](Crew& crew) { outer.run(crew); };
+    run_flops(outer.flops(), problem.threads, body);
+}
+
+}  // namespace tidegate::TIDEGATE_ISA

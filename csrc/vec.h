@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the widest kind that the instruction set has, by the compiler's vector extensions, and exp, sigmoid and
+// tanh over them. Included by kernels.cpp alone, once per instruction set.
+//
+// Error bounds, over all inputs: sigmoid and tanh within 4 units in the last place in float (checked exhaustively by
+// the tests) and in double (sampled). NaN in, NaN out; infinities and denormals as mathematics has them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace tidegate::TIDEGATE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64, vector_registers = 32;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32, vector_registers = 16;
+#elif defined(__aarch64__)
+constexpr int vector_bytes = 16, vector_registers = 32;
+#else
+constexpr int vector_bytes = 16, vector_registers = 16;
+#endif
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class A>
+struct Lanes;
+template <>
+struct Lanes<float> {
+    static constexpr int width = vector_bytes / 4;
+    typedef float Vec __attribute__((vector_size(vector_bytes)));
+    typedef int32_t Int __attribute__((vector_size(vector_bytes)));
+    typedef uint32_t Uint __attribute__((vector_size(vector_bytes)));
+    typedef uint16_t Half __attribute__((vector_size(vector_bytes / 2)));
+};
+template <>
+struct Lanes<double> {
+    static constexpr int width = vector_bytes / 8;
+    typedef double Vec __attribute__((vector_size(vector_bytes)));
+    typedef int64_t Int __attribute__((vector_size(vector_bytes)));
+    typedef uint64_t Uint __attribute__((vector_size(vector_bytes)));
+};
+template <class A>
+using Vec = typename Lanes<A>::Vec;
+template <class A>
+constexpr int width = Lanes<A>::width;
+
+// What a stored type is computed in.
+template <class S>
+struct Computed {
+    using type = S;
+};
+template <>
+struct Computed<bf16> {
+    using type = float;
+};
+template <class S>
+using computed = typename Computed<S>::type;
+
+// Every lane the same. Minus zero, because plus zero would turn -0 into 0 and so cost an addition.
+template <class A>
+inline Vec<A> splat(A value) {
+    return value - Vec<A>{};
+}
+
+// Calls body.template operator()<0>() .. <count - 1>(): constant indices keep arrays of vectors in registers.
+template <int count, int first = 0, class Body>
+[[gnu::always_inline]] inline void unroll(Body&& body) {
+    if constexpr (first < count) {
+        body.template operator()<first>();
+        unroll<count, first + 1>(body);
+    }
+}
+
+template <class A>
+inline A widen(A value) {
+    return value;
+}
+inline float widen(bf16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+template <class A>
+inline Vec<A> load(const A* from) {
+    Vec<A> value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+inline Vec<float> load(const bf16* from) {
+    Lanes<float>::Half half;
+    std::memcpy(&half, from, sizeof half);
+    return (Vec<float>)(__builtin_convertvector(half, Lanes<float>::Uint) << 16);
+}
+
+template <class A>
+inline void store(A* to, Vec<A> value) {
+    std::memcpy(to, &value, sizeof value);
+}
+// To nearest even; a NaN stays a NaN.
+inline void store(bf16* to, Vec<float> value) {
+    const auto bits = (Lanes<float>::Uint)value;
+    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const auto result = value != value ? (bits >> 16) | 0x40u : rounded;
+    const auto half = __builtin_convertvector(result, Lanes<float>::Half);
+    std::memcpy(to, &half, sizeof half);
+}
+
+// The first `count` lanes; the others are zero, or not written. count may exceed the width.
+template <class S>
+inline Vec<computed<S>> load(const S* from, int64_t count) {
+    constexpr int lanes = width<computed<S>>;
+    if (count >= lanes) return load(from);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return (Vec<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+    if constexpr (sizeof(S) == 8)
+        return (Vec<computed<S>>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), from);
+#endif
+    S lane[lanes] = {};
+    for (int64_t i = 0; i < count; ++i) lane[i] = from[i];
+    return load(lane);
+}
+template <class S>
+inline void store(S* to, Vec<computed<S>> value, int64_t count) {
+    constexpr int lanes = width<computed<S>>;
+    if (count >= lanes) return store(to, value);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)value);
+    if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(to, (__mmask8)((1u << count) - 1), (__m512d)value);
+#endif
+    S lane[lanes];
+    store(lane, value);
+    for (int64_t i = 0; i < count; ++i) to[i] = lane[i];
+}
+
+// rows[i][j] becomes rows[j][i]: log2(width) rounds of interleaving the halves.
+template <class A>
+inline void transpose(Vec<A> (&rows)[width<A>]) {
+    using Int = typename Lanes<A>::Int;
+    constexpr int lanes = width<A>;
+    Int low{}, high{};
+    for (int i = 0; i < lanes; ++i) {
+        low[i] = i / 2 + (i % 2) * lanes;
+        high[i] = low[i] + lanes / 2;
+    }
+    for (int round = 1; round < lanes; round *= 2) {
+        Vec<A> next[lanes];
+        unroll<lanes / 2>([&]<int i>() [[gnu::always_inline]] {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + lanes / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + lanes / 2], high);
+        });
+        unroll<lanes>([&]<int i>() [[gnu::always_inline]] { rows[i] = next[i]; });
+    }
+}
+
+template <class A>
+inline A sum(Vec<A> value) {
+    A total = 0;
+    for (int i = 0; i < width<A>; ++i) total += value[i];
+    return total;
+}
+
+template <class A>
+struct Constants;
+template <>
+struct Constants<float> {
+    // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
+    static constexpr float magic = 12582912.0f;
+    static constexpr int magic_bits = 0x4b400000;
+    static constexpr float log2_e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+    static constexpr float exp_zero = -104.0f, tanh_one = 20.0f;   // exp(exp_zero) is 0; tanh(tanh_one / 2) is 1
+    static constexpr int mantissa = 23, bias = 127, terms = 6;
+};
+template <>
+struct Constants<double> {
+    static constexpr double magic = 6755399441055744.0;
+    static constexpr int64_t magic_bits = 0x4338000000000000;
+    static constexpr double log2_e = 1.44269504088896341, ln2_high = 6.93147180369123816490e-01,
+                            ln2_low = 1.90821492927058770002e-10;
+    static constexpr double exp_zero = -746.0, tanh_one = 40.0;
+    static constexpr int mantissa = 52, bias = 1023, terms = 12;
+};
+
+// x = n ln 2 + r; returns e^r - 1, to the relative accuracy that tanh needs near 0, and 2^n as two factors so that
+// denormal results are right.
+template <class A>
+struct Exp {
+    Vec<A> minus_one, scale_a, scale_b;
+};
+template <class A>
+inline Exp<A> split_exp(Vec<A> x) {
+    using K = Constants<A>;
+    using Int = typename Lanes<A>::Int;
+    const Vec<A> shifted = x * K::log2_e + K::magic;
+    const Vec<A> n = shifted - K::magic;
+    const Vec<A> r = (x - n * K::ln2_high) - n * K::ln2_low;
+    // Taylor's 1/2! + r/3! + ...: its remainder is below half a unit in the last place for |r| <= ln 2 / 2.
+    A coefficient = 1;
+    for (int i = 2; i <= K::terms + 1; ++i) coefficient /= static_cast<A>(i);
+    Vec<A> q = splat<A>(coefficient);
+    for (int i = K::terms + 1; i > 2; --i) {
+        coefficient *= static_cast<A>(i);
+        q = q * r + coefficient;
+    }
+    const Int whole = (Int)shifted - static_cast<decltype(Int{}[0] + 0)>(K::magic_bits);
+    const Int half = whole >> 1;
+    return {r + r * r * q, (Vec<A>)((half + K::bias) << K::mantissa), (Vec<A>)((whole - half + K::bias) << K::mantissa)};
+}
+
+template <class A>
+inline Vec<A> absolute(Vec<A> x) {
+    using Uint = typename Lanes<A>::Uint;
+    return (Vec<A>)((Uint)x & (~Uint{} >> 1));
+}
+
+template <class A>
+inline Vec<A> sigmoid(Vec<A> x) {
+    const Vec<A> limit = splat<A>(-Constants<A>::exp_zero);
+    Vec<A> magnitude = absolute<A>(x);
+    magnitude = magnitude > limit ? limit : magnitude;
+    const Exp<A> e = split_exp<A>(-magnitude);
+    const Vec<A> t = (e.minus_one * e.scale_a + e.scale_a) * e.scale_b;   // exp(-|x|)
+    const Vec<A> one = splat<A>(1);
+    return (x >= 0 ? one : t) / (t + 1);
+}
+
+template <class A>
+inline Vec<A> tanh(Vec<A> x) {
+    using Int = typename Lanes<A>::Int;
+    const Vec<A> limit = splat<A>(Constants<A>::tanh_one);
+    const Vec<A> magnitude = absolute<A>(x);
+    Vec<A> doubled = magnitude + magnitude;
+    doubled = doubled > limit ? limit : doubled;
+    const Exp<A> e = split_exp<A>(doubled);
+    const Vec<A> scale = e.scale_a * e.scale_b;
+    const Vec<A> expm1 = e.minus_one * scale + (scale - 1);
+    const Vec<A> result = expm1 / (expm1 + 2);
+    const Int sign = (Int)x ^ (Int)magnitude;
+    return (Vec<A>)((Int)result | sign);
+}
+
+}  // namespace tidegate::TIDEGATE_ISA

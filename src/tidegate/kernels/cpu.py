@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CPU backend: calls the operators of csrc/ and does the large products around them with torch.
+
+The recurrent product, its pointwise part and the time loop are compiled; the input's product before the loop and the
+weights' gradients after it are torch's. With `lengths`, only the valid rows of the input take part: they are gathered
+into (N, I), N valid steps in all, and everything between is in that packed form.
+
+Letters as in cells.py. The kept tensor has a row a step and batch row: r z n (W_hn h + b_hn) for a GRU, i f g o c for
+an LSTM; an RNN's backward needs no more than its output.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tidegate import kernels
+from tidegate.cells import Call
+
+_LIBRARY = "tidegate_cpu.so"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
+_SAVED_GATES = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 5, "gru": 4, "gru_reset_before": 3}
+
+Gradients = tuple[Tensor | None, ...]
+
+
+@cache
+def _missing() -> str | None:
+    """Loads the compiled operators; says why if they cannot be loaded."""
+    for folder in kernels.__path__:
+        path = Path(folder) / _LIBRARY
+        if path.exists():
+            try:
+                torch.ops.load_library(path)
+            except OSError as error:
+                return f"the compiled operators are not installed: {error}"
+            return None
+    return f"the compiled operators are not installed: no {_LIBRARY}; reinstall with a C++20 compiler"
+
+
+@cache
+def operators() -> Any:
+    """The compiled operators, loaded at first use."""
+    missing = _missing()
+    if missing:
+        raise RuntimeError(missing)
+    return torch.ops.tidegate_cpu
+
+
+def availability() -> list[str]:
+    """Why this installation has no compiled operators; empty if it has."""
+    missing = _missing()
+    return [missing] if missing else []
+
+
+def _kind(call: Call) -> str:
+    if call.cell.name == "rnn":
+        return f"rnn_{call.options['nonlinearity']}"
+    if call.cell.name == "gru" and not call.options["reset_after"]:
+        return "gru_reset_before"
+    return call.cell.name
+
+
+def unsupported_reasons(call: Call) -> list[str]:
+    """Why the compiled operators cannot run `call`; empty if they can. Never raises."""
+    dtype = call.input.dtype
+    if dtype in _DTYPES and _kind(call) in _KINDS and not _missing():
+        for tensor in call.tensors:
+            if tensor is not None and not (tensor.is_cpu and tensor.dtype is dtype and tensor.layout is torch.strided):
+                break
+        else:
+            return []   # every streamed step comes this way
+    return _reasons(call)
+
+
+def _reasons(call: Call) -> list[str]:
+    reasons = availability()
+    if _kind(call) not in _KINDS:
+        reasons.append(f"no kernel for {call.cell.name} with {call.options}")
+    if call.input.dtype not in _DTYPES:
+        reasons.append(f"input is {str(call.input.dtype).removeprefix('torch.')}, not float32, float64 or bfloat16")
+    names = ("input", *(f"{state}_0" for state in call.cell.states), *call.weights)
+    for name, tensor in zip(names, call.tensors, strict=True):
+        if tensor is None:
+            continue
+        if not tensor.is_cpu:
+            reasons.append(f"{name} is on {tensor.device}")
+        elif tensor.layout is not torch.strided:
+            reasons.append(f"{name} is {tensor.layout}")
+        elif tensor.dtype is not call.input.dtype:
+            reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, unlike input")
+    return reasons
+
+
+def saved_shape(call: Call) -> tuple[int, ...]:
+    """The shape of what `forward(call, save=True)` keeps for the backward."""
+    gates = _SAVED_GATES[_kind(call)]
+    if gates == 0:
+        return (0,)
+    return (call.input.shape[0] * call.input.shape[1], gates * call.hidden_size)
+
+
+def _on_cpu(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """lengths and resets, which may be on any device."""
+    lengths, resets = call.lengths, call.resets
+    if lengths is not None:
+        lengths = lengths.to("cpu", torch.int64)
+    if resets is not None:
+        resets = resets.to("cpu")
+    return lengths, resets
+
+
+def forward(call: Call, save: bool) -> tuple[Tensor, ...]:
+    """Runs the sequence: output (T, B, P), the final states, and what `backward` needs, (0,) without `save`."""
+    states, weights = call.states, call.weights
+    c_0 = states[1] if len(states) > 1 else None
+    lengths, resets = _on_cpu(call)
+    return tuple(operators().forward.default(
+        _KINDS[_kind(call)], call.input, states[0], c_0, weights["weight_ih"], weights["weight_hh"],
+        weights["bias_ih"], weights["bias_hh"], weights.get("weight_hr"), lengths, resets, call.reverse, save,
+    ))  # fmt: skip
+
+
+def backward(
+    call: Call,
+    output: Tensor,
+    saved: Tensor,
+    grad_output: Tensor | None,
+    grad_states: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """The gradients of `Call.tensors`, in that order, None where not needed."""
+    kind, weights = _kind(call), call.weights
+    need = dict(zip(("input", *call.cell.states, *weights), needs, strict=True))
+    c_0 = call.states[1] if len(call.states) > 1 else None
+    grad_h_n, grad_c_n = (*grad_states, None)[:2]
+    lengths, resets = _on_cpu(call)
+    ours = kind != "gru_reset_before" and call.input.dtype != torch.bfloat16   # weight_hh's product
+    dgates, h_before, dh_0, dc_0 = operators().backward.default(
+        _KINDS[kind], saved, output, call.states[0], c_0, weights["weight_hh"], weights.get("weight_hr"), lengths,
+        resets, call.reverse, grad_output, grad_h_n, grad_c_n, need["weight_hh"] and not ours,
+    )  # fmt: skip
+    grads: dict[str, Tensor | None] = {"h": dh_0, "c": dc_0}
+    if need["input"]:
+        steps, batch = call.input.shape[:2]
+        grads["input"] = operators().input_gradient.default(
+            dgates, weights["weight_ih"], lengths, steps, batch, call.reverse
+        )
+    if any(need[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
+        if call.input.dtype == torch.bfloat16:
+            grad_ih, grad_hh, sums = _bfloat16_products(call, dgates, h_before, lengths, need)
+        else:
+            grad_ih, grad_hh, sums = operators().weight_gradients.default(
+                _KINDS[kind], dgates, call.input, output, call.states[0], lengths, resets, call.hidden_size,
+                call.reverse, need["weight_ih"], need["weight_hh"] and ours,
+            )  # fmt: skip
+        if need["weight_hh"] and kind == "gru_reset_before":
+            grad_hh = _reset_before_product(call, saved, dgates, h_before)
+        grads["weight_ih"], grads["weight_hh"] = grad_ih, grad_hh
+        grads["bias_ih"], grads["bias_hh"] = _grad_biases(call, kind, sums)
+    if need.get("weight_hr"):
+        grads["weight_hr"] = _grad_weight_hr(call, saved, dgates)
+    return tuple(grads[name] if needed else None for name, needed in need.items())
+
+
+def _grad_biases(call: Call, kind: str, sums: Tensor) -> tuple[Tensor, Tensor]:
+    hidden_size, columns = call.hidden_size, call.hidden_size * len(call.cell.gates)
+    # Two tensors, so that accumulating into one bias' gradient does not change the other's.
+    grad_ih = sums[:columns].clone()
+    if kind == "gru":
+        return grad_ih, torch.cat((sums[: 2 * hidden_size], sums[columns:]))
+    return grad_ih, grad_ih.clone()
+
+
+def _bfloat16_products(
+    call: Call, dgates: Tensor, h_before: Tensor, lengths: Tensor | None, need: dict[str, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """torch's, which use the matrix instructions for bfloat16 where there are any."""
+    hidden_size, columns = call.hidden_size, call.hidden_size * len(call.cell.gates)
+    grad_ih = grad_hh = None
+    if need["weight_ih"]:
+        steps, batch, input_size = call.input.shape
+        x = call.input.reshape(steps * batch, input_size)
+        if lengths is not None:
+            x = x.index_select(0, operators().places.default(lengths, steps, call.reverse))
+        grad_ih = dgates[:, :columns].t() @ x
+    if need["weight_hh"] and h_before.shape[0] == dgates.shape[0]:
+        grad_hh = dgates[:, :columns].t() @ h_before
+        if dgates.shape[1] > columns and call.cell.name == "gru":
+            grad_hh[2 * hidden_size :] = dgates[:, columns:].t() @ h_before
+    return grad_ih, grad_hh, dgates.sum(0)
+
+
+def _reset_before_product(call: Call, saved: Tensor, dgates: Tensor, h_before: Tensor) -> Tensor:
+    hidden_size = call.hidden_size
+    reset_h = saved[: h_before.shape[0], :hidden_size] * h_before   # (N, H)
+    return torch.cat((dgates[:, : 2 * hidden_size].t() @ h_before, dgates[:, 2 * hidden_size :].t() @ reset_h))
+
+
+def _grad_weight_hr(call: Call, saved: Tensor, dgates: Tensor) -> Tensor:
+    hidden_size = call.hidden_size
+    kept = saved[: dgates.shape[0]]
+    before_projection = kept[:, 3 * hidden_size : 4 * hidden_size] * kept[:, 4 * hidden_size :].tanh()   # (N, H)
+    return dgates[:, 4 * hidden_size :].t() @ before_projection

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls for the compiled CPU backend, and what they should give: the reference in float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tidegate import reference
+from tidegate.cells import GRU, LSTM, RNN, Call, Cell
+from tidegate.kernels import cpu
+
+VARIANTS = {
+    "rnn_tanh": (RNN, {"nonlinearity": "tanh"}, False),
+    "rnn_relu": (RNN, {"nonlinearity": "relu"}, False),
+    "lstm": (LSTM, {}, False),
+    "lstm_projected": (LSTM, {}, True),
+    "gru": (GRU, {"reset_after": True}, False),
+    "gru_reset_before": (GRU, {"reset_after": False}, False),
+}
+
+# An error may exceed twice that of the reference in the same dtype by this much of the largest value. bfloat16: the
+# gates that the backward reads are stored in it, where the reference keeps float32.
+FLOORS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+
+def make_call(
+    variant: str,
+    shape: tuple[int, int, int, int],
+    *,
+    dtype: torch.dtype = torch.float64,
+    lengths: bool = False,
+    resets: bool = False,
+    reverse: bool = False,
+    bias: bool = True,
+    batch_first: bool = False,
+    seed: int = 0,
+) -> Call:
+    """A call of (T, B, I, H). What no valid step reads, padding and marks there, is NaN or set."""
+    cell, options, projected = VARIANTS[variant]
+    steps, batch, input_size, hidden_size = shape
+    proj_size = max(1, hidden_size // 2) if projected else hidden_size
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64).mul_(2).sub_(1)
+
+    rows, bound = len(cell.gates) * hidden_size, hidden_size**-0.5
+    weights: dict[str, Tensor | None] = {
+        "weight_ih": uniform(rows, input_size) * bound,
+        "weight_hh": uniform(rows, proj_size) * bound,
+        "bias_ih": uniform(rows) * bound if bias else None,
+        "bias_hh": uniform(rows) * bound if bias else None,
+    }
+    if cell is LSTM:
+        weights["weight_hr"] = uniform(proj_size, hidden_size) * bound if projected else None
+    states = (uniform(batch, proj_size), uniform(batch, hidden_size))[: len(cell.states)]
+    input = uniform(batch, steps, input_size).transpose(0, 1) if batch_first else uniform(steps, batch, input_size)
+    n = torch.randint(0, steps + 1, (batch,), generator=generator) if lengths else None
+    if n is not None:
+        input[torch.arange(steps).unsqueeze(1) >= n] = torch.nan
+    marks = torch.rand(steps, batch, generator=generator) < 0.3 if resets else None
+    call = Call(cell, input, states, weights, n, marks, reverse, dict(options))
+    return call.to(dtype)
+
+
+def cases(shape: tuple[int, int, int, int], variant: str, dtype: torch.dtype) -> Iterator[Call]:
+    """Every combination of lengths, resets and direction; biases and strides vary along."""
+    for i, (lengths, resets, reverse) in enumerate(itertools.product((False, True), repeat=3)):
+        yield make_call(
+            variant, shape, dtype=dtype, lengths=lengths, resets=resets, reverse=reverse,
+            bias=i % 3 != 1, batch_first=i % 2 == 1, seed=i,
+        )  # fmt: skip
+
+
+def grads_for(call: Call) -> tuple[Tensor, ...]:
+    """Gradients that arrive at the output and the final states."""
+    generator = torch.Generator().manual_seed(1)
+    steps, batch = call.input.shape[:2]
+    sizes = ((steps, *call.states[0].shape), *(state.shape for state in call.states))
+    return tuple(torch.randn(*size, generator=generator, dtype=torch.float64).to(call.input.dtype) for size in sizes)
+
+
+def expected(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Output, final states and the gradients of `Call.tensors` by the reference, in the call's own dtype."""
+    call = call._replace(
+        input=call.input.detach().requires_grad_(),
+        states=tuple(state.detach().requires_grad_() for state in call.states),
+        weights={k: None if w is None else w.detach().requires_grad_() for k, w in call.weights.items()},
+    )
+    outputs = reference.forward(call)
+    wanted = [tensor for tensor in call.tensors if tensor is not None]
+    recorded = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+    heads, arriving = zip(*recorded, strict=True)
+    got = iter(torch.autograd.grad(heads, wanted, arriving, allow_unused=True, materialize_grads=True))
+    return (*(o.detach() for o in outputs), *(None if t is None else next(got) for t in call.tensors))
+
+
+def computed(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The same by the compiled backend."""
+    *outputs, saved = cpu.forward(call, True)
+    assert saved.shape == cpu.saved_shape(call)
+    needs = tuple(tensor is not None for tensor in call.tensors)
+    return (*outputs, *cpu.backward(call, outputs[0], saved, grads[0], grads[1:], needs))
+
+
+def names(call: Call) -> list[str]:
+    finals = [f"{state}_n" for state in call.cell.states]
+    return ["output", *finals, "dinput", *(f"d{s}_0" for s in call.cell.states), *(f"d{w}" for w in call.weights)]
+
+
+def assert_right(call: Call, values: tuple[Tensor | None, ...] | None = None) -> None:
+    """Every output and gradient of `call` is as good as the reference in its dtype, measured against float64."""
+    grads = grads_for(call)
+    values = computed(call, grads) if values is None else values
+    exact = expected(call.to(torch.float64), tuple(grad.double() for grad in grads))
+    same_dtype = exact if call.input.dtype == torch.float64 else expected(call, grads)
+    for name, value, good, right in zip(names(call), values, same_dtype, exact, strict=True):
+        if right is None:
+            assert value is None, name
+            continue
+        assert value is not None, name
+        assert value.dtype == call.input.dtype, name
+        assert value.shape == right.shape, name
+        if right.numel() == 0:
+            continue
+        error, allowed = (value.double() - right).abs().max(), 2 * (good.double() - right).abs().max()
+        floor = FLOORS[call.input.dtype] * max(1.0, right.abs().max().item())
+        assert error <= allowed + floor, f"{name}: error {error:.2e}, allowed {allowed + floor:.2e}"

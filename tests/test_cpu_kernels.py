@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CPU backend against the reference in float64, with NaN in every buffer before it is written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from cpu_cases import VARIANTS, assert_right, cases, computed, grads_for, make_call
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tidegate.kernels import cpu
+
+pytestmark = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
+
+SHAPES = [
+    (1, 1, 1, 1), (4, 3, 1, 3), (7, 2, 5, 17), (3, 1, 100, 100), (2, 33, 7, 129), (5, 9, 40, 40), (1, 20, 16, 64),
+    (2, 300, 2, 17), (2, 5, 3, 257),
+]  # fmt: skip
+EMPTY = [(0, 3, 2, 5), (3, 0, 2, 5), (0, 0, 1, 1)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_buffers():
+    cpu.operators().poison_buffers(True)
+    yield
+    cpu.operators().poison_buffers(False)
+    cpu.operators().use_isa("")
+
+
+def isas() -> list[str]:
+    return cpu.operators().isas().split() if not cpu.availability() else []
+
+
+def inference_matches(call) -> bool:
+    """Without saving, the same bits."""
+    kept, dropped = cpu.forward(call, True), cpu.forward(call, False)
+    assert dropped[-1].shape == (0,)
+    return all(torch.equal(a, b) for a, b in zip(kept[:-1], dropped[:-1], strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_agrees_with_the_reference(variant, dtype, shape):
+    for call in cases(shape, variant, dtype):
+        assert cpu.unsupported_reasons(call) == []
+        assert_right(call)
+        assert inference_matches(call)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_long_sequences(variant):
+    assert_right(make_call(variant, (3000, 1, 2, 3), dtype=torch.float64))
+    assert_right(make_call(variant, (400, 6, 8, 24), dtype=torch.float32, lengths=True, resets=True))
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa, dtype):
+    cpu.operators().use_isa(isa)
+    assert cpu.operators().isa() == isa
+    for variant in VARIANTS:
+        for shape in [(3, 5, 4, 17), (2, 13, 33, 70), (1, 1, 3, 40)]:
+            assert_right(make_call(variant, shape, dtype=dtype))
+            assert_right(make_call(variant, shape, dtype=dtype, lengths=True, resets=True, reverse=True))
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_environment_forces_the_instruction_set(isa):
+    result = run_python("from tidegate.kernels import cpu; print(cpu.operators().isa())", TIDEGATE_CPU_ISA=isa)
+    assert result.stdout.strip() == isa, result.stderr
+
+
+def test_unknown_instruction_set_is_an_error():
+    result = run_python("from tidegate.kernels import cpu; cpu.operators().isa()", TIDEGATE_CPU_ISA="avx1024")
+    assert result.returncode != 0
+    assert "TIDEGATE_CPU_ISA: 'avx1024' is no instruction set that this CPU has" in result.stderr
+    with pytest.raises(RuntimeError, match="it has baseline"):
+        cpu.operators().use_isa("avx1024")
+
+
+# Threads
+
+@pytest.fixture
+def _threads_restored():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_threads_restored")
+@pytest.mark.parametrize("shape", [(40, 1, 64, 192), (20, 40, 96, 96), (30, 3, 128, 256)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_bits_at_any_number_of_threads(variant, shape):
+    call = make_call(variant, shape, dtype=torch.float32, lengths=True, resets=True)
+    torch_does_a_product = variant in ("gru_reset_before", "lstm_projected")
+    results = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        results.append(computed(call, grads_for(call)))
+    for result in results[1:]:
+        for a, b in zip(results[0][: -1 if torch_does_a_product else None], result, strict=False):
+            if a is not None and not (torch_does_a_product and a.dim() == 2):
+                assert torch.equal(a, b)
+    assert_right(call, results[-1])
+
+
+def test_one_cpu_and_two_threads_do_not_hang():
+    code = """
+import os, sys, time, torch
+sys.path.insert(0, "tests")
+from cpu_cases import make_call
+from tidegate.kernels import cpu
+call = make_call("gru", (300, 1, 128, 256), dtype=torch.float32)
+cpu.operators()
+torch.set_num_threads(2)
+cpu.forward(call, False)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+for thread in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(thread), os.sched_getaffinity(0))
+start = time.perf_counter()
+for _ in range(10):
+    cpu.forward(call, False)
+print(time.perf_counter() - start)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 20   # milliseconds alone; minutes if the spin never yielded
+
+
+class _InWorker(Dataset[Tensor]):
+    def __init__(self) -> None:
+        self.call = make_call("gru", (20, 4, 64, 128), dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return cpu.forward(self.call, False)[0]
+
+
+def test_after_fork_in_a_loader():
+    data = _InWorker()
+    right = data[0]   # the parent's pool is running before the fork
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for output in loader:
+        assert torch.equal(output, right)
+
+
+def test_two_python_threads_at_once():
+    calls = [make_call("lstm", (60, 3, 64, 128), dtype=torch.float32, seed=seed) for seed in range(2)]
+    right = [cpu.forward(call, False) for call in calls]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            if not all(torch.equal(a, b) for a, b in zip(cpu.forward(calls[i], False), right[i], strict=True)):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert wrong == []
+
+
+def test_the_interpreter_runs_meanwhile():
+    call = make_call("lstm", (2000, 32, 128, 256), dtype=torch.float32)
+    thread = threading.Thread(target=cpu.forward, args=(call, False))
+    thread.start()
+    ticks = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 5
+
+
+# Values
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_comes_from_padding_or_across_a_reset(variant):
+    call = make_call(variant, (9, 6, 4, 20), lengths=True, resets=True)
+    clean = call._replace(input=call.input.nan_to_num(7.0))
+    grads = grads_for(call)
+    for a, b in zip(computed(call, grads), computed(clean, grads), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_what_is_needed(variant):
+    call = make_call(variant, (5, 3, 4, 6))
+    grads = grads_for(call)
+    *outputs, saved = cpu.forward(call, True)
+    every = tuple(tensor is not None for tensor in call.tensors)
+    all_grads = cpu.backward(call, outputs[0], saved, grads[0], grads[1:], every)
+    for i, needed in enumerate(every):
+        needs = tuple(needed and j == i for j in range(len(every)))
+        some = cpu.backward(call, outputs[0], saved, grads[0], grads[1:], needs)
+        for j, grad in enumerate(some):
+            assert (grad is not None) == needs[j]
+            assert grad is None or torch.equal(grad, all_grads[j])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_absent_gradients_are_zero(variant):
+    call = make_call(variant, (5, 3, 4, 6), lengths=True)
+    grads = grads_for(call)
+    *outputs, saved = cpu.forward(call, True)
+    needs = tuple(tensor is not None for tensor in call.tensors)
+    for present in range(len(grads)):
+        some = [grad if i == present else None for i, grad in enumerate(grads)]
+        zeros = [grad if i == present else torch.zeros_like(grad) for i, grad in enumerate(grads)]
+        got = cpu.backward(call, outputs[0], saved, some[0], tuple(some[1:]), needs)
+        same = cpu.backward(call, outputs[0], saved, zeros[0], tuple(zeros[1:]), needs)
+        for a, b in zip(got, same, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
+def ulps(value: Tensor, exact: Tensor) -> Tensor:
+    """The distance in units of the last place of the exact value's float32."""
+    exponent = torch.frexp(exact.float()).exponent.clamp(min=-125)
+    return (value.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 24)
+
+
+def worst_ulps(bits: Tensor) -> float:
+    x = bits.view(torch.float32)
+    x = x[~x.isnan()]
+    exact = x.double()
+    worst = 0.0
+    for hyperbolic, right in ((False, torch.sigmoid(exact)), (True, torch.tanh(exact))):
+        worst = max(worst, ulps(cpu.operators().activate(x, hyperbolic), right).max().item())
+    return worst
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_sigmoid_and_tanh_within_4_ulp(isa):
+    cpu.operators().use_isa(isa)
+    generator = torch.Generator().manual_seed(0)
+    every_exponent = torch.randint(-(2**31), 2**31, (2**19,), generator=generator, dtype=torch.int64)
+    usual = (torch.rand(2**19, generator=generator) * 40 - 20).view(torch.int32)
+    assert worst_ulps(every_exponent.to(torch.int32)) <= 4
+    assert worst_ulps(usual) <= 4
+
+
+@pytest.mark.slow
+def test_sigmoid_and_tanh_within_4_ulp_on_every_float():
+    chunk = 2**24
+    for first in range(-(2**31), 2**31, chunk):
+        bits = torch.arange(first, first + chunk, dtype=torch.int64).to(torch.int32)
+        assert worst_ulps(bits) <= 4, hex(first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("isa", isas())
+def test_sigmoid_and_tanh_at_the_edges(isa, dtype):
+    cpu.operators().use_isa(isa)
+    inf, tiny = torch.inf, torch.finfo(dtype).smallest_normal / 8
+    x = torch.tensor([inf, -inf, torch.nan, 0.0, -0.0, tiny, -tiny, 1000.0, -1000.0], dtype=dtype)
+    for hyperbolic, function in ((False, torch.sigmoid), (True, torch.tanh)):
+        value = cpu.operators().activate(x, hyperbolic)
+        torch.testing.assert_close(value, function(x), rtol=1e-15, atol=0, equal_nan=True)
+    assert torch.equal(cpu.operators().activate(x, True).signbit()[3:5], torch.tensor([False, True]))
+
+
+# Errors
+
+def forward_arguments(**changes):
+    call = make_call("lstm", (4, 3, 5, 6), dtype=torch.float32)
+    w = call.weights
+    arguments = {
+        "kind": 2, "input": call.input, "h_0": call.states[0], "c_0": call.states[1], "weight_ih": w["weight_ih"],
+        "weight_hh": w["weight_hh"], "bias_ih": w["bias_ih"], "bias_hh": w["bias_hh"], "weight_hr": None,
+        "lengths": None, "resets": None, "reverse": False, "save": False,
+    }  # fmt: skip
+    return arguments | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": 9}, "kind: expected 0 to 4, got 9"),
+        ({"input": torch.zeros(4, 2, 5)}, "input: expected 3 rows, got 2"),
+        ({"input": torch.zeros(4, 3)}, "input: expected three dimensions, got 2"),
+        ({"input": torch.zeros(4, 3, 5).double()}, "input: expected the dtype of the other tensors"),
+        ({"h_0": torch.zeros(3, 7)}, r"weight_hh: expected \(24, 7\), got \(24, 6\)"),
+        ({"h_0": torch.zeros(3, 6).half()}, "h_0: expected float32, float64 or bfloat16"),
+        ({"c_0": None}, "c_0: expected a tensor for an LSTM"),
+        ({"c_0": torch.zeros(3, 5)}, r"c_0: expected \(3, 6\), got \(3, 5\)"),
+        ({"weight_ih": torch.zeros(24, 4)}, r"weight_ih: expected \(24, 5\), got \(24, 4\)"),
+        ({"bias_hh": torch.zeros(23)}, r"bias_hh: expected \(24\), got \(23\)"),
+        ({"weight_hr": torch.zeros(5, 6)}, r"weight_hr: expected \(6, 6\), got \(5, 6\)"),
+        ({"lengths": torch.tensor([1, 5, 2])}, "lengths: expected 0 to 4, got 5"),
+        ({"lengths": torch.tensor([1, -1, 2])}, "lengths: expected 0 to 4, got -1"),
+        ({"lengths": torch.tensor([1, 2, 2], dtype=torch.int32)}, "lengths: expected int64"),
+        ({"resets": torch.zeros(3, 3, dtype=torch.bool)}, r"resets: expected \(4, 3\), got \(3, 3\)"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        cpu.operators().forward(**forward_arguments(**changes))
+
+
+def test_reasons():
+    call = make_call("gru", (2, 3, 4, 5))
+    assert cpu.unsupported_reasons(call.to(torch.float16)) == ["input is float16, not float32, float64 or bfloat16"]
+    assert cpu.unsupported_reasons(call._replace(input=call.input.float()))[0] == "h_0 is float64, unlike input"
+    assert "input is on meta" in cpu.unsupported_reasons(call._replace(input=call.input.to("meta")))
