@@ -224,8 +224,13 @@ std::vector<Tensor> forward(int64_t kind, const Tensor& any_input, const Tensor&
     if (c_0) results.push_back(make(s.type, {s.batch, s.hidden}));
     results.push_back(saved_columns ? make(s.type, {time * s.batch, saved_columns}) : make(s.type, {0}));
     void* output = results[0].mutable_data_ptr();
-    if (schedule.total() < time * s.batch)   // 0 past each row's length
+    if (const int64_t padding = time * s.batch - schedule.total(); padding > 0) {   // 0 past each row's length
         std::memset(output, 0, static_cast<size_t>(results[0].numel()) * bytes_of(s.type));
+        // An operator returns no memory that it has not written.
+        char* kept = static_cast<char*>(results.back().mutable_data_ptr());
+        const int64_t row = saved_columns * bytes_of(s.type);
+        std::memset(kept + schedule.total() * row, 0, static_cast<size_t>(padding * row));
+    }
     active_kernels().forward({s.kind, s.type, input_size, s.hidden, s.projected,
                               schedule.rows(check_resets(resets, time, s.batch)), thread_count(), poison,
                               input.const_data_ptr(), input.stride(0), input.stride(1), h_0.const_data_ptr(),

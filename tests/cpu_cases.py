@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tidegate import reference
-from tidegate.cells import GRU, LSTM, RNN, Call, Cell
+from tidegate.cells import GRU, LSTM, RNN, Call
 from tidegate.kernels import cpu
 
 VARIANTS = {

@@ -95,6 +95,7 @@ def test_unknown_instruction_set_is_an_error():
 
 # Threads
 
+
 @pytest.fixture
 def _threads_restored():
     threads = torch.get_num_threads()
@@ -139,7 +140,7 @@ print(time.perf_counter() - start)
 """
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 20   # milliseconds alone; minutes if the spin never yielded
+    assert float(result.stdout) < 20  # milliseconds alone; minutes if the spin never yielded
 
 
 class _InWorker(Dataset[Tensor]):
@@ -155,7 +156,7 @@ class _InWorker(Dataset[Tensor]):
 
 def test_after_fork_in_a_loader():
     data = _InWorker()
-    right = data[0]   # the parent's pool is running before the fork
+    right = data[0]  # the parent's pool is running before the fork
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
     for output in loader:
         assert torch.equal(output, right)
@@ -192,6 +193,7 @@ def test_the_interpreter_runs_meanwhile():
 
 
 # Values
+
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_comes_from_padding_or_across_a_reset(variant):
@@ -281,6 +283,7 @@ def test_sigmoid_and_tanh_at_the_edges(isa, dtype):
 
 
 # Errors
+
 
 def forward_arguments(**changes):
     call = make_call("lstm", (4, 3, 5, 6), dtype=torch.float32)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tidegate import dispatch, reference
 from tidegate.cells import Call
 from tidegate.errors import UnsupportedError
-from tidegate.kernels import aten
+from tidegate.kernels import aten, cpu
 
 Gradients = tuple["Tensor | None", ...]
 T = TypeVar("T", Tensor, "Tensor | None")
@@ -47,10 +47,18 @@ class Backend:
     saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
 
 
+CPU = Backend(
+    "cpu",
+    cpu.unsupported_reasons,
+    cpu.availability,
+    forward=cpu.forward,
+    backward=cpu.backward,
+    saved_shape=cpu.saved_shape,
+)
 ATEN = Backend("aten", aten.unsupported_reasons, composite=aten.forward)
 REFERENCE = Backend("reference", reference.unsupported_reasons, composite=reference.forward)
 
-BACKENDS = (ATEN, REFERENCE)  # the first that fits
+BACKENDS = (CPU, ATEN, REFERENCE)  # the first that fits
 BY_NAME = {candidate.name: candidate for candidate in BACKENDS}
 
 
