@@ -14,6 +14,7 @@ in length. Nothing is filled in or dropped: a file with a fault is refused, ever
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,11 +91,11 @@ def _read_sequences(path: Path, faults: list[str]) -> dict[str, _Sequence]:
 def _header_faults(header: list[str]) -> list[str]:
     if not header:
         return ["line 1: expected a header, got an empty line or file"]
-    faults = [
-        f"line 1, column {position}: expected the header {name!r}, got {header[position - 1] if position <= len(header) else 'nothing'!r}"
-        for position, name in enumerate(KEY_COLUMNS, start=1)
-        if header[position - 1 : position] != [name]
-    ]
+    faults: list[str] = []
+    for position, name in enumerate(KEY_COLUMNS):
+        found = header[position] if position < len(header) else "nothing"
+        if found != name:
+            faults.append(f"line 1, column {position + 1}: expected the header {name!r}, got {found!r}")
     if len(header) <= len(KEY_COLUMNS):
         faults.append(f"line 1: expected at least one channel after {', '.join(KEY_COLUMNS)}")
     repeated = sorted({name for name in header if header.count(name) > 1})
@@ -127,8 +128,8 @@ def _read_row(
     sequence = sequences.setdefault(key, _Sequence(label, line))
     if label != sequence.label:
         faults.append(
-            f"line {line}, column 'label': sequence {key!r} has label {sequence.label!r} on line {sequence.label_line}, "
-            f"got {label!r}"
+            f"line {line}, column 'label': sequence {key!r} has label {sequence.label!r} "
+            f"on line {sequence.label_line}, got {label!r}"
         )
     elif step in sequence.lines:
         faults.append(
@@ -159,7 +160,7 @@ def _step_faults(sequences: dict[str, _Sequence]) -> list[str]:
                 f"line {sequence.lines[steps[0]]}, column 'step': sequence {key!r} starts at step {steps[0]}, "
                 "expected 0 or 1"
             )
-        for before, after in zip(steps, steps[1:], strict=False):
+        for before, after in itertools.pairwise(steps):
             if after != before + 1:
                 faults.append(
                     f"line {sequence.lines[after]}, column 'step': sequence {key!r} has step {after} "
@@ -173,9 +174,10 @@ def _class_faults(sequences: dict[str, _Sequence]) -> list[str]:
     counts = {label: labels.count(label) for label in sorted(set(labels))}
     if len(counts) < 2:
         return [f"column 'label': expected at least two labels, got {', '.join(map(repr, counts)) or 'no rows'}"]
+    first_lines = {sequence.label: sequence.label_line for sequence in reversed(sequences.values())}
     return [
-        f"line {next(s.label_line for s in sequences.values() if s.label == label)}, column 'label': label {label!r} has "
-        "1 sequence, expected at least 2: one to train on, one to test on"
+        f"line {first_lines[label]}, column 'label': label {label!r} has 1 sequence, expected at least 2: "
+        "one to train on, one to test on"
         for label, count in counts.items()
         if count < 2
     ]

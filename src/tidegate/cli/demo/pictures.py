@@ -58,7 +58,8 @@ def draw_confusion(labels: Tensor, predictions: Tensor, classes: tuple[str, ...]
             for row in range(num_classes):
                 for column in range(num_classes):
                     count = int(counts[row, column])
-                    colour = "white" if shares[row, column] > 0.6 else ("#c92a2a" if row != column else "black")
+                    wrong = count and row != column
+                    colour = "#c92a2a" if wrong else "white" if shares[row, column] > 0.6 else "#868e96"
                     axes.text(column, row, str(count) if count else "·", ha="center", va="center", color=colour)
             axes.set_xticks(range(num_classes), names, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(num_classes), names)
