@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ TORCH_COLOUR = "#e8590c"
 PEER_COLOURS = {"onnxruntime": "#7048e8", "openvino": "#2b8a3e", "jax": "#495057"}
 INK = "#212529"
 
-LOOK: dict[str, Any] = {
+_LOOK: dict[str, Any] = {
     "font.size": 11,
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
@@ -35,8 +36,14 @@ LOOK: dict[str, Any] = {
 }
 
 
+def look(**changes: Any) -> AbstractContextManager[None]:
+    """Draw inside this block. `changes` are matplotlib's names with `_` for `.`, such as `axes_grid=False`."""
+    settings: Any = _LOOK | {name.replace("_", "."): value for name, value in changes.items()}
+    return matplotlib.rc_context(settings)
+
+
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `columns` axes beside one another, in inches; call inside `matplotlib.rc_context(LOOK)`."""
+    """A figure of `columns` axes beside one another, in inches; call inside `look()`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
 

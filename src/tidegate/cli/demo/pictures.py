@@ -5,20 +5,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import torch
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from tidegate.cli.demo.training import Run
-from tidegate.cli.pictures import LOOK, TIDEGATE_COLOUR, TORCH_COLOUR, new_figure, save
+from tidegate.cli.pictures import TIDEGATE_COLOUR, TORCH_COLOUR, look, new_figure, save
 
 _MAX_CLASSES_WITH_NUMBERS = 20
 
 
 def draw_curves(runs: tuple[Run, Run], title: str, path: Path) -> Path:
     """Loss and test accuracy over the epochs. torch.nn's broad line lies under tidegate's, so that both are seen."""
-    with matplotlib.rc_context(LOOK):
+    with look():
         figure, (loss_axes, accuracy_axes) = new_figure(11, 4.4, columns=2)
         for run, colour, width, style in zip(
             runs, (TORCH_COLOUR, TIDEGATE_COLOUR), (6.0, 1.8), ("-", "--"), strict=True
@@ -50,7 +49,7 @@ def draw_confusion(labels: Tensor, predictions: Tensor, classes: tuple[str, ...]
     counts = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     names = [name if len(name) <= 16 else f"{name[:15]}…" for name in classes]
-    with matplotlib.rc_context({**LOOK, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
+    with look(axes_grid=False, axes_spines_left=False, axes_spines_bottom=False):
         size = min(12.0, 4.2 + 0.42 * num_classes)
         figure, (axes,) = new_figure(size, size)
         axes.imshow(shares.numpy(), cmap="GnBu", vmin=0, vmax=1)
