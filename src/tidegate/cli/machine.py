@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -52,3 +53,16 @@ def describe_machine() -> dict[str, str | int]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
+
+
+def running_processes() -> float | None:
+    """How many other processes run on this machine now, the mean of a few looks; None where the system does not say."""
+    loadavg = Path("/proc/loadavg")
+    if not loadavg.exists():
+        return None
+    counts: list[int] = []
+    for _ in range(20):
+        time.sleep(0.01)
+        running = loadavg.read_text(encoding="ascii").split()[3].partition("/")[0]
+        counts.append(int(running) - 1)  # itself
+    return sum(counts) / len(counts)

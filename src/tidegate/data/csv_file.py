@@ -146,8 +146,8 @@ def _number(text: str, place: str, faults: list[str]) -> float:
     except ValueError:
         faults.append(f"{place}: expected a number, got {text!r}")
         return math.nan
-    if not math.isfinite(value):
-        faults.append(f"{place}: expected a finite number, got {text!r}")
+    if not abs(value) <= torch.finfo(torch.float32).max:  # NaN fails too
+        faults.append(f"{place}: expected a finite number within float32, got {text!r}")
     return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from tidegate.cli.bench.report import print_report, write_json
 from tidegate.cli.bench.shapes import Case, Shape, default_shapes
 from tidegate.cli.bench.timing import QUICK, THOROUGH, sgemm_rate
 from tidegate.cli.bench.worker import PeerProcess, installed_peers
-from tidegate.cli.machine import processor_name
+from tidegate.cli.machine import processor_name, running_processes
 
 __all__ = ["BenchError", "Plan", "run_bench"]
 
@@ -43,13 +43,18 @@ class Plan:
     peers: bool
 
     def cases(self) -> list[Case]:
-        """Every kind in every mode on every shape. A cell is one layer in one direction, whatever was asked."""
+        """Every kind in every mode on every shape."""
         return [
-            Case(kind, mode, shape, *((1, False) if mode == "cell" else (self.num_layers, self.bidirectional)))
+            self._case(kind, mode, shape)
             for kind in self.kinds
             for mode in self.modes
             for shape in self.shapes or default_shapes(mode, self.quick)
         ]
+
+    def _case(self, kind: str, mode: str, shape: Shape) -> Case:
+        if mode == "cell":  # one step of one layer in one direction, whatever was asked of the sequences
+            return Case(kind, mode, replace(shape, steps=1), 1, False)
+        return Case(kind, mode, shape, self.num_layers, self.bidirectional)
 
 
 def run_bench(plan: Plan, out: Path) -> None:
@@ -60,12 +65,13 @@ def run_bench(plan: Plan, out: Path) -> None:
     """
     console = Console()
     with _threads(plan.threads) as threads:
+        load = running_processes()
         sgemm = sgemm_rate()
         peers = [PeerProcess(peer) for peer in installed_peers()] if plan.peers and not plan.quick else []
         with Bench(QUICK if plan.quick else THOROUGH, threads, peers, "train" in plan.modes) as bench:
             results = _measure_all(bench, plan.cases(), console)
-        print_report(console, results, sgemm)
-        path = write_json(out / "bench.json", results, asdict(plan), sgemm)
+        print_report(console, results, sgemm, load)
+        path = write_json(out / "bench.json", results, asdict(plan), sgemm, load)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     layers = f"{plan.num_layers} layer{'s' * (plan.num_layers > 1)}"
     directions = "both directions" if plan.bidirectional else "one direction"

@@ -100,7 +100,7 @@ class Bench:
         notes: list[str] = []
         suffix = "_l0" if case.mode == "cell" else ""
         weights = {f"{name}{suffix}": tensor.detach().numpy() for name, tensor in module.named_parameters()}
-        input = build_input(case).view(case.steps, case.shape.batch, case.shape.input_size).numpy()
+        input = build_input(case).view(case.shape.steps, case.shape.batch, case.shape.input_size).numpy()
         if (
             case.mode == "train"
         ):  # output, then input, weight_ih_l0, weight_hh_l0, ...: a peer returns no input gradient

@@ -68,7 +68,7 @@ def onnx_model(case: Case, weights: Arrays) -> bytes:
             onnx.helper.make_node("Reshape", [f"Z{layer}", "merged"], [f"out{layer}"]),
         ]
         value = f"out{layer}"
-    sizes = (case.steps, case.shape.batch)
+    sizes = (case.shape.steps, case.shape.batch)
     float32 = onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(
         nodes,

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from tidegate.cli.bench.candidates import CONTENDERS
 from tidegate.cli.bench.measure import Result
-from tidegate.cli.pictures import INK, PEER_COLOURS, TIDEGATE_COLOUR, TORCH_COLOUR, look, new_figure, save
+from tidegate.cli.pictures import PEER_COLOURS, TIDEGATE_COLOUR, TORCH_COLOUR, look, new_figure, save
 
 
 def draw_ratios(results: list[Result], subtitle: str, path: Path) -> Path:
@@ -42,22 +42,20 @@ def _draw_kind(axes: Axes, results: list[Result]) -> None:
         for name, seconds in result.seconds.items():
             if name in PEER_COLOURS:
                 axes.plot(result.seconds["torch.nn"] / seconds, row, "D", color=PEER_COLOURS[name], markersize=5)
-        faster = result.ratio >= 1
-        axes.annotate(
-            f"{result.ratio:.2f}",
-            (result.ratio, row),
-            xytext=(4 if faster else -4, 0),
-            textcoords="offset points",
-            ha="left" if faster else "right",
+        axes.text(
+            1.01,
+            row,
+            f"{result.ratio:.2f}x",
+            transform=axes.get_yaxis_transform(),  # x in shares of the axes: a column of figures beside the bars
             va="center",
-            fontsize=8,
-            color=INK,
-            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
+            fontsize=9,
+            weight="bold",
+            color=TIDEGATE_COLOUR,
         )
     axes.axvline(1, color=TORCH_COLOUR, linewidth=2)
     axes.set_xscale("log", base=2)
     shares = [result.seconds["torch.nn"] / seconds for result in results for seconds in result.seconds.values()]
-    axes.set_xlim(min(0.5, 0.75 * min(shares)), max(2.0, 1.4 * max(shares)))
+    axes.set_xlim(min(0.5, 0.8 * min(shares)), max(2.0, 1.4 * max(shares)))
     axes.xaxis.set_major_locator(LogLocator(base=2))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())

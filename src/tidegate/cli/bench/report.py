@@ -12,11 +12,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from tidegate.cli.bench.measure import Result
-from tidegate.cli.machine import OPTIONAL_PACKAGES, describe_machine, package_version
+from tidegate.cli.machine import OPTIONAL_PACKAGES, describe_machine, package_version, usable_cores
 
 MODE_NAMES = {"infer": "inference", "train": "training", "cell": "one step of the cell"}
 
@@ -67,19 +68,26 @@ def over_best_peer(result: Result) -> float | None:
     return result.seconds[best] / result.seconds["tidegate"] if best is not None else None
 
 
-def print_report(console: Console, results: list[Result], sgemm: float) -> None:
+def print_report(console: Console, results: list[Result], sgemm: float, load: float | None) -> None:
     """A table for each kind and mode, the geometric means, then how to read them."""
     for kind, mode in dict.fromkeys((result.case.kind, result.case.mode) for result in results):
         members = [result for result in results if (result.case.kind, result.case.mode) == (kind, mode)]
         console.print(_case_table(f"{kind.upper()}, {MODE_NAMES[mode]}", members, sgemm))
     console.print(_mean_table(group_means(results)))
     console.print(
-        "Times: medians in microseconds per step. Ratios: times as fast as the other, above 1 is faster. sgemm: share of "
-        f"torch.mm's rate on this machine, {sgemm / 1e9:.0f} GFLOP/s; a kernel that multiplies better can exceed it. Peak: "
-        "rise of the resident set in a training step, torch.nn to tidegate.",
+        "Times: medians in microseconds per step. Ratios: times as fast as the other, above 1 is faster. sgemm: share "
+        f"of torch.mm's rate here, {sgemm / 1e9:.0f} GFLOP/s; a better kernel exceeds it. Peak: rise of "
+        "the resident set in a training step, torch.nn then tidegate.",
         style="dim",
         highlight=False,
     )
+    if load is not None and load > 0.5:
+        console.print(
+            f"warning: {load:.1f} other processes were running on {usable_cores()} cores when the bench began: "
+            "times are too long, ratios unsteady",
+            style="yellow",
+            highlight=False,
+        )
     for note in (note for result in results for note in result.notes):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
@@ -88,7 +96,7 @@ def _case_table(title: str, results: list[Result], sgemm: float) -> Table:
     backends = list(dict.fromkeys(result.backend for result in results))
     if len(backends) == 1:
         title += f" (backend: {backends[0]})"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     with_peers = any(result.best_peer for result in results)
     with_memory = any(result.peak_bytes for result in results)
     table.add_column("shape", no_wrap=True)
@@ -97,7 +105,7 @@ def _case_table(title: str, results: list[Result], sgemm: float) -> Table:
     if len(backends) > 1:
         table.add_column("backend")
     for result in results:
-        microseconds = {name: seconds / result.case.steps * 1e6 for name, seconds in result.seconds.items()}
+        microseconds = {name: seconds / result.case.shape.steps * 1e6 for name, seconds in result.seconds.items()}
         row = [str(result.case.shape), _short(microseconds["torch.nn"]), _short(microseconds["tidegate"])]
         row.append(_ratio(result.ratio))
         if with_peers:
@@ -105,13 +113,15 @@ def _case_table(title: str, results: list[Result], sgemm: float) -> Table:
             row.append("-" if against is None else f"{result.best_peer} {_ratio(against)}")
         row.append(f"{result.case.flops / result.seconds['tidegate'] / sgemm:.0%}")
         if with_memory:
-            row.append(" to ".join(f"{peak / 1e6:.1f}" for peak in result.peak_bytes.values()))
+            row.append(", ".join(f"{peak / 1e6:.1f}" for peak in result.peak_bytes.values()))
         table.add_row(*row, *([result.backend] if len(backends) > 1 else []))
     return table
 
 
 def _mean_table(means: list[Mean]) -> Table:
-    table = Table(title="Geometric means (small: B <= 16 and H <= 256)", title_justify="left")
+    table = Table(
+        title="Geometric means (small: B <= 16 and H <= 256)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     for name in ("kind", "mode", "regime"):
         table.add_column(name)
     for name in ("shapes", "over torch.nn", "lowest", "over best peer"):
@@ -133,7 +143,7 @@ def _short(microseconds: float) -> str:
     return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
 
 
-def write_json(path: Path, results: list[Result], plan: dict[str, Any], sgemm: float) -> Path:
+def write_json(path: Path, results: list[Result], plan: dict[str, Any], sgemm: float, load: float | None) -> Path:
     """Everything that a figure has to be read with, then every figure. Seconds are of one call."""
     document: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -141,6 +151,7 @@ def write_json(path: Path, results: list[Result], plan: dict[str, Any], sgemm: f
         "machine": describe_machine(),
         "packages": {package: package_version(package) for package in OPTIONAL_PACKAGES},
         "plan": plan,
+        "load_before": load,
         "sgemm_gflops": sgemm / 1e9,
         "geometric_means": [asdict(mean) for mean in group_means(results)],
         "results": [

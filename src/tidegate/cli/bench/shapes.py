@@ -103,17 +103,13 @@ class Case:
     bidirectional: bool
 
     @property
-    def steps(self) -> int:
-        return 1 if self.mode == "cell" else self.shape.steps
-
-    @property
     def flops(self) -> int:
         """Of the matrix products in one call. A backward pass costs twice its forward pass."""
         directions = 1 + self.bidirectional
         columns = self.shape.input_size + self.shape.hidden_size
         columns += (self.num_layers - 1) * (directions + 1) * self.shape.hidden_size
         rows = GATES[self.kind] * self.shape.hidden_size * directions
-        forward = 2 * rows * columns * self.shape.batch * self.steps
+        forward = 2 * rows * columns * self.shape.batch * self.shape.steps
         return 3 * forward if self.mode == "train" else forward
 
     def __str__(self) -> str:
