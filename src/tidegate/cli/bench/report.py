@@ -96,7 +96,7 @@ def _case_table(title: str, results: list[Result], sgemm: float) -> Table:
     backends = list(dict.fromkeys(result.backend for result in results))
     if len(backends) == 1:
         title += f" (backend: {backends[0]})"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     with_peers = any(result.best_peer for result in results)
     with_memory = any(result.peak_bytes for result in results)
     table.add_column("shape", no_wrap=True)
@@ -120,7 +120,11 @@ def _case_table(title: str, results: list[Result], sgemm: float) -> Table:
 
 def _mean_table(means: list[Mean]) -> Table:
     table = Table(
-        title="Geometric means (small: B <= 16 and H <= 256)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+        title="Geometric means (small: B <= 16 and H <= 256)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for name in ("kind", "mode", "regime"):
         table.add_column(name)
