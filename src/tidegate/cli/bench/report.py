@@ -101,9 +101,9 @@ def _case_table(title: str, results: list[Result], sgemm: float) -> Table:
     with_memory = any(result.peak_bytes for result in results)
     table.add_column("shape", no_wrap=True)
     for name in ("torch.nn", "tidegate", "ratio", *(["best peer"] * with_peers), "sgemm", *(["peak MB"] * with_memory)):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=name not in ("best peer", "peak MB"))
     if len(backends) > 1:
-        table.add_column("backend")
+        table.add_column("backend", no_wrap=True)
     for result in results:
         microseconds = {name: seconds / result.case.shape.steps * 1e6 for name, seconds in result.seconds.items()}
         row = [str(result.case.shape), _short(microseconds["torch.nn"]), _short(microseconds["tidegate"])]
