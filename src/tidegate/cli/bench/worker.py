@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A peer in a process of its own: its thread pool idles while the others have their slice."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from typing import Any
+
+from tidegate.cli.bench.peers import PEERS, Arrays, Peer
+from tidegate.cli.bench.shapes import Case
+from tidegate.cli.bench.timing import TimeSlice, local_slice
+
+# Thread pools keep spinning for some milliseconds after their last task.
+_SETTLE_SECONDS = 0.005
+
+_time_call: TimeSlice | None = None  # in a worker: times the call that was built last
+
+
+def new_process() -> ProcessPoolExecutor:
+    """One process, started afresh: a forked one would share torch's thread pool in a state that it cannot use."""
+    return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+
+
+class PeerProcess:
+    """A peer that is asked, slice by slice, to time the case that it was given last."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self._process = new_process()
+
+    def build(self, case: Case, weights: Arrays, input: Any, threads: int) -> list[Any]:
+        """Build the case's call and run it once; the arrays that it returned."""
+        return self._process.submit(_build, self.peer.name, case, weights, input, threads).result()
+
+    def time_slice(self, seconds: float) -> float:
+        time.sleep(_SETTLE_SECONDS)
+        taken = self._process.submit(_time_slice, seconds).result()
+        time.sleep(_SETTLE_SECONDS)
+        return taken
+
+    def close(self) -> None:
+        self._process.shutdown(cancel_futures=True)
+
+
+def installed_peers() -> list[Peer]:
+    """Those whose packages are here; the two that read ONNX files need `onnx` to write one."""
+    needs = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx"), "jax": ("jax",)}
+    return [peer for peer in PEERS if all(find_spec(package) is not None for package in needs[peer.name])]
+
+
+def _build(name: str, case: Case, weights: Arrays, input: Any, threads: int) -> list[Any]:
+    global _time_call
+    (peer,) = (peer for peer in PEERS if peer.name == name)
+    call = peer.build(case, weights, input, threads)
+    _time_call = local_slice(call)
+    return [array.copy() for array in call()]
+
+
+def _time_slice(seconds: float) -> float:
+    assert _time_call is not None
+    return _time_call(seconds)
