@@ -34,6 +34,7 @@ class Backend:
         backward: `(call, output, saved, grad_output, grad_states, needs) -> gradients`, in the order of
             `Call.tensors`, None where `needs` is False.
         saved_shape: from shapes alone.
+        checks: it refuses by itself, with an error that names the argument, what `checks.check` would refuse.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             the three above.
     """
@@ -45,6 +46,7 @@ class Backend:
     forward: Callable[[Call, bool], tuple[Tensor, ...]] | None = None
     backward: Callable[[Call, Tensor, Tensor, Tensor | None, Gradients, tuple[bool, ...]], Gradients] | None = None
     saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
+    checks: bool = False
 
 
 CPU = Backend(
@@ -54,6 +56,7 @@ CPU = Backend(
     forward=cpu.forward,
     backward=cpu.backward,
     saved_shape=cpu.saved_shape,
+    checks=True,
 )
 ATEN = Backend("aten", aten.unsupported_reasons, composite=aten.forward)
 REFERENCE = Backend("reference", reference.unsupported_reasons, composite=reference.forward)

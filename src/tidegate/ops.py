@@ -35,21 +35,27 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     """
     if dispatch.is_traced():
         return _operator(call)
-    check(call)
-    if dispatch.is_transformed():
-        by_reference = dispatch.is_per_example(call.weights.values()) and backends.named() in ("", "reference")
-        return reference.forward(call) if by_reference else _operator(call)
-    check_lengths(call.lengths, call.input.shape[0])
-    if _observers:
-        return _observed(call)
-    if dispatch.is_forward_mode():
-        return _forward_mode(call, backends.named())
+    if _observers or dispatch.is_transformed() or dispatch.is_forward_mode():
+        return _in_other_modes(call)
     backend = backends.select(call, backends.named())
+    if not backend.checks:
+        check(call)
+        check_lengths(call.lengths, call.input.shape[0])
     if backend is backends.REFERENCE:
         return reference.forward(call)
     if torch.is_grad_enabled() and _any_requires_grad(call):
         return gradients.Recurrence.apply(call.cell, backend, *signature.arguments(call))[:-1]
     return backends.run_forward(backend, call, save=False)[:-1]
+
+
+def _in_other_modes(call: Call) -> tuple[Tensor, ...]:
+    """Under torch.func, forward-mode differentiation, or `observe`."""
+    check(call)
+    if dispatch.is_transformed():
+        by_reference = dispatch.is_per_example(call.weights.values()) and backends.named() in ("", "reference")
+        return reference.forward(call) if by_reference else _operator(call)
+    check_lengths(call.lengths, call.input.shape[0])
+    return _observed(call) if _observers else _forward_mode(call, backends.named())
 
 
 def observe(observer: Callable[[Call], None], run: Callable[[], Any]) -> None:

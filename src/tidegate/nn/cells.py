@@ -41,7 +41,9 @@ class RecurrentCell(torch.nn.RNNCellBase):
 
     def sequence(self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None = None) -> tuple[Tensor, ...]:
         """The cell over (T, B, I) in one call: output (T, B, H) and the final states."""
-        weights = {name: getattr(self, name, None) for name in self.cell.weights}
+        weights = dict.fromkeys(self.cell.weights)
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            weights[name] = getattr(self, name)
         call = Call(self.cell, input, states, weights, lengths, None, False, self._options())
         return autocast.recurrence(call, widens_on_cpu=self.cell is not cells.RNN)
 
