@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python blocks of the README and of docs/ run, each file's in one namespace and in order; its links lead somewhere."""
+"""The Python blocks of the README and of docs/ run, in order, each page in one namespace; its links lead somewhere."""
 
 from __future__ import annotations
 
