@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How close is close: the one rule, and the floor of each dtype with its reason.
 
-The oracle is float64. An error is the largest absolute difference from it, in units of the oracle's largest entry where
-that is above 1, so that a gradient summed over many steps is judged as a sum is. A result passes if its error is at most
-twice that of torch.nn in the same dtype, plus the floor.
+The oracle is float64. An error is the largest absolute difference from it, in units of the oracle's largest entry
+where that is above 1, so that a gradient summed over many steps is judged as a sum is. A result passes if its error is
+at most twice that of torch.nn in the same dtype, plus the floor.
 """
 
 from __future__ import annotations
