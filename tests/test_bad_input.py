@@ -58,7 +58,7 @@ AS_TORCH = {
 def test_layer_refuses_as_torch_does(kind, case):
     arguments = AS_TORCH[case](kind)
     if kind == "LSTM" and case.endswith("packed"):
-        # torch.nn.LSTM checks nothing that is packed: an inner operator fails, or none does. Ours says what its GRU says.
+        # torch.nn.LSTM checks nothing that is packed: an inner operator fails, or none. Ours says what its GRU says.
         theirs = refusal(lambda: torch.nn.GRU(3, 4)(arguments[0], *(state[0] for state in arguments[1:])))
         theirs = theirs[0], theirs[1].replace("hidden size", "hidden[0] size")
     else:
