@@ -89,6 +89,15 @@ class Call(NamedTuple):
         weights = dict(zip(self.weights, tensors[split:], strict=True))
         return self._replace(input=tensors[0], states=tuple(tensors[1:split]), weights=weights)
 
+    def without_steps(self) -> tuple[Tensor, ...]:
+        """The results where no row has a step: zeros, and the initial states.
+
+        They still depend on every tensor, so that its gradient is zero and not absent.
+        """
+        nothing = sum(tensor.flatten()[:0].sum() for tensor in self.tensors if tensor is not None)
+        output = self.states[0].new_zeros((self.input.shape[0], *self.states[0].shape))
+        return (output + nothing, *(state + nothing for state in self.states))
+
     def to(self, dtype: torch.dtype) -> Call:
         """The same call computed in `dtype`."""
         return self.with_tensors([None if tensor is None else tensor.to(dtype) for tensor in self.tensors])

@@ -50,7 +50,7 @@ def _scan(call: Call) -> tuple[Tensor, ...]:
             states = tuple(torch.where(keep, new, old) for new, old in zip(stepped, states, strict=True))
             outputs.append(stepped[0].masked_fill(~keep, 0))
     if not outputs:
-        return (call.states[0].new_empty((0, *call.states[0].shape)), *(state.clone() for state in states))
+        return call.without_steps()
     return (torch.stack(outputs[::-1] if call.reverse else outputs), *states)
 
 

@@ -91,12 +91,15 @@ def from_list(input: list[Tensor], resets: Any) -> Sequences:
     faults: list[str] = []
     if not input:
         raise ValueError("input: expected a list of at least one tensor (T, input_size), got an empty list")
+    first: Tensor | None = None
     for k, row in enumerate(input):
         if not isinstance(row, Tensor) or row.dim() != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
             came = f"{row.dim()} dimensions" if isinstance(row, Tensor) else type(row).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
             faults.append(f"input[{k}]: expected a tensor (T, input_size), got {came}")
-        elif (row.shape[1], row.dtype, row.device) != (input[0].shape[-1], input[0].dtype, input[0].device):
-            expected = f"{input[0].shape[-1]} features, {input[0].dtype}, {input[0].device} as in input[0]"
+            continue
+        first = row if first is None else first
+        if (row.shape[1], row.dtype, row.device) != (first.shape[1], first.dtype, first.device):
+            expected = f"{first.shape[1]} features, {first.dtype}, {first.device} like the rows before it"
             faults.append(f"input[{k}]: expected {expected}, got {row.shape[1]}, {row.dtype}, {row.device}")
     if faults:
         raise ValueError("\n".join(faults))
@@ -106,10 +109,10 @@ def from_list(input: list[Tensor], resets: Any) -> Sequences:
         if not isinstance(resets, list) or len(resets) != len(input):
             raise ValueError(f"resets: expected a list of {len(input)} bool tensors (T,), like input")
         marks = [
-            _read_resets(row, f"resets[{k}] (T,)", (size,), input[0].device)
+            _check_resets(row, "(T,)", (size,), input[0].device, f"resets[{k}]")
             for k, (row, size) in enumerate(zip(resets, sizes, strict=True))
         ]
-        padded_resets = pad_sequence([mark for mark in marks if mark is not None])
+        padded_resets = pad_sequence(marks)
 
     def restore(output: Tensor) -> list[Tensor]:
         return [output[:size, k] for k, size in enumerate(sizes)]
@@ -151,11 +154,13 @@ def read_lengths(lengths: Any, batch: int, name: str = "lengths") -> Tensor | No
 
 
 def _read_resets(resets: Any, layout: str, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    if resets is None:
-        return None
+    return None if resets is None else _check_resets(resets, layout, shape, device, "resets")
+
+
+def _check_resets(resets: Any, layout: str, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
         came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
-        raise ValueError(f"resets: expected a bool tensor, got {came}")
+        raise ValueError(f"{name}: expected a bool tensor, got {came}")
     if resets.dim() != len(shape) or any(a != b for a, b in zip(resets.shape, shape, strict=True)):
-        raise ValueError(f"resets: expected {layout} = {shape}, got {tuple(resets.shape)}")
+        raise ValueError(f"{name}: expected {layout} = {shape}, got {tuple(resets.shape)}")
     return resets.to(device)

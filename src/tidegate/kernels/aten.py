@@ -75,8 +75,7 @@ def _packed(call: Call) -> tuple[Tensor, ...]:
     position = (time * batch + order[row]).to(call.input.device)  # of each packed step in (T * B)
     rows = order[:live].to(call.input.device)
     if live == 0:
-        output = call.states[0].new_zeros((steps, *call.states[0].shape))
-        return (output, *(state.clone() for state in call.states))
+        return call.without_steps()
     data = call.input.flatten(0, 1).index_select(0, position)
     batch_sizes = torch.bincount(step)
     initial = tuple(state.index_select(0, rows) for state in call.states)

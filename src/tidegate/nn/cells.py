@@ -14,7 +14,7 @@ from torch import Tensor
 from tidegate import cells
 from tidegate.cells import Call, Cell, Options
 from tidegate.nn import autocast
-from tidegate.nn.layers import _read_flag
+from tidegate.nn.layers import _read_flag, read_states
 
 
 class RecurrentCell(torch.nn.RNNCellBase):
@@ -85,9 +85,10 @@ class _OneStateCell(RecurrentCell):
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
         self._check_rank(input)
+        states = None if hx is None else read_states(self.cell, hx)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"{self._torch_name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        return self._step(input, None if hx is None else (hx,))[0]
+        return self._step(input, states)[0]
 
 
 class RNNCell(_OneStateCell, torch.nn.RNNCell):
@@ -139,8 +140,9 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
         self._check_rank(input)
-        for k, state in enumerate(hx or ()):
+        states = None if hx is None else read_states(self.cell, hx)
+        for k, state in enumerate(states or ()):
             if state.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-        h, c = self._step(input, None if hx is None else tuple(hx))
+        h, c = self._step(input, states)
         return h, c

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from tidegate import sequences
@@ -65,9 +66,15 @@ def dynamic_rnn(
     if whole is None:
         output, state = _loop(cell, data, lengths, state)
     else:
-        states = tuple(state) if isinstance(state, (tuple, list)) else (state,)
-        output, *finals = whole.sequence(data, states, lengths)
-        state = finals[0] if len(finals) == 1 else tuple(finals)
+        if data.dim() != 3 or data.shape[-1] != whole.input_size:
+            expected = f"3 dimensions and input_size = {whole.input_size} features"
+            raise ValueError(f"inputs: expected {expected}, got shape {tuple(inputs.shape)}")
+        states, structure = pytree.tree_flatten(state)
+        if len(states) != len(whole.cell.states):
+            expected = f"({', '.join(whole.cell.states)})" if len(whole.cell.states) > 1 else "one tensor"
+            raise ValueError(f"initial_state: expected {expected}, got {len(states)} tensors in {structure}")
+        output, *finals = whole.sequence(data, tuple(states), lengths)
+        state = pytree.tree_unflatten(finals, structure)
     if not time_major:
         output = pytree.tree_map(_batch_first, output)
     return output, state
@@ -76,7 +83,9 @@ def dynamic_rnn(
 def _as_sequence(cell: Any) -> RecurrentCell | None:
     """The cell as one of ours that can run whole; None where a hook, a subclass or a user's code must see each step."""
     ours = _OURS.get(type(cell))
-    if ours is None or cell._forward_hooks or cell._forward_pre_hooks or cell._backward_hooks:
+    if ours is None or "forward" in vars(cell) or _has_any_global_hook():
+        return None
+    if cell._forward_hooks or cell._forward_pre_hooks or cell._backward_hooks or cell._backward_pre_hooks:
         return None
     if type(cell) is ours:
         return cell
@@ -108,14 +117,24 @@ def _loop(cell: Callable[..., Any], data: Tensor, lengths: Tensor | None, state:
     check_lengths(lengths, steps, "sequence_length")
     outputs: list[Any] = []
     for t in range(steps):
-        output, stepped = _split(cell(data[t], state), state)
-        if lengths is not None:
-            select = partial(_where_live, lengths.to(data.device) > t)
-            output = pytree.tree_map(select, output)
-            stepped = pytree.tree_map(select, stepped, state)
-        outputs.append(output)
-        state = stepped
+        live = None if lengths is None else lengths.to(data.device) > t
+        # Padding may hold anything, and 0 * NaN is NaN in a weight's gradient.
+        output, stepped = _split(cell(_zero_past(live, data[t]), state), state)
+        outputs.append(pytree.tree_map(partial(_zero_past, live), output))
+        state = stepped if live is None else pytree.tree_map(partial(_hold_past, live), stepped, state)
     return pytree.tree_map(_stacked, *outputs), state
+
+
+def _zero_past(live: Tensor | None, step: Tensor) -> Tensor:
+    return step if live is None else step.masked_fill(~_over_rows(live, step), 0)
+
+
+def _hold_past(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(_over_rows(live, new), new, old)
+
+
+def _over_rows(live: Tensor, tensor: Tensor) -> Tensor:
+    return live.view(-1, *(1,) * (tensor.dim() - 1))
 
 
 def _batch_first(steps: Tensor) -> Tensor:
@@ -124,11 +143,6 @@ def _batch_first(steps: Tensor) -> Tensor:
 
 def _stacked(*steps: Tensor) -> Tensor:
     return torch.stack(steps)
-
-
-def _where_live(live: Tensor, new: Tensor, old: Tensor | None = None) -> Tensor:
-    rows = live.view(-1, *(1,) * (new.dim() - 1))
-    return torch.where(rows, new, torch.zeros_like(new) if old is None else old)
 
 
 def _split(result: Any, state: Any) -> tuple[Any, Any]:

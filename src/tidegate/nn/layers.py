@@ -74,16 +74,17 @@ class RecurrentLayer(torch.nn.RNNBase):
             UnsupportedError: the backend that `tidegate.backend` names cannot run this call.
         """
         batch, batch_sizes, data = self._read(input, lengths, resets)
-        states = self._read_states(data, batch_sizes, hx, unbatched=isinstance(input, Tensor) and input.dim() == 2)
-        if isinstance(input, PackedSequence):
-            states = self._permuted(states, input.sorted_indices)
+        packed = input if isinstance(input, PackedSequence) else None
+        unbatched = isinstance(input, Tensor) and input.dim() == 2
+        states = self._read_states(data, batch_sizes, hx, unbatched)
+        if hx is not None:
+            states = self._permuted(states, packed and packed.sorted_indices)
         if batch.data.shape[0] == 0 and batch.lengths is None:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         output, finals = self._run(batch, states)
-        if isinstance(input, PackedSequence):
-            finals = self._permuted(finals, input.unsorted_indices)
-        elif isinstance(input, Tensor) and input.dim() == 2:
+        if unbatched:
             finals = tuple(final.squeeze(1) for final in finals)
+        finals = self._permuted(finals, packed and packed.unsorted_indices)
         return batch.restore(output), _one_or_tuple(finals)
 
     def _read(self, input: Any, lengths: Any, resets: Any) -> tuple[Sequences, Tensor | None, Tensor]:
@@ -125,13 +126,26 @@ class RecurrentLayer(torch.nn.RNNBase):
                 sizes.append((*sizes[0][:2], self.hidden_size))
             states = tuple(torch.zeros(size, dtype=data.dtype, device=data.device) for size in sizes)
         else:
-            states = tuple(hx) if len(self.cell.states) > 1 else (hx,)
+            states = read_states(self.cell, hx)
             if batch_sizes is None:
                 self._check_rank(states, 2 if unbatched else 3)
             if unbatched:
                 states = tuple(state.unsqueeze(1) for state in states)
         self.check_forward_args(data, _one_or_tuple(states), batch_sizes)
+        self._check_agreement(data, states)
         return states
+
+    def _check_agreement(self, data: Tensor, states: tuple[Tensor, ...]) -> None:
+        """One device for all, one dtype for input and states, in the words of torch's own operators."""
+        weight = getattr(self, self._flat_weights_names[0])
+        for kind, tensor in (("parameter", weight), *(("hidden", state) for state in states)):
+            if tensor.device != data.device:
+                found = f"found input tensor at {data.device} and {kind} tensor at {tensor.device}"
+                raise RuntimeError(f"Input and {kind} tensors are not at the same device, {found}")
+        for state in states:
+            if state.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+                found = f"found input tensor with {data.dtype} and hidden tensor with {state.dtype}"
+                raise RuntimeError(f"Input and hidden tensors are not the same dtype, {found}")
 
     def _check_rank(self, states: tuple[Tensor, ...], expected: int) -> None:
         if all(state.dim() == expected for state in states):
@@ -173,6 +187,23 @@ class RecurrentLayer(torch.nn.RNNBase):
             if self.dropout > 0 and self.training and layer < self.num_layers - 1:
                 output = batch.dropout(output, self.dropout)
         return output, tuple(torch.stack(column) for column in zip(*finals, strict=True))
+
+
+def read_states(cell: Cell, hx: Any) -> tuple[Tensor, ...]:
+    """The user's state, h or (h, c), as a tuple.
+
+    Raises:
+        TypeError: a tuple where a tensor belongs, or the other way round.
+        RuntimeError: not two tensors, in torch's words.
+    """
+    expects_pair = len(cell.states) > 1
+    if isinstance(hx, Tensor) if expects_pair else not isinstance(hx, Tensor):
+        expected = "a tuple (h_0, c_0) of Tensors" if expects_pair else "a Tensor"
+        raise TypeError(f"hx: expected {expected}, got {type(hx).__name__}")
+    states = tuple(hx) if expects_pair else (hx,)
+    if len(states) != len(cell.states):
+        raise RuntimeError(f"{cell.name} expects two hidden states")
+    return states
 
 
 class RNN(RecurrentLayer):
