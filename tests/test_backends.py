@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -103,3 +104,8 @@ def test_inference_mode(name: str) -> None:
     with tg.backend(name), torch.inference_mode():
         found = ops.recurrence(call)
     torch.testing.assert_close(found[0].clone(), ops.recurrence(call)[0], rtol=0, atol=1e-14)
+
+
+def test_the_compiled_operators_are_here_where_there_is_a_compiler() -> None:
+    """Their own tests are skipped without them; that must not hide a build that failed."""
+    assert backends.CPU.availability() == [] or shutil.which("c++") is None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tidegate import dispatch, reference
 from tidegate.cells import Call
+from tidegate.checks import check, check_lengths
 from tidegate.errors import UnsupportedError
 from tidegate.kernels import aten, cpu
 
@@ -34,7 +35,7 @@ class Backend:
         backward: `(call, output, saved, grad_output, grad_states, needs) -> gradients`, in the order of
             `Call.tensors`, None where `needs` is False.
         saved_shape: from shapes alone.
-        checks: it refuses by itself, with an error that names the argument, what `checks.check` would refuse.
+        checks: it refuses by itself what `checks.check` would, so that a plain call need not be looked at twice.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             the three above.
     """
@@ -138,7 +139,13 @@ def _refusal(call: Call, name: str) -> str:
 def run_forward(backend: Backend, call: Call, save: bool) -> tuple[Tensor, ...]:
     """`Backend.forward`, or its stand-in for a composite backend: nothing recorded, nothing saved, nothing aliased."""
     if backend.forward is not None:
-        return backend.forward(call, save)
+        try:
+            return backend.forward(call, save)
+        except RuntimeError:
+            # A kernel that checks refuses at the first fault, in its own words: name them all in ours, if it is one.
+            check(call)
+            check_lengths(call.lengths, call.input.shape[0])
+            raise
     assert backend.composite is not None
     with torch.no_grad():
         outputs = backend.composite(call)
