@@ -257,7 +257,7 @@ ERRORS = [
     ((_sum, X, [1.0] * B, H), "sequence_length: expected an integer dtype, got torch.float32"),
     ((_sum, X, [7] * B, H), "sequence_length: expected values in 0..T = 0..6, got 7"),
     ((_sum, X, [-1] * B, H), "sequence_length: expected values in 0..T = 0..6, got -1"),
-    ((tg.GRUCell(3, 5), X, [7] * B), "lengths: expected values in 0..T = 0..6, got 7"),
+    ((tg.GRUCell(3, 5), X, [7] * B), "sequence_length: expected values in 0..T = 0..6, got 7"),
     ((tg.GRUCell(4, 5), X), "inputs: expected 3 dimensions and input_size = 4 features, got shape (4, 6, 3)"),
     ((torch.nn.GRUCell(3, 5), X[0]), "inputs: expected 3 dimensions and input_size = 3 features, got shape (6, 3)"),
     ((tg.GRUCell(3, 5), X, None, torch.zeros(3, 5)), "h_0: expected (B, hidden_size) = (4, 5), got (3, 5)"),

@@ -17,7 +17,7 @@ from torch import Tensor
 import tidegate as tg
 
 T, B, IN, H = 7, 4, 3, 5
-EXAMPLES = settings(derandomize=True, deadline=None, max_examples=25, database=None)
+EXAMPLES = settings(derandomize=True, deadline=None, max_examples=15, database=None)
 NAN = float("nan")
 
 

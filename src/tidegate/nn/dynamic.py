@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
-from tidegate import sequences
+from tidegate import dispatch, sequences
 from tidegate.checks import check_lengths
 from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
 
@@ -73,6 +73,8 @@ def dynamic_rnn(
         if len(states) != len(whole.cell.states):
             expected = f"({', '.join(whole.cell.states)})" if len(whole.cell.states) > 1 else "one tensor"
             raise ValueError(f"initial_state: expected {expected}, got {len(states)} tensors in {structure}")
+        if dispatch.is_plain():
+            check_lengths(lengths, data.shape[0], "sequence_length")
         output, *finals = whole.sequence(data, tuple(states), lengths)
         state = pytree.tree_unflatten(finals, structure)
     if not time_major:
