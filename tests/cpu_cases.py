@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tidegate import reference
-from tidegate.cells import GRU, LSTM, RNN, Call, Cell
+from tidegate.cells import GRU, LSTM, RNN, Call
 from tidegate.kernels import cpu
 
 VARIANTS = {
@@ -79,8 +79,7 @@ def cases(shape: tuple[int, int, int, int], variant: str, dtype: torch.dtype) ->
 def grads_for(call: Call) -> tuple[Tensor, ...]:
     """Gradients that arrive at the output and the final states."""
     generator = torch.Generator().manual_seed(1)
-    steps, batch = call.input.shape[:2]
-    sizes = ((steps, *call.states[0].shape), *(state.shape for state in call.states))
+    sizes = ((call.input.shape[0], *call.states[0].shape), *(state.shape for state in call.states))
     return tuple(torch.randn(*size, generator=generator, dtype=torch.float64).to(call.input.dtype) for size in sizes)
 
 

@@ -36,7 +36,8 @@ def _missing() -> str | None:
         path = Path(folder) / _LIBRARY
         if path.exists():
             try:
-                torch.ops.load_library(path)
+                torch_ops: Any = torch.ops
+                torch_ops.load_library(path)
             except OSError as error:
                 return f"the compiled operators are not installed: {error}"
             return None
@@ -74,7 +75,7 @@ def unsupported_reasons(call: Call) -> list[str]:
             if tensor is not None and not (tensor.is_cpu and tensor.dtype is dtype and tensor.layout is torch.strided):
                 break
         else:
-            return []   # every streamed step comes this way
+            return []  # every streamed step comes this way
     return _reasons(call)
 
 
@@ -117,11 +118,11 @@ def _on_cpu(call: Call) -> tuple[Tensor | None, Tensor | None]:
 
 def forward(call: Call, save: bool) -> tuple[Tensor, ...]:
     """Runs the sequence: output (T, B, P), the final states, and what `backward` needs, (0,) without `save`."""
-    states, weights = call.states, call.weights
-    c_0 = states[1] if len(states) > 1 else None
+    weights = call.weights
+    h_0, c_0 = (*call.states, None)[:2]
     lengths, resets = _on_cpu(call)
     return tuple(operators().forward.default(
-        _KINDS[_kind(call)], call.input, states[0], c_0, weights["weight_ih"], weights["weight_hh"],
+        _KINDS[_kind(call)], call.input, h_0, c_0, weights["weight_ih"], weights["weight_hh"],
         weights["bias_ih"], weights["bias_hh"], weights.get("weight_hr"), lengths, resets, call.reverse, save,
     ))  # fmt: skip
 
@@ -137,12 +138,12 @@ def backward(
     """The gradients of `Call.tensors`, in that order, None where not needed."""
     kind, weights = _kind(call), call.weights
     need = dict(zip(("input", *call.cell.states, *weights), needs, strict=True))
-    c_0 = call.states[1] if len(call.states) > 1 else None
+    h_0, c_0 = (*call.states, None)[:2]
     grad_h_n, grad_c_n = (*grad_states, None)[:2]
     lengths, resets = _on_cpu(call)
-    ours = kind != "gru_reset_before" and call.input.dtype != torch.bfloat16   # weight_hh's product
+    ours = kind != "gru_reset_before" and call.input.dtype != torch.bfloat16  # weight_hh's product
     dgates, h_before, dh_0, dc_0 = operators().backward.default(
-        _KINDS[kind], saved, output, call.states[0], c_0, weights["weight_hh"], weights.get("weight_hr"), lengths,
+        _KINDS[kind], saved, output, h_0, c_0, weights["weight_hh"], weights.get("weight_hr"), lengths,
         resets, call.reverse, grad_output, grad_h_n, grad_c_n, need["weight_hh"] and not ours,
     )  # fmt: skip
     grads: dict[str, Tensor | None] = {"h": dh_0, "c": dc_0}
@@ -156,7 +157,7 @@ def backward(
             grad_ih, grad_hh, sums = _bfloat16_products(call, dgates, h_before, lengths, need)
         else:
             grad_ih, grad_hh, sums = operators().weight_gradients.default(
-                _KINDS[kind], dgates, call.input, output, call.states[0], lengths, resets, call.hidden_size,
+                _KINDS[kind], dgates, call.input, output, h_0, lengths, resets, call.hidden_size,
                 call.reverse, need["weight_ih"], need["weight_hh"] and ours,
             )  # fmt: skip
         if need["weight_hh"] and kind == "gru_reset_before":
@@ -198,12 +199,12 @@ def _bfloat16_products(
 
 def _reset_before_product(call: Call, saved: Tensor, dgates: Tensor, h_before: Tensor) -> Tensor:
     hidden_size = call.hidden_size
-    reset_h = saved[: h_before.shape[0], :hidden_size] * h_before   # (N, H)
+    reset_h = saved[: h_before.shape[0], :hidden_size] * h_before  # (N, H)
     return torch.cat((dgates[:, : 2 * hidden_size].t() @ h_before, dgates[:, 2 * hidden_size :].t() @ reset_h))
 
 
 def _grad_weight_hr(call: Call, saved: Tensor, dgates: Tensor) -> Tensor:
     hidden_size = call.hidden_size
     kept = saved[: dgates.shape[0]]
-    before_projection = kept[:, 3 * hidden_size : 4 * hidden_size] * kept[:, 4 * hidden_size :].tanh()   # (N, H)
+    before_projection = kept[:, 3 * hidden_size : 4 * hidden_size] * kept[:, 4 * hidden_size :].tanh()  # (N, H)
     return dgates[:, 4 * hidden_size :].t() @ before_projection
