@@ -23,6 +23,10 @@ void pause() {
 // Some 20 microseconds of spinning; then the thread that is waited for may need this very core.
 constexpr int spins_before_yield = 1000;
 
+// A first member that waited so often for more than twice its own work, and 100 microseconds, is better off alone.
+constexpr int starved_barriers = 2;
+constexpr int64_t starving = 100'000;
+
 struct Enrolment {
     std::atomic<int> joined{0};    // members so far; `closed` is added once nobody else may join
     std::atomic<int> size{0};      // set when enrolment closes
@@ -74,15 +78,27 @@ void enrol(int64_t, int64_t, void* context) {
 }  // namespace
 
 void Crew::wait_for_others() {
+    const int64_t arrived_at = now();
     ++epoch_;
+    // Said before the barrier is reached, so that all members read the same on leaving it.
+    if (rank_ == 0 && starved_ >= starved_barriers) posts_[0].last_epoch.store(epoch_, std::memory_order_relaxed);
     posts_[rank_].epoch.store(epoch_, std::memory_order_release);
+    bool yielded = false;
     for (int other = 0; other < size_; ++other) {
         const std::atomic<uint32_t>& theirs = posts_[other].epoch;
         for (int spins = 0; static_cast<int32_t>(theirs.load(std::memory_order_acquire) - epoch_) < 0; ++spins) {
-            if (spins < spins_before_yield) pause();
-            else sched_yield();
+            if (spins < spins_before_yield) {
+                pause();
+            } else {
+                sched_yield();
+                yielded = true;
+            }
         }
     }
+    const int64_t worked = arrived_at - left_at_;
+    left_at_ = yielded || left_at_ == 0 ? now() : arrived_at;
+    if (yielded && epoch_ > 1 && left_at_ - arrived_at > 2 * worked + starving) ++starved_;
+    if (posts_[0].last_epoch.load(std::memory_order_relaxed) == epoch_) size_ = rank_ == 0 ? 1 : 0;
 }
 
 void set_parallel_for(ParallelFor function) { parallel_for = function; }

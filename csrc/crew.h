@@ -15,7 +15,8 @@ namespace tidegate {
 constexpr int max_crew = 128;
 
 struct alignas(64) Post {
-    std::atomic<uint32_t> epoch{0};
+    std::atomic<uint32_t> epoch{0};        // barriers reached
+    std::atomic<uint32_t> last_epoch{0};   // of the first member: the barrier after which it goes on alone, if not 0
 };
 
 // One thread's view of its crew.
@@ -26,14 +27,20 @@ public:
     TIDEGATE_INLINE int rank() const { return rank_; }
     TIDEGATE_INLINE int size() const { return size_; }
 
-    // A barrier: what any member wrote before it is seen by all after it.
+    // A barrier: what any member wrote before it is seen by all after it. Where other processes keep the members from
+    // running at the same time, the crew breaks up here: the first member goes on alone, the others are dismissed.
     TIDEGATE_INLINE void wait() {
         if (size_ > 1) wait_for_others();
     }
+    TIDEGATE_INLINE bool dismissed() const { return size_ == 0; }
 
     // This thread's part of 0 .. count - 1.
-    TIDEGATE_INLINE int64_t begin(int64_t count) const { return count * rank_ / size_; }
-    TIDEGATE_INLINE int64_t end(int64_t count) const { return count * (rank_ + 1) / size_; }
+    TIDEGATE_INLINE int64_t begin(int64_t count) const { return size_ > 1 ? count * rank_ / size_ : 0; }
+    TIDEGATE_INLINE int64_t end(int64_t count) const {
+        return size_ > 1 ? count * (rank_ + 1) / size_ : size_ == 1 ? count : 0;
+    }
+    // Whether item `index` of a list that is dealt out one by one is this thread's.
+    TIDEGATE_INLINE bool dealt(int64_t index) const { return size_ > 0 && index % size_ == rank_; }
 
 private:
     void wait_for_others();
@@ -41,6 +48,8 @@ private:
     Post* posts_;
     int rank_, size_;
     uint32_t epoch_ = 0;
+    int starved_ = 0;        // barriers at which others kept the first member waiting far beyond its own work
+    int64_t left_at_ = 0;    // when this thread left its last barrier
 };
 
 // A crew cut into teams that share no rows: team `index` of `count`, of which this thread is one member.

@@ -119,7 +119,12 @@ void tile(const A* rows, int64_t row_stride, const A* panel, int64_t panel_strid
         for (int m = 0; m < M; ++m) {
             Vec<A> w[C];
 #pragma GCC unroll 24
-            for (int c = 0; c < C; ++c) w[c] = load(panel + m * panel_stride + (k * C + c) * lanes);
+            for (int c = 0; c < C; ++c) {
+                const A* from = panel + m * panel_stride + (k * C + c) * lanes;
+                w[c] = load(from);
+                // One or two rows use each weight once or twice: the cache, not arithmetic, is what they wait for.
+                if constexpr (R <= 2) __builtin_prefetch(from + 16 * C * lanes);
+            }
 #pragma GCC unroll 24
             for (int r = 0; r < R; ++r) {
                 const Vec<A> x = splat<A>(rows[r * row_stride + k]);
@@ -181,7 +186,7 @@ inline void multiply(const A* rows, int64_t row_stride, int64_t count, const Pan
     const int64_t tiles = ceil_div(count, T::max_rows);
     const int most_panels = T::panels_for(static_cast<int>(ceil_div(count, tiles)));
     for (int64_t panel = begin; panel < end;) {
-        const int group = static_cast<int>(end - panel < most_panels ? end - panel : most_panels);
+        const int group = static_cast<int>(ceil_div(end - panel, ceil_div(end - panel, most_panels)));   // even groups
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t first = count * i / tiles;
             const int size = static_cast<int>(count * (i + 1) / tiles - first);

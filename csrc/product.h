@@ -70,10 +70,9 @@ public:
         : p_(p), tiles_(ceil_div(p.columns, R)), d_(tiles_ * block * R, false), x_(panels_of(p) * block * wide * lanes, false) {}
 
     void run(Crew& crew) const {
-        const int64_t begin = crew.begin(tiles_), end = crew.end(tiles_);
-        for (int64_t first = 0; first < p_.count; first += block) {
+        for (int64_t first = 0; first < p_.count && !crew.dismissed(); first += block) {
             const int64_t size = p_.count - first < block ? p_.count - first : block;
-            for (int64_t tile = begin; tile < end; ++tile) pack_d(tile, first, size);
+            for (int64_t tile = crew.begin(tiles_); tile < crew.end(tiles_); ++tile) pack_d(tile, first, size);
             for (int i = 0; i < p_.targets; ++i) {
                 const OuterTarget& target = p_.target[i];
                 const int64_t panels = ceil_div(target.columns, wide * lanes);
@@ -81,7 +80,8 @@ public:
                     pack_x(target, panel, first, size);
                 crew.wait();
                 for (int64_t panel = 0; panel < panels; ++panel)
-                    for (int64_t tile = begin; tile < end; ++tile) add(target, tile, panel, size, first == 0);
+                    for (int64_t tile = crew.begin(tiles_); tile < crew.end(tiles_); ++tile)
+                        add(target, tile, panel, size, first == 0);
                 crew.wait();
             }
         }

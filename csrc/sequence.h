@@ -154,6 +154,7 @@ inline void run_forward(const ForwardProblem& problem) {
             share.enter(step, slot);
             slot += share.live(step);
             cell.step(team.crew, share, step);
+            if (team.crew.dismissed()) return;
         }
     });
 }
@@ -165,6 +166,7 @@ inline void run_backward(const BackwardProblem& problem) {
             if (share.live(step) == 0) continue;
             share.enter(step);
             cell.step(team.crew, share, step);
+            if (team.crew.dismissed()) return;
         }
         cell.finish(team.crew, share);
     });

@@ -79,7 +79,7 @@ public:
     template <int gates, class Point>
     void run(Point&& point) const {
         // Below this many bytes of weights a thread costs more to wake than it brings.
-        constexpr int64_t wake_bytes = 200000;
+        constexpr int64_t wake_bytes = 500000;
         const int64_t vectors = ceil_div(p_.hidden, lanes);
         const int64_t bytes = gates * p_.hidden * (p_.hidden + p_.input_size) * static_cast<int64_t>(sizeof(S));
         int64_t threads = bytes * p_.rows.batch / wake_bytes;

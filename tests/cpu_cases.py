@@ -79,8 +79,7 @@ def cases(shape: tuple[int, int, int, int], variant: str, dtype: torch.dtype) ->
 def grads_for(call: Call) -> tuple[Tensor, ...]:
     """Gradients that arrive at the output and the final states."""
     generator = torch.Generator().manual_seed(1)
-    steps = call.input.shape[0]
-    sizes = ((steps, *call.states[0].shape), *(state.shape for state in call.states))
+    sizes = ((call.input.shape[0], *call.states[0].shape), *(state.shape for state in call.states))
     return tuple(torch.randn(*size, generator=generator, dtype=torch.float64).to(call.input.dtype) for size in sizes)
 
 

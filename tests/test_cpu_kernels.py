@@ -165,11 +165,11 @@ def test_after_fork_in_a_loader():
 def test_two_python_threads_at_once():
     calls = [make_call("lstm", (60, 3, 64, 128), dtype=torch.float32, seed=seed) for seed in range(2)]
     right = [cpu.forward(call, False) for call in calls]
-    wrong: list[int] = []
+    same: dict[int, bool] = {}
 
     def work(i: int) -> None:
-        runs = (cpu.forward(calls[i], False) for _ in range(30))
-        wrong.extend(i for run in runs if not all(map(torch.equal, run, right[i])))
+        runs = [cpu.forward(calls[i], False) for _ in range(30)]
+        same[i] = all(torch.equal(a, b) for run in runs for a, b in zip(run, right[i], strict=True))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -177,7 +177,7 @@ def test_two_python_threads_at_once():
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    assert wrong == []
+    assert same == {0: True, 1: True}
 
 
 def test_the_interpreter_runs_meanwhile():

@@ -44,7 +44,7 @@ protected:
         int64_t slot = 0;
         for (; step < end; ++step)
             for (int64_t i = 0; i < share.live(step); ++i, ++slot) {
-                if (slot % team.crew.size() != team.crew.rank()) continue;
+                if (!team.crew.dealt(slot)) continue;
                 const int64_t place = share.place(step, share.rank(i)), batch = p_.rows.batch;
                 const S* from = static_cast<const S*>(p_.input) + place / batch * p_.input_time_stride +
                                 place % batch * p_.input_batch_stride;
@@ -165,7 +165,8 @@ protected:
     // The gradient of an initial state that no step used is that of the final state.
     void pass_through(const Crew& crew, const Share& share, const void* grad_final, void* grad_initial,
                       int64_t size) const {
-        for (int64_t i = share.live(0) + crew.rank(); i < share.all(); i += crew.size()) {
+        for (int64_t i = share.live(0); i < share.all(); ++i) {
+            if (!crew.dealt(i)) continue;
             const int64_t row = p_.rows.order[share.rank(i)];
             for (int64_t unit = 0; unit < size; unit += lanes)
                 store(static_cast<S*>(grad_initial) + row * size + unit,

@@ -162,8 +162,8 @@ public:
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
                             store(static_cast<S*>(p_.dh_0) + row.row * projected_ + unit, row.cut ? V{} : sum, valid);
                         });
-        for (int64_t i = crew.rank(); i < share.live(0); i += crew.size())
-            for (int64_t unit = 0; unit < hidden_; unit += lanes) {
+        for (int64_t i = 0; i < share.live(0); ++i)
+            for (int64_t unit = 0; crew.dealt(i) && unit < hidden_; unit += lanes) {
                 const V dc = load(carry(share[i]) + unit, hidden_ - unit);
                 store(static_cast<S*>(p_.dc_0) + share[i].row * hidden_ + unit, share[i].cut ? V{} : dc,
                       hidden_ - unit);

@@ -36,7 +36,8 @@ def _missing() -> str | None:
         path = Path(folder) / _LIBRARY
         if path.exists():
             try:
-                torch.ops.load_library(path)
+                torch_ops: Any = torch.ops
+                torch_ops.load_library(path)
             except OSError as error:
                 return f"the compiled operators are not installed: {error}"
             return None
@@ -117,8 +118,8 @@ def _on_cpu(call: Call) -> tuple[Tensor | None, Tensor | None]:
 
 def forward(call: Call, save: bool) -> tuple[Tensor, ...]:
     """Runs the sequence: output (T, B, P), the final states, and what `backward` needs, (0,) without `save`."""
-    states, weights = call.states, call.weights
-    h_0, c_0 = (*states, None)[:2]
+    weights = call.weights
+    h_0, c_0 = (*call.states, None)[:2]
     lengths, resets = _on_cpu(call)
     return tuple(operators().forward.default(
         _KINDS[_kind(call)], call.input, h_0, c_0, weights["weight_ih"], weights["weight_hh"],
