@@ -97,8 +97,12 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
     }
     if kind == "LSTM":
         options["proj_size"] = draw(st.integers(0, hidden_size - 1))
+    dtype = draw(st.sampled_from(dtypes))
     if kind == "RNN":
-        options["nonlinearity"] = draw(st.sampled_from(("tanh", "relu")))
+        # relu's slope jumps at 0. In 8 or 11 bits a pre-activation often rounds across it, and then the gradient is off
+        # by its whole value on whichever side, torch's or ours, rounded so: no rule between two errors can hold.
+        smooth = dtype in (torch.float16, torch.bfloat16)
+        options["nonlinearity"] = "tanh" if smooth else draw(st.sampled_from(("tanh", "relu")))
     if form in ("batched", "unbatched"):
         batch = 1 if form == "unbatched" else draw(st.integers(1, 4))
         lengths = [draw(st.integers(1, 6))] * batch
@@ -106,11 +110,11 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
         lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     if form == "packed sorted":
         lengths.sort(reverse=True)
-    dtype, has_state, seed = draw(st.sampled_from(dtypes)), draw(st.booleans()), draw(st.integers(0, 99))
+    has_state, seed = draw(st.booleans()), draw(st.integers(0, 99))
     return Case(kind, options, dtype, form, tuple(lengths), has_state, seed)
 
 
-def _compare(case: Case, backend: str) -> None:
+def _compare(case: Case, backend: str | None) -> None:
     theirs, ours = case.layer(torch.nn), case.layer(tg)
     expected = case.run(theirs, torch.nn, case.dtype)
     oracle = None
