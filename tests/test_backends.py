@@ -109,3 +109,15 @@ def test_inference_mode(name: str) -> None:
 def test_the_compiled_operators_are_here_where_there_is_a_compiler() -> None:
     """Their own tests are skipped without them; that must not hide a build that failed."""
     assert backends.CPU.availability() == [] or shutil.which("c++") is None
+
+
+def test_without_the_compiled_operators_one_warning_says_so() -> None:
+    code = (
+        "import torch, tidegate as tg;"
+        "import tidegate.kernels; tidegate.kernels.__path__ = [];"
+        "layer, x = tg.GRU(3, 4), torch.rand(5, 2, 3); layer(x); layer(x); print(tg.explain(layer, x).backend)"
+    )
+    done = run_python(code)
+    assert done.stdout == "aten\n"
+    assert done.stderr.count("RuntimeWarning: tidegate: the compiled operators are not installed") == 1
+    assert "reinstall with a C++20 compiler" in done.stderr

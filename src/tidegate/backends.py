@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -107,8 +109,17 @@ def select(call: Call, name: str) -> Backend:
     """
     for candidate in BACKENDS:
         if name in ("", candidate.name) and not candidate.unsupported_reasons(call):
+            if candidate is not CPU and not name and call.input.is_cpu:
+                _tell_what_is_missing()
             return candidate
     raise UnsupportedError(_refusal(call, name))
+
+
+@functools.cache
+def _tell_what_is_missing() -> None:
+    """Once: that the compiled operators are not here, so that nobody wonders where the speed is."""
+    for reason in CPU.availability():
+        warnings.warn(f"tidegate: {reason}. Until then torch's own operators run.", RuntimeWarning, stacklevel=2)
 
 
 def reasons(call: Call) -> dict[str, list[str]]:
