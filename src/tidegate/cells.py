@@ -4,6 +4,9 @@
 Letters: T time, B batch, I input_size, H hidden_size, P proj_size (LSTM; the size of h, elsewhere H itself),
 G number of gates. Gate blocks are rows of `weight_ih` (G*H, I), `weight_hh` (G*H, P), `bias_ih` and `bias_hh` (G*H),
 in the order of `Cell.gates`, which is torch.nn's. Kernels, converters and documentation follow this file.
+
+Options beyond torch.nn's (activations, clips, peepholes, coupled gates) have defaults that mean torch.nn's equations;
+`extensions(call)` names those in use, and a kernel that has only torch.nn's equations refuses them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from tidegate import activations
 
 States = tuple[Tensor, ...]
 Weights = dict[str, Any]  # Tensor, or None for an optional one
@@ -31,6 +36,7 @@ class Cell:
         states: "h" alone, or "h" and "c".
         weights: parameter names, in the operator's order; those in `optional_weights` may be None.
         options: name to its values' type and default, in the operator's order.
+        activations: what the option `activations` gives a function for, in order; none for the RNN's `nonlinearity`.
         step: one step, `(gates_x (B, G*H), states, weights, options) -> new states`, where
             gates_x = x_t W_ih^T + b_ih. Plain torch operations, differentiable any number of times.
     """
@@ -41,6 +47,7 @@ class Cell:
     weights: tuple[str, ...]
     options: dict[str, tuple[type, Any]]
     step: Callable[[Tensor, States, Weights, Options], States]
+    activations: tuple[str, ...] = ()
 
     @property
     def optional_weights(self) -> tuple[str, ...]:
@@ -55,7 +62,7 @@ class Call(NamedTuple):
         input: (T, B, I), any strides.
         states: the initial states: h_0 (B, P), for an LSTM also c_0 (B, H).
         weights: by name: weight_ih (G*H, I), weight_hh (G*H, P), bias_ih (G*H) or None, bias_hh (G*H) or None,
-            for an LSTM also weight_hr (P, H) or None.
+            for an LSTM also weight_hr (P, H) or None and weight_peephole (3*H), rows i | f | o, or None.
         lengths: (B,) int64 on any device, each in 0..T, or None for T everywhere. Past a row's length the output is
             0 and the state stays; the reverse direction starts at the last valid step.
         resets: (T, B) bool, or None. `resets[t, b]` makes t the first step of a new sequence in row b: forward, the
@@ -103,25 +110,62 @@ class Call(NamedTuple):
         return self.with_tensors([None if tensor is None else tensor.to(dtype) for tensor in self.tensors])
 
 
+def extensions(call: Call) -> list[str]:
+    """What a call asks for beyond torch.nn's equations and `reset_after`: reasons for a kernel that has only those."""
+    found = [f"{name}={call.options[name]!r} is beyond torch.nn's equations" for name in _extended_options(call)]
+    if call.weights.get("weight_peephole") is not None:
+        found.append("peepholes are beyond torch.nn's equations")
+    return found
+
+
+def _extended_options(call: Call) -> list[str]:
+    plain = {"reset_after": (True, False), "nonlinearity": ("tanh", "relu")}
+    defaults = {name: (default,) for name, (_, default) in call.cell.options.items()}
+    return [name for name, value in call.options.items() if value not in {**defaults, **plain}[name]]
+
+
+def _clipped(pre_activation: Tensor, options: Options) -> Tensor:
+    """ONNX's clip: every gate's pre-activation into -clip..clip; 0 for none."""
+    return pre_activation.clamp(-options["clip"], options["clip"]) if options["clip"] else pre_activation
+
+
 def _rnn_step(gates_x: Tensor, states: States, weights: Weights, options: Options) -> States:
     """h' = act(W_ih x + b_ih + W_hh h + b_hh). Source: Elman 1990; torch.nn.RNN."""
     (h,) = states
     pre_activation = gates_x + linear(h, weights["weight_hh"], weights["bias_hh"])
-    return (torch.tanh(pre_activation) if options["nonlinearity"] == "tanh" else torch.relu(pre_activation),)
+    (act,) = activations.functions(options["nonlinearity"])
+    return (act(_clipped(pre_activation, options)),)
 
 
 def _lstm_step(gates_x: Tensor, states: States, weights: Weights, options: Options) -> States:
     """c' = f c + i g; h' = o tanh(c'), then h' = W_hr h' with a projection.
 
+    With peepholes, i and f also see w_i c and w_f c, o sees w_o c'. `coupled`: f = 1 - i. `cell_clip` bounds c',
+    `proj_clip` the projected h'.
+
     Source: Hochreiter and Schmidhuber 1997 with Gers et al. 2000's forget gate; projection, Sak et al. 2014
-    (1402.1128); torch.nn.LSTM.
+    (1402.1128); torch.nn.LSTM. Peepholes, Gers and Schmidhuber 2000; clips, tf.compat.v1.nn.rnn_cell.LSTMCell;
+    `coupled` and `clip`, ONNX's LSTM.
     """
     h, c = states
     i, f, g, o = (gates_x + linear(h, weights["weight_hh"], weights["bias_hh"])).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
+    gate, candidate, squash = activations.functions(options["activations"])
+    w_o = None
+    if weights["weight_peephole"] is not None:
+        w_i, w_f, w_o = weights["weight_peephole"].chunk(3)
+        i, f = i + w_i * c, f + w_f * c
+    i = gate(_clipped(i, options))
+    f = 1 - i if options["coupled"] else gate(_clipped(f, options))
+    c = f * c + i * candidate(_clipped(g, options))
+    if options["cell_clip"]:
+        c = c.clamp(-options["cell_clip"], options["cell_clip"])
+    if w_o is not None:
+        o = o + w_o * c
+    h = gate(_clipped(o, options)) * squash(c)
     if weights["weight_hr"] is not None:
         h = linear(h, weights["weight_hr"])
+        if options["proj_clip"]:
+            h = h.clamp(-options["proj_clip"], options["proj_clip"])
     return h, c
 
 
@@ -137,24 +181,49 @@ def _gru_step(gates_x: Tensor, states: States, weights: Weights, options: Option
     (h,) = states
     hidden_size = h.shape[-1]
     weight_hh, bias_hh = weights["weight_hh"], weights["bias_hh"]
+    gate, candidate = activations.functions(options["activations"])
     if options["reset_after"]:
         x_r, x_z, x_n = gates_x.chunk(3, -1)
         h_r, h_z, h_n = linear(h, weight_hh, bias_hh).chunk(3, -1)
-        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-        n = torch.tanh(x_n + r * h_n)
+        r, z = gate(_clipped(x_r + h_r, options)), gate(_clipped(x_z + h_z, options))
+        n = candidate(_clipped(x_n + r * h_n, options))
     else:
         x_rz, x_n = gates_x.split([2 * hidden_size, hidden_size], -1)
         w_rz, w_n = weight_hh.split([2 * hidden_size, hidden_size], 0)
         b_rz, b_n = (None, None) if bias_hh is None else bias_hh.split([2 * hidden_size, hidden_size], 0)
-        r, z = torch.sigmoid(x_rz + linear(h, w_rz, b_rz)).chunk(2, -1)
-        n = torch.tanh(x_n + linear(r * h, w_n, b_n))
+        r, z = gate(_clipped(x_rz + linear(h, w_rz, b_rz), options)).chunk(2, -1)
+        n = candidate(_clipped(x_n + linear(r * h, w_n, b_n), options))
     return ((1 - z) * n + z * h,)
 
 
 _PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
-RNN = Cell("rnn", ("h",), ("h",), _PARAMETERS, {"nonlinearity": (str, "tanh")}, _rnn_step)
-LSTM = Cell("lstm", ("i", "f", "g", "o"), ("h", "c"), (*_PARAMETERS, "weight_hr"), {}, _lstm_step)
-GRU = Cell("gru", ("r", "z", "n"), ("h",), _PARAMETERS, {"reset_after": (bool, True)}, _gru_step)
+_CLIP = {"clip": (float, 0.0)}
+
+RNN = Cell("rnn", ("h",), ("h",), _PARAMETERS, {"nonlinearity": (str, "tanh"), **_CLIP}, _rnn_step)
+LSTM = Cell(
+    "lstm",
+    ("i", "f", "g", "o"),
+    ("h", "c"),
+    (*_PARAMETERS, "weight_hr", "weight_peephole"),
+    {
+        "activations": (str, "sigmoid,tanh,tanh"),
+        **_CLIP,
+        "cell_clip": (float, 0.0),
+        "proj_clip": (float, 0.0),
+        "coupled": (bool, False),
+    },
+    _lstm_step,
+    ("gates", "candidate", "output"),
+)
+GRU = Cell(
+    "gru",
+    ("r", "z", "n"),
+    ("h",),
+    _PARAMETERS,
+    {"reset_after": (bool, True), "activations": (str, "sigmoid,tanh"), **_CLIP},
+    _gru_step,
+    ("gates", "candidate"),
+)
 
 CELLS = (RNN, LSTM, GRU)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from tidegate import activations
 from tidegate.cells import Call
 
 
@@ -50,6 +53,7 @@ def _expectations(call: Call) -> list[tuple[str, Tensor | None, tuple[int, ...],
         "bias_ih": ((gates * hidden,), f"({gates}*hidden_size,)"),
         "bias_hh": ((gates * hidden,), f"({gates}*hidden_size,)"),
         "weight_hr": ((proj, hidden), "(proj_size, hidden_size)"),
+        "weight_peephole": ((3 * hidden,), "(3*hidden_size,)"),
     }
     states: list[tuple[str, Tensor | None, tuple[int, ...], str]] = [
         (
@@ -79,9 +83,18 @@ def _sequence_faults(call: Call) -> list[str]:
             faults.append(f"resets: expected torch.bool, got {resets.dtype}")
         if resets.device != call.input.device:
             faults.append(f"resets: expected input's device {call.input.device}, got {resets.device}")
+    return faults + _option_faults(call)
+
+
+def _option_faults(call: Call) -> list[str]:
+    faults: list[str] = []
     for name, option in call.options.items():
-        if name == "nonlinearity" and option not in ("tanh", "relu"):
-            faults.append(f"nonlinearity: expected 'tanh' or 'relu', got {option!r}")
+        if option == call.cell.options[name][1]:
+            continue
+        if name in ("nonlinearity", "activations"):
+            faults += activations.faults(name, option, len(call.cell.activations) or 1)
+        elif name.endswith("clip") and not 0 <= option < math.inf:
+            faults.append(f"{name}: expected a positive number, or 0 for none, got {option}")
     return faults
 
 

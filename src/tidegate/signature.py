@@ -14,7 +14,7 @@ import torch
 
 from tidegate.cells import Call, Cell
 
-_SCHEMA_TYPES = {bool: "bool", str: "str"}
+_SCHEMA_TYPES = {bool: "bool", str: "str", float: "float"}
 
 
 def schemas(cell: Cell) -> tuple[str, str]:

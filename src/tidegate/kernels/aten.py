@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate.cells import LSTM, RNN, Call, States
+from tidegate.cells import LSTM, RNN, Call, States, extensions
 
 
 def unsupported_reasons(call: Call) -> list[str]:
-    reasons: list[str] = []
+    reasons = extensions(call)
     if call.resets is not None:
         reasons.append("torch's operators cannot reset a state in mid-sequence")
     if not call.options.get("reset_after", True):

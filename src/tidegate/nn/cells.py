@@ -6,24 +6,45 @@ Letters: B rows, I input_size, H hidden_size.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tidegate import cells
-from tidegate.cells import Call, Cell, Options
+from tidegate.cells import Call, Options
 from tidegate.nn import autocast
-from tidegate.nn.layers import _read_flag, read_states
+from tidegate.nn.initialization import initialize
+from tidegate.nn.layers import read_states
+from tidegate.nn.options import Extended, read_activations, read_clip, read_flag, read_init, read_nonlinearity
 
 
-class RecurrentCell(torch.nn.RNNCellBase):
+class RecurrentCell(torch.nn.RNNCellBase, Extended):
     """What the three cells share. Construction, parameters and repr are torch.nn's own."""
 
-    cell: Cell
+    proj_size: int = 0
+    _extra_weights: tuple[str, ...] = ()
 
-    def _options(self) -> Options:
-        return {}
+    def _extend(self, clip: float | None, init: str) -> None:
+        self.clip, self.init = read_clip("clip", clip), read_init(init)
+        self._draw()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._draw()
+
+    def _draw(self) -> None:
+        weights = {name: getattr(self, name, None) for name in self.cell.weights}
+        initialize(self.init, self.cell, {name: weight for name, weight in weights.items() if weight is not None})
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._extended_repr()
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """Features of each state: h, for an LSTM also c."""
+        return (self.proj_size or self.hidden_size, self.hidden_size)[: len(self.cell.states)]
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """One step: input (B, I) or (I,), states (B, H) or (H,) each, zeros if None."""
@@ -31,8 +52,7 @@ class RecurrentCell(torch.nn.RNNCellBase):
         if unbatched:
             input = input.unsqueeze(0)
         if states is None:
-            zeros = torch.zeros(input.shape[0], self.hidden_size, dtype=input.dtype, device=input.device)
-            states = (zeros,) * len(self.cell.states)
+            states = tuple(input.new_zeros(input.shape[0], size) for size in self.state_sizes)
         elif unbatched:
             states = tuple(state.unsqueeze(0) for state in states)
         self._check_sizes(input, states)
@@ -42,7 +62,7 @@ class RecurrentCell(torch.nn.RNNCellBase):
     def sequence(self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None = None) -> tuple[Tensor, ...]:
         """The cell over (T, B, I) in one call: output (T, B, H) and the final states."""
         weights = dict.fromkeys(self.cell.weights)
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *self._extra_weights):
             weights[name] = getattr(self, name)
         call = Call(self.cell, input, states, weights, lengths, None, False, self._options())
         return autocast.recurrence(call, widens_on_cpu=self.cell is not cells.RNN)
@@ -59,15 +79,13 @@ class RecurrentCell(torch.nn.RNNCellBase):
         """In the words of torch's own cells."""
         if input.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
-        for k, state in enumerate(states):
+        for k, (state, size) in enumerate(zip(states, self.state_sizes, strict=True)):
             if state.size(0) != input.size(0):
                 raise RuntimeError(
                     f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}"
                 )
-            if state.size(1) != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
-                )
+            if state.size(1) != size:
+                raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {size}")
 
 
 class _OneStateCell(RecurrentCell):
@@ -92,39 +110,95 @@ class _OneStateCell(RecurrentCell):
 
 
 class RNNCell(_OneStateCell, torch.nn.RNNCell):
-    """One step of an Elman RNN: torch.nn.RNNCell(input_size, hidden_size, bias, nonlinearity, device, dtype)."""
+    """One step of an Elman RNN: torch.nn.RNNCell(input_size, hidden_size, bias, nonlinearity, device, dtype), and
+    `nonlinearity`, `clip`, `init` as in RNN."""
 
     cell = cells.RNN
 
+    def __init__(self, *args: Any, clip: float | None = None, init: str = "torch", **kwargs: Any) -> None:
+        torch.nn.RNNCell.__init__(self, *args, **kwargs)
+        self._extend(clip, init)
+
     def _options(self) -> Options:
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return {"nonlinearity": self.nonlinearity}
+        try:
+            return {**super()._options(), "nonlinearity": read_nonlinearity(self.nonlinearity)}
+        except ValueError:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}") from None
 
 
 class GRUCell(_OneStateCell, torch.nn.GRUCell):
-    """One step of a GRU: torch.nn.GRUCell(input_size, hidden_size, bias, device, dtype) with GRU's `reset_after`."""
+    """One step of a GRU: torch.nn.GRUCell(input_size, hidden_size, bias, device, dtype), and `reset_after`,
+    `activations`, `clip`, `init` as in GRU."""
 
     cell = cells.GRU
+    reset_after: bool = True
+    activations: str = cell.options["activations"][1]
 
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        reset_after: bool = True,
+        activations: Any = None,
+        clip: float | None = None,
+        init: str = "torch",
+        **kwargs: Any,
+    ) -> None:
         torch.nn.GRUCell.__init__(self, *args, **kwargs)
-        self.reset_after = _read_flag("reset_after", reset_after)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"reset_after": True, **state})
-
-    def _options(self) -> Options:
-        return {"reset_after": self.reset_after}
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", reset_after=False" if not self.reset_after else "")
+        self.reset_after = read_flag("reset_after", reset_after)
+        self.activations = read_activations(self.cell, activations)
+        self._extend(clip, init)
 
 
 class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
-    """One step of an LSTM: torch.nn.LSTMCell(input_size, hidden_size, bias, device, dtype)."""
+    """One step of an LSTM: torch.nn.LSTMCell(input_size, hidden_size, bias, device, dtype), and `proj_size`,
+    `peepholes`, `activations`, `clip`, `cell_clip`, `proj_clip`, `coupled`, `init` as in LSTM."""
 
     cell = cells.LSTM
+    activations: str = cell.options["activations"][1]
+    cell_clip: float = 0.0
+    proj_clip: float = 0.0
+    coupled: bool = False
+
+    def __init__(
+        self,
+        *args: Any,
+        proj_size: int = 0,
+        peepholes: bool = False,
+        activations: Any = None,
+        clip: float | None = None,
+        cell_clip: float | None = None,
+        proj_clip: float | None = None,
+        coupled: bool = False,
+        init: str = "torch",
+        **kwargs: Any,
+    ) -> None:
+        torch.nn.LSTMCell.__init__(self, *args, **kwargs)
+        if not 0 <= proj_size < max(self.hidden_size, 1):
+            raise ValueError("proj_size has to be smaller than hidden_size, and positive or zero")
+        self.activations = read_activations(self.cell, activations)
+        self.cell_clip, self.proj_clip = read_clip("cell_clip", cell_clip), read_clip("proj_clip", proj_clip)
+        self.coupled = read_flag("coupled", coupled)
+        self.proj_size = proj_size
+        if proj_size:
+            self.weight_hh = self._drawn(4 * self.hidden_size, proj_size)
+            self.weight_hr = self._drawn(proj_size, self.hidden_size)
+            self._extra_weights += ("weight_hr",)
+        if read_flag("peepholes", peepholes):
+            self.weight_peephole = self._drawn(3 * self.hidden_size)
+            self._extra_weights += ("weight_peephole",)
+        self._extend(clip, init)
+
+    def _drawn(self, *shape: int) -> torch.nn.Parameter:
+        bound = 1 / math.sqrt(self.hidden_size)
+        return torch.nn.Parameter(torch.nn.init.uniform_(self.weight_ih.new_empty(shape), -bound, bound))
+
+    @property
+    def peepholes(self) -> bool:
+        return "weight_peephole" in self._extra_weights
+
+    def extra_repr(self) -> str:
+        projection = f", proj_size={self.proj_size}" if self.proj_size else ""
+        return super().extra_repr() + projection + ", peepholes=True" * self.peepholes
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step.

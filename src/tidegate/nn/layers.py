@@ -7,6 +7,7 @@ D 2 if bidirectional, else 1. Row l * D + d of a state belongs to layer l, direc
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,15 +15,48 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tidegate import cells, sequences
-from tidegate.cells import Call, Cell, Options
+from tidegate.cells import Call
 from tidegate.nn import autocast
+from tidegate.nn.initialization import initialize
+from tidegate.nn.options import Extended, read_activations, read_clip, read_flag, read_init, read_nonlinearity
 from tidegate.sequences import Sequences
 
 
-class RecurrentLayer(torch.nn.RNNBase):
-    """What the three layers share. Construction, parameters, checks and repr are torch.nn.RNNBase's own."""
+class RecurrentLayer(torch.nn.RNNBase, Extended):
+    """What the three layers share. Construction, parameters, checks and repr are torch.nn.RNNBase's own.
 
-    cell: Cell
+    Args:
+        reverse: the one direction runs from each row's last valid step to its first; output[t] belongs to input[t].
+        clip: bound of every gate's pre-activation (ONNX's clip), or None.
+        init: how the weights are drawn: "torch", "keras", "tf1" or "flax".
+    """
+
+    reverse: bool = False
+
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        reverse: bool = False,
+        clip: float | None = None,
+        init: str = "torch",
+        **kwargs: Any,
+    ) -> None:
+        self.reverse, self.clip, self.init = read_flag("reverse", reverse), read_clip("clip", clip), read_init(init)
+        super().__init__(mode, *args, **kwargs)
+        if self.reverse and self.bidirectional:
+            raise ValueError("reverse: a bidirectional layer runs both ways already")
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._draw()
+
+    def _draw(self) -> None:
+        for names in self._all_weights:
+            initialize(self.init, self.cell, {name.rsplit("_l", 1)[0]: getattr(self, name) for name in names})
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._extended_repr() + ", reverse=True" * self.reverse
 
     # Looked up at every use: a parametrization, pruning, tying or functional_call may have put another tensor there.
     @property
@@ -41,9 +75,6 @@ class RecurrentLayer(torch.nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Do nothing: the kernels read the parameters where they are."""
-
-    def _options(self) -> Options:
-        return {}
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None
@@ -177,7 +208,7 @@ class RecurrentLayer(torch.nn.RNNBase):
                     {name: found.get(name) for name in self.cell.weights},
                     batch.lengths,
                     batch.resets,
-                    k % directions == 1,
+                    self.reverse or k % directions == 1,
                     options,
                 )
                 result, *last = autocast.recurrence(call, widens_on_cpu=self.cell is cells.GRU)
@@ -210,8 +241,9 @@ class RNN(RecurrentLayer):
     """Elman RNN, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu: torch.nn.RNN and more.
 
     Args:
-        input_size, hidden_size, num_layers, nonlinearity ('tanh' or 'relu'), bias, batch_first, dropout, bidirectional,
-            device, dtype: as torch.nn.RNN takes them, in this order.
+        input_size, hidden_size, num_layers, nonlinearity ('tanh' or 'relu', or any of tidegate.activations), bias,
+            batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN takes them, in this order.
+        reverse, clip, init: as RecurrentLayer takes them.
     """
 
     cell = cells.RNN
@@ -226,13 +258,11 @@ class RNN(RecurrentLayer):
         **kwargs: Any,
     ) -> None:
         _reject_projection(kwargs)
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        self.nonlinearity = nonlinearity
-        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **kwargs)
-
-    def _options(self) -> Options:
-        return {"nonlinearity": self.nonlinearity}
+        self.nonlinearity = read_nonlinearity(nonlinearity)
+        # torch.nn knows two modes and lays out the parameters of both alike.
+        mode = "RNN_RELU" if self.nonlinearity == "relu" else "RNN_TANH"
+        super().__init__(mode, input_size, hidden_size, num_layers, *args, **kwargs)
+        self.mode = f"RNN_{self.nonlinearity.upper()}"
 
 
 class LSTM(RecurrentLayer):
@@ -241,15 +271,57 @@ class LSTM(RecurrentLayer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
             torch.nn.LSTM takes them, in this order.
+        peepholes: i and f also see w_i c and w_f c, o sees w_o c': weight_peephole_l{k} (3*H), rows i | f | o.
+        activations: of the gates, the candidate g and the output, names in tidegate.activations.
+        cell_clip: bound of c' (TensorFlow v1), or None.
+        proj_clip: bound of the projected h' (TensorFlow v1), or None.
+        coupled: f = 1 - i (ONNX's input_forget); the weights' f rows are not used.
+        reverse, clip, init: as RecurrentLayer takes them.
     """
 
     cell = cells.LSTM
+    activations: str = cell.options["activations"][1]
+    cell_clip: float = 0.0
+    proj_clip: float = 0.0
+    coupled: bool = False
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        peepholes: bool = False,
+        activations: Any = None,
+        cell_clip: float | None = None,
+        proj_clip: float | None = None,
+        coupled: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.activations = read_activations(self.cell, activations)
+        self.cell_clip, self.proj_clip = read_clip("cell_clip", cell_clip), read_clip("proj_clip", proj_clip)
+        self.coupled = read_flag("coupled", coupled)
         super().__init__("LSTM", *args, **kwargs)
+        if read_flag("peepholes", peepholes):
+            self._add_peepholes()
+
+    @property
+    def peepholes(self) -> bool:
+        return any(name.startswith("weight_peephole") for name in self._flat_weights_names)
+
+    def _add_peepholes(self) -> None:
+        for names in self._all_weights:
+            like, suffix = getattr(self, names[0]), names[0].removeprefix("weight_ih")
+            peephole = torch.nn.Parameter(like.new_empty(3 * self.hidden_size))
+            bound = 1 / math.sqrt(self.hidden_size)
+            names.append("weight_peephole" + suffix)
+            self._flat_weights_names.append(names[-1])
+            self.register_parameter(names[-1], peephole)
+            torch.nn.init.uniform_(peephole, -bound, bound)
+        self._draw()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", peepholes=True" * self.peepholes
 
 
 class GRU(RecurrentLayer):
@@ -260,23 +332,19 @@ class GRU(RecurrentLayer):
             takes them, in this order.
         reset_after: True for n = tanh(W_in x + b_in + r (W_hn h + b_hn)), torch.nn's and cuDNN's form; False for
             n = tanh(W_in x + b_in + W_hn (r h) + b_hn), the original (Cho et al. 2014) and TensorFlow v1's.
+        activations: of the gates and the candidate n, names in tidegate.activations.
+        reverse, clip, init: as RecurrentLayer takes them.
     """
 
     cell = cells.GRU
+    reset_after: bool = True
+    activations: str = cell.options["activations"][1]
 
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reset_after: bool = True, activations: Any = None, **kwargs: Any) -> None:
         _reject_projection(kwargs)
-        self.reset_after = _read_flag("reset_after", reset_after)
+        self.reset_after = read_flag("reset_after", reset_after)
+        self.activations = read_activations(self.cell, activations)
         super().__init__("GRU", *args, **kwargs)
-
-    def __setstate__(self, d: dict[str, Any]) -> None:
-        super().__setstate__({"reset_after": True, **d})
-
-    def _options(self) -> Options:
-        return {"reset_after": self.reset_after}
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", reset_after=False" if not self.reset_after else "")
 
 
 def _one_or_tuple(states: tuple[Tensor, ...]) -> Any:
@@ -287,9 +355,3 @@ def _one_or_tuple(states: tuple[Tensor, ...]) -> Any:
 def _reject_projection(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-
-
-def _read_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-    return value

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How other frameworks initialize a recurrent layer: their distributions, not their random numbers.
+
+Letters: I input_size, H hidden_size, G gates. A single bias of theirs is our bias_ih; bias_hh starts at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import init
+
+from tidegate.cells import GRU, LSTM, Cell
+
+Weights = dict[str, Tensor]
+
+
+def _glorot(weight: Tensor, fan_in: int, fan_out: int) -> None:
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    init.uniform_(weight, -bound, bound)
+
+
+def _lecun(weight: Tensor, fan_in: int) -> None:
+    """A normal cut at two standard deviations, widened so that the variance is 1/fan_in again."""
+    deviation = math.sqrt(1 / fan_in) / 0.87962566103423978
+    init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+
+
+def _zero(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None:
+            init.zeros_(tensor)
+
+
+def _keras(cell: Cell, weights: Weights) -> None:
+    """Glorot uniform, orthogonal over all gates together, zeros, and an LSTM's forget bias 1 (unit_forget_bias)."""
+    weight_ih, weight_hh = weights["weight_ih"], weights["weight_hh"]
+    _glorot(weight_ih, weight_ih.shape[1], weight_ih.shape[0])
+    init.orthogonal_(weight_hh)
+    _zero(weights.get("bias_ih"), weights.get("bias_hh"))
+    _unit_forget_bias(cell, weights)
+
+
+def _tf1(cell: Cell, weights: Weights) -> None:
+    """Glorot uniform over a kernel [I+H, columns]: a GRU has one for r and z, one for n. A GRU's r and z have bias 1,
+    an LSTM's forget_bias 1 is in the bias."""
+    weight_ih, weight_hh = weights["weight_ih"], weights["weight_hh"]
+    fan_in, hidden_size = weight_ih.shape[1] + weight_hh.shape[1], weight_hh.shape[0] // len(cell.gates)
+    kernels = (2 * hidden_size, hidden_size) if cell is GRU else (weight_hh.shape[0],)
+    for weight in (weight_ih, weight_hh):
+        for block in weight.split(kernels):
+            _glorot(block, fan_in, block.shape[0])
+    _zero(weights.get("bias_ih"), weights.get("bias_hh"))
+    if cell is GRU and "bias_ih" in weights:
+        init.ones_(weights["bias_ih"][: 2 * hidden_size])
+    _unit_forget_bias(cell, weights)
+
+
+def _flax(cell: Cell, weights: Weights) -> None:
+    """LeCun normal, orthogonal gate by gate, zeros."""
+    weight_ih, weight_hh = weights["weight_ih"], weights["weight_hh"]
+    _lecun(weight_ih, weight_ih.shape[1])
+    for block in weight_hh.chunk(len(cell.gates)):
+        init.orthogonal_(block)
+    _zero(weights.get("bias_ih"), weights.get("bias_hh"))
+
+
+def _unit_forget_bias(cell: Cell, weights: Weights) -> None:
+    if cell is LSTM and "bias_ih" in weights:
+        init.ones_(weights["bias_ih"].chunk(4)[1])
+
+
+# None: torch.nn's own, which the modules' constructors have drawn already.
+SCHEMES: dict[str, Callable[[Cell, Weights], None] | None] = {
+    "torch": None,
+    "keras": _keras,
+    "tf1": _tf1,
+    "flax": _flax,
+}
+
+
+def initialize(scheme: str, cell: Cell, weights: Weights) -> None:
+    """Draw one layer's or cell's weights anew, by name as in `Call.weights`."""
+    draw = SCHEMES[scheme]
+    if draw is None:
+        return
+    with torch.no_grad():
+        draw(cell, weights)
+        for name in ("weight_hr", "weight_peephole"):
+            weight = weights.get(name)
+            if weight is not None and weight.dim() == 2:
+                _glorot(weight, weight.shape[1], weight.shape[0])
+            elif weight is not None:
+                # A vector's glorot bound, as TensorFlow draws each w_*_diag (H): fan_in = fan_out = H.
+                _glorot(weight, weight.shape[0] // 3, weight.shape[0] // 3)
