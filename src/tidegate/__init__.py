@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """tidegate: fast, complete recurrent layers for PyTorch."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 from tidegate.backends import backend
 from tidegate.errors import ConversionError, UnsupportedError
 from tidegate.explain import explain
 from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, dynamic_rnn
+
+if TYPE_CHECKING:
+    from tidegate import convert
+    from tidegate.convert import from_flax, from_keras, from_onnx, from_tf1, to_onnx
 
 __version__ = _version("tidegate")
 
@@ -20,6 +27,21 @@ __all__ = [
     "RNNCell",
     "UnsupportedError",
     "backend",
+    "convert",
     "dynamic_rnn",
     "explain",
+    "from_flax",
+    "from_keras",
+    "from_onnx",
+    "from_tf1",
+    "to_onnx",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """The converters, loaded at first use."""
+    if name == "convert":
+        return _import_module("tidegate.convert")
+    if name in ("from_flax", "from_keras", "from_onnx", "from_tf1", "to_onnx"):
+        return getattr(_import_module("tidegate.convert"), name)
+    raise AttributeError(f"module 'tidegate' has no attribute {name!r}")

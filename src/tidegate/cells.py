@@ -227,3 +227,17 @@ GRU = Cell(
 )
 
 CELLS = (RNN, LSTM, GRU)
+
+# Other frameworks' block order, in our letters: Keras' z r h and i f c o, ONNX's i o f c, TensorFlow v1's i j f o.
+# TensorFlow v1's GRU has r and u in one kernel and the candidate in another; Flax names its blocks.
+GATE_ORDERS = {
+    "keras": {"rnn": "h", "lstm": "ifgo", "gru": "zrn"},
+    "onnx": {"rnn": "h", "lstm": "iofg", "gru": "zrn"},
+    "tf1": {"rnn": "h", "lstm": "igfo", "gru": "rzn"},
+}
+
+
+def reordered(tensor: Tensor, source: str, target: str) -> Tensor:
+    """Row blocks named by the letters of `source`, put into the order of `target`."""
+    blocks = dict(zip(source, tensor.chunk(len(source)), strict=True))
+    return torch.cat([blocks[letter] for letter in target])

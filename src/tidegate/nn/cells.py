@@ -173,8 +173,8 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         **kwargs: Any,
     ) -> None:
         torch.nn.LSTMCell.__init__(self, *args, **kwargs)
-        if not 0 <= proj_size < max(self.hidden_size, 1):
-            raise ValueError("proj_size has to be smaller than hidden_size, and positive or zero")
+        if proj_size < 0:
+            raise ValueError("proj_size should be a positive integer or zero to disable projections")
         self.activations = read_activations(self.cell, activations)
         self.cell_clip, self.proj_clip = read_clip("cell_clip", cell_clip), read_clip("proj_clip", proj_clip)
         self.coupled = read_flag("coupled", coupled)

@@ -99,7 +99,7 @@ def _as_sequence(cell: Any) -> RecurrentCell | None:
 def _zero_state(cell: Any, data: Tensor) -> Any:
     if isinstance(cell, RecurrentCell):
         states = tuple(data.new_zeros((data.shape[1], n)) for n in cell.state_sizes)
-        return states if len(states) > 1 else states[0]
+        return states[0] if len(states) == 1 else states
     size = getattr(cell, "state_size", None)
     if size is None and isinstance(cell, torch.nn.RNNCellBase):
         size = (cell.hidden_size,) * 2 if isinstance(cell, torch.nn.LSTMCell) else cell.hidden_size

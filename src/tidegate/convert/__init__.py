@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights and meanings from TensorFlow v1, Keras 3, Flax and ONNX, and back to ONNX.
+
+A converter reads arrays, names and options; it imports none of these frameworks. Files are read by h5py and onnx.
+"""
+
+from tidegate.convert.canonical import as_layer
+from tidegate.convert.flax import from_flax
+from tidegate.convert.tf1 import from_tf1
+
+__all__ = ["as_layer", "from_flax", "from_tf1"]
