@@ -6,6 +6,8 @@ A converter reads arrays, names and options; it imports none of these frameworks
 
 from tidegate.convert.canonical import as_layer
 from tidegate.convert.flax import from_flax
+from tidegate.convert.keras import from_keras
+from tidegate.convert.keras_call import keras_call
 from tidegate.convert.tf1 import from_tf1
 
-__all__ = ["as_layer", "from_flax", "from_tf1"]
+__all__ = ["as_layer", "from_flax", "from_keras", "from_tf1", "keras_call"]
