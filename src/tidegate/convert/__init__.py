@@ -8,8 +8,9 @@ from tidegate.convert.canonical import as_layer
 from tidegate.convert.flax import from_flax
 from tidegate.convert.keras import from_keras
 from tidegate.convert.keras_call import keras_call
+from tidegate.convert.onnx_export import onnx_translations
 from tidegate.convert.onnx_read import from_onnx
 from tidegate.convert.onnx_write import to_onnx
 from tidegate.convert.tf1 import from_tf1
 
-__all__ = ["as_layer", "from_flax", "from_keras", "from_onnx", "from_tf1", "keras_call", "to_onnx"]
+__all__ = ["as_layer", "from_flax", "from_keras", "from_onnx", "from_tf1", "keras_call", "onnx_translations", "to_onnx"]

@@ -124,7 +124,7 @@ def _weights(
         given = inputs.get(name, "")
         if not given or (name == "P" and cell is not LSTM):
             continue
-        if given not in constants.protos:
+        if given not in constants:
             faults.add(f"{label}{name} = {given!r} is no constant of the model; fold its constants first")
             continue
         arrays[name] = constants.read(faults, given)
@@ -154,10 +154,10 @@ def _weights(
 
 def _check_states(faults: Faults, label: str, inputs: dict[str, str], constants: Constants) -> None:
     """Lengths and initial states are the caller's; one that the model holds as a constant would be lost."""
-    if inputs.get("sequence_lens") in constants.protos:
+    if inputs.get("sequence_lens") in constants:
         faults.add(f"{label}sequence_lens is a constant: make it an input of the model; here it is lengths=")
     for name in ("initial_h", "initial_c"):
-        if inputs.get(name) in constants.protos:
+        if inputs.get(name) in constants:
             value = constants.read(faults, inputs[name])
             if value is not None and value.any():
                 faults.add(f"{label}{name} is a constant that is not 0: make it an input of the model; here it is hx")
