@@ -51,6 +51,7 @@ def make_call(
     weights |= {name: tensor(rows) if bias else None for name in ("bias_ih", "bias_hh")}
     if cell is cells.LSTM:
         weights["weight_hr"] = tensor(proj, hidden_size) if projected else None
+        weights["weight_peephole"] = None
     sizes = {"h": proj, "c": hidden_size}
     states = tuple(tensor(batch, sizes[state]) for state in cell.states)
     valid = torch.tensor(list(itertools.islice(itertools.cycle((steps, 0, max(steps - 1, 0), steps // 2)), batch)))
@@ -63,5 +64,5 @@ def make_call(
         valid.to(torch.int64) if lengths else None,
         marks if resets else None,
         reverse,
-        options,
+        {**cell.default_options, **options},
     )

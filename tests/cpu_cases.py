@@ -57,13 +57,14 @@ def make_call(
     }
     if cell is LSTM:
         weights["weight_hr"] = uniform(proj_size, hidden_size) * bound if projected else None
+        weights["weight_peephole"] = None
     states = (uniform(batch, proj_size), uniform(batch, hidden_size))[: len(cell.states)]
     input = uniform(batch, steps, input_size).transpose(0, 1) if batch_first else uniform(steps, batch, input_size)
     n = torch.randint(0, steps + 1, (batch,), generator=generator) if lengths else None
     if n is not None:
         input[torch.arange(steps).unsqueeze(1) >= n] = torch.nan
     marks = torch.rand(steps, batch, generator=generator) < 0.3 if resets else None
-    call = Call(cell, input, states, weights, n, marks, reverse, dict(options))
+    call = Call(cell, input, states, weights, n, marks, reverse, {**cell.default_options, **options})
     return call.to(dtype)
 
 

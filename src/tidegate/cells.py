@@ -53,6 +53,10 @@ class Cell:
     def optional_weights(self) -> tuple[str, ...]:
         return tuple(name for name in self.weights if name not in ("weight_ih", "weight_hh"))
 
+    @property
+    def default_options(self) -> Options:
+        return {name: default for name, (_, default) in self.options.items()}
+
 
 class Call(NamedTuple):
     """One layer in one direction over a whole sequence: all that a backend needs to know.
@@ -112,16 +116,22 @@ class Call(NamedTuple):
 
 def extensions(call: Call) -> list[str]:
     """What a call asks for beyond torch.nn's equations and `reset_after`: reasons for a kernel that has only those."""
-    found = [f"{name}={call.options[name]!r} is beyond torch.nn's equations" for name in _extended_options(call)]
+    if not is_extended(call):
+        return []
+    plain = _PLAIN[call.cell.name]
+    found = [
+        f"{name}={value!r} is beyond torch.nn's equations"
+        for name, value in call.options.items()
+        if all(value != options[name] for options in plain)
+    ]
     if call.weights.get("weight_peephole") is not None:
         found.append("peepholes are beyond torch.nn's equations")
     return found
 
 
-def _extended_options(call: Call) -> list[str]:
-    plain = {"reset_after": (True, False), "nonlinearity": ("tanh", "relu")}
-    defaults = {name: (default,) for name, (_, default) in call.cell.options.items()}
-    return [name for name, value in call.options.items() if value not in {**defaults, **plain}[name]]
+def is_extended(call: Call) -> bool:
+    """Whether there are `extensions`: quick, for a kernel that is asked at every step of a stream."""
+    return call.weights.get("weight_peephole") is not None or call.options not in _PLAIN[call.cell.name]
 
 
 def _clipped(pre_activation: Tensor, options: Options) -> Tensor:
@@ -227,6 +237,13 @@ GRU = Cell(
 )
 
 CELLS = (RNN, LSTM, GRU)
+
+# The options that mean torch.nn's equations, and those of `reset_after`.
+_PLAIN: dict[str, list[Options]] = {
+    RNN.name: [RNN.default_options, {**RNN.default_options, "nonlinearity": "relu"}],
+    LSTM.name: [LSTM.default_options],
+    GRU.name: [GRU.default_options, {**GRU.default_options, "reset_after": False}],
+}
 
 # Other frameworks' block order, in our letters: Keras' z r h and i f c o, ONNX's i o f c, TensorFlow v1's i j f o.
 # TensorFlow v1's GRU has r and u in one kernel and the candidate in another; Flax names its blocks.

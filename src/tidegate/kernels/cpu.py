@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tidegate import kernels
-from tidegate.cells import Call
+from tidegate.cells import Call, extensions, is_extended
 
 _LIBRARY = "tidegate_cpu.so"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -70,7 +70,7 @@ def _kind(call: Call) -> str:
 def unsupported_reasons(call: Call) -> list[str]:
     """Why the compiled operators cannot run `call`; empty if they can. Never raises."""
     dtype = call.input.dtype
-    if dtype in _DTYPES and _kind(call) in _KINDS and not _missing():
+    if dtype in _DTYPES and not is_extended(call) and not _missing():
         for tensor in call.tensors:
             if tensor is not None and not (tensor.is_cpu and tensor.dtype is dtype and tensor.layout is torch.strided):
                 break
@@ -80,9 +80,7 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def _reasons(call: Call) -> list[str]:
-    reasons = availability()
-    if _kind(call) not in _KINDS:
-        reasons.append(f"no kernel for {call.cell.name} with {call.options}")
+    reasons = availability() + extensions(call)
     if call.input.dtype not in _DTYPES:
         reasons.append(f"input is {str(call.input.dtype).removeprefix('torch.')}, not float32, float64 or bfloat16")
     names = ("input", *(f"{state}_0" for state in call.cell.states), *call.weights)
