@@ -8,9 +8,9 @@ and its reverse rolls each row's valid steps to the front.
 import numpy as np
 import pytest
 import torch
+import vectors
 
 import tidegate as tg
-import vectors
 
 CASES = [name for name in vectors.names("flax") if not name.startswith("MGUCell")]
 

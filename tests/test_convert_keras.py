@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 import torch
+import vectors
 
 import tidegate as tg
-import vectors
 
 CLASSES = {"simple": "SimpleRNN", "gru": "GRU", "lstm": "LSTM"}
 ALL = vectors.load("keras3")

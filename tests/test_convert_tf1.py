@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 import torch
+import vectors
 
 import tidegate as tg
-import vectors
 
 TOLERANCE = 1e-10
 OPTIONS = {
