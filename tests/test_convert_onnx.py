@@ -73,7 +73,7 @@ LAYERS = {
     "lstm-acts": (tg.LSTM, {"activations": ("hard_sigmoid(0.3,0.4)", "relu", "elu(0.5)")}),
     "rnn": (tg.RNN, {}),
     "rnn-relu": (tg.RNN, {"nonlinearity": "relu"}),
-    "rnn-linear": (tg.RNN, {"nonlinearity": "linear"}),
+    "rnn-linear": (tg.RNN, {"activations": "linear"}),
     "rnn-reverse": (tg.RNN, {"reverse": True}),
     "torch-gru": (torch.nn.GRU, {}),
     "torch-lstm": (torch.nn.LSTM, {}),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate import activations, nn
+from tidegate import nn
 from tidegate.cells import GRU, LSTM, RNN, Cell
 from tidegate.errors import ConversionError
 from tidegate.nn.cells import RecurrentCell
@@ -180,9 +180,6 @@ def as_layer(cell: Any, reverse_cell: Any = None, *, batch_first: bool = False) 
         faults.option("proj_size", cell.proj_size, "a layer's is smaller than hidden_size; run it by tg.dynamic_rnn")
     faults.raise_any()
     copies = [{name: None if w is None else w.detach().clone() for name, w in d.items()} for d in directions]
+    if "nonlinearity" in options:
+        options["activations"] = options.pop("nonlinearity")
     return build_layer(cell.cell, copies, batch_first=batch_first, **options)
-
-
-def plain_activations(*texts: str) -> str:
-    """The `activations` option from one text for each role."""
-    return ",".join(activations.write(*activations.read(text)) for text in texts)

@@ -81,7 +81,7 @@ def from_flax(cell_class: Any, params: Any, **options: Any) -> Any:
         if options.get("residual"):
             # h' = act(W x + b + W_h h + h).
             weights["weight_hh"] = weights["weight_hh"] + torch.eye(len(weights["weight_hh"])).to(weights["weight_hh"])
-        return build_cell(RNN, weights, nonlinearity=act)
+        return build_cell(RNN, weights, activations=act)
     return build_cell(cell, weights, activations=",".join([gate] + [act] * (len(cell.activations) - 1)))
 
 

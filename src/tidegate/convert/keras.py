@@ -173,7 +173,7 @@ def _options(faults: Faults, cell: Cell, config: Mapping[str, Any], prefix: str)
         acts.append(activation(faults, prefix + option, value, _ACTIVATIONS))
     gate, act = acts
     if cell is RNN:
-        return {"nonlinearity": act}
+        return {"activations": act}
     if cell is LSTM:
         return {"activations": f"{gate},{act},{act}"}
     return {"activations": f"{gate},{act}", "reset_after": bool(config.get("reset_after", True))}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tidegate.cells import GRU, LSTM, RNN, Cell
+from tidegate.cells import GRU, LSTM, Cell
 from tidegate.convert.canonical import Faults, Weights, build_layer
 from tidegate.convert.onnx_file import Constants, load
 from tidegate.convert.onnx_names import CELLS, direction_weights, read_activations
@@ -94,7 +94,7 @@ def _read(faults: Faults, node: Any, constants: Constants) -> _Layer:
     names = [name.decode() for name in attributes.get("activations", [])]
     alphas, betas = attributes.get("activation_alpha", []), attributes.get("activation_beta", [])
     options: dict[str, Any] = {
-        ("nonlinearity" if cell is RNN else "activations"): read_activations(faults, cell, names, alphas, betas, count),
+        "activations": read_activations(faults, cell, names, alphas, betas, count),
         "batch_first": bool(attributes.get("layout", 0)),
         "reverse": direction == "reverse",
     }

@@ -153,7 +153,7 @@ def _rnn(faults: Faults, found: dict[str, Any], act: str) -> Any:
     bias = faults.tensor("bias", found["bias"], (weight_hh.shape[0],), "[hidden_size]")
     faults.same_dtype({"kernel": weight_ih, "bias": bias})
     faults.raise_any()
-    return build_cell(RNN, {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias}, nonlinearity=act)
+    return build_cell(RNN, {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias}, activations=act)
 
 
 def _lstm(faults: Faults, found: dict[str, Any], act: str, options: Mapping[str, Any]) -> Any:

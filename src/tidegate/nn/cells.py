@@ -111,19 +111,25 @@ class _OneStateCell(RecurrentCell):
 
 class RNNCell(_OneStateCell, torch.nn.RNNCell):
     """One step of an Elman RNN: torch.nn.RNNCell(input_size, hidden_size, bias, nonlinearity, device, dtype), and
-    `nonlinearity`, `clip`, `init` as in RNN."""
+    `activations`, `clip`, `init` as in RNN."""
 
     cell = cells.RNN
 
-    def __init__(self, *args: Any, clip: float | None = None, init: str = "torch", **kwargs: Any) -> None:
+    # What `activations` gave; torch.nn's cell takes any nonlinearity and refuses an unknown one when it runs.
+    _own_nonlinearity: str = ""
+
+    def __init__(
+        self, *args: Any, activations: Any = None, clip: float | None = None, init: str = "torch", **kwargs: Any
+    ) -> None:
         torch.nn.RNNCell.__init__(self, *args, **kwargs)
+        if activations is not None:
+            self._own_nonlinearity = self.nonlinearity = read_nonlinearity(activations)
         self._extend(clip, init)
 
     def _options(self) -> Options:
-        try:
-            return {**super()._options(), "nonlinearity": read_nonlinearity(self.nonlinearity)}
-        except ValueError:
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}") from None
+        if self.nonlinearity not in ("tanh", "relu", self._own_nonlinearity):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return super()._options()
 
 
 class GRUCell(_OneStateCell, torch.nn.GRUCell):

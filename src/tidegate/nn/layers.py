@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tidegate import cells, sequences
-from tidegate.cells import Call
+from tidegate.cells import Call, Cell
 from tidegate.nn import autocast
 from tidegate.nn.initialization import initialize
 from tidegate.nn.options import Extended, read_activations, read_clip, read_flag, read_init, read_nonlinearity
@@ -241,8 +241,9 @@ class RNN(RecurrentLayer):
     """Elman RNN, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu: torch.nn.RNN and more.
 
     Args:
-        input_size, hidden_size, num_layers, nonlinearity ('tanh' or 'relu', or any of tidegate.activations), bias,
-            batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN takes them, in this order.
+        input_size, hidden_size, num_layers, nonlinearity ('tanh' or 'relu'), bias, batch_first, dropout, bidirectional,
+            device, dtype: as torch.nn.RNN takes them, in this order.
+        activations: a name in tidegate.activations, in place of nonlinearity.
         reverse, clip, init: as RecurrentLayer takes them.
     """
 
@@ -255,10 +256,13 @@ class RNN(RecurrentLayer):
         num_layers: int = 1,
         nonlinearity: str = "tanh",
         *args: Any,
+        activations: Any = None,
         **kwargs: Any,
     ) -> None:
         _reject_projection(kwargs)
-        self.nonlinearity = read_nonlinearity(nonlinearity)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity if activations is None else read_nonlinearity(activations)
         # torch.nn knows two modes and lays out the parameters of both alike.
         mode = "RNN_RELU" if self.nonlinearity == "relu" else "RNN_TANH"
         super().__init__(mode, input_size, hidden_size, num_layers, *args, **kwargs)

@@ -32,7 +32,7 @@ class Extended(torch.nn.Module):
         for name, (_, default) in self.cell.options.items():
             value = getattr(self, name)
             if value not in (default, "relu"):
-                shown += f", {name}={value!r}"
+                shown += f", {'activations' if name == 'nonlinearity' else name}={value!r}"
         return shown
 
 
@@ -47,12 +47,11 @@ def read_activations(cell: Cell, value: Any) -> str:
 
 
 def read_nonlinearity(value: Any) -> str:
-    """An RNN's `nonlinearity`, in torch.nn's words where it is none."""
-    if value in ("tanh", "relu"):
-        return value
-    if not isinstance(value, str) or activations.faults("", value, 1):
-        raise ValueError(f"Unknown nonlinearity '{value}'. Select from 'tanh' or 'relu'.")
-    return activations.normal(value, ("nonlinearity",))
+    """An RNN's one activation by `activations`; `nonlinearity` keeps to torch.nn's two."""
+    try:
+        return activations.normal(value, ("nonlinearity",))
+    except ValueError as error:
+        raise ValueError(f"activations: {error}") from None
 
 
 def read_clip(name: str, value: Any) -> float:
