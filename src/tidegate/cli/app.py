@@ -109,3 +109,34 @@ def doctor() -> None:
     from tidegate.cli.doctor import run_doctor
 
     run_doctor()
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A .keras, .onnx, .pt, .pth or .safetensors.")
+    ],
+    target: Annotated[Path, typer.Argument(dir_okay=False, help="A .safetensors, or an .onnx.")],
+    layer: Annotated[str | None, typer.Option(help="The layer's name in the source; needed if it has several.")] = None,
+    inference_only: Annotated[bool, typer.Option(help="Leave out what acts in training alone.")] = False,
+    batch_first: Annotated[bool, typer.Option(help="Of a torch file: the layer takes (B, T, I).")] = False,
+    reset_before: Annotated[bool, typer.Option(help="Of a torch file: a GRU's reset is before the matmul.")] = False,
+    activation: Annotated[str | None, typer.Option(help="Of a torch file: an RNN's, tanh or relu.")] = None,
+) -> None:
+    """Convert a recurrent layer from Keras, ONNX or torch to safetensors or ONNX, and check the result."""
+    from tidegate.cli.convert import run_convert
+    from tidegate.errors import ConversionError
+
+    try:
+        run_convert(
+            source,
+            target,
+            layer,
+            inference_only=inference_only,
+            batch_first=batch_first,
+            reset_before=reset_before,
+            activation=activation,
+            say=typer.echo,
+        )
+    except (ConversionError, ImportError, OSError) as error:
+        raise _stop(str(error), 1) from None

@@ -11,6 +11,20 @@ from tidegate.convert.keras_call import keras_call
 from tidegate.convert.onnx_export import onnx_translations
 from tidegate.convert.onnx_read import from_onnx
 from tidegate.convert.onnx_write import to_onnx
+from tidegate.convert.store import load, save
 from tidegate.convert.tf1 import from_tf1
+from tidegate.convert.torch_file import from_torch_file
 
-__all__ = ["as_layer", "from_flax", "from_keras", "from_onnx", "from_tf1", "keras_call", "onnx_translations", "to_onnx"]
+__all__ = [
+    "as_layer",
+    "from_flax",
+    "from_keras",
+    "from_onnx",
+    "from_tf1",
+    "from_torch_file",
+    "keras_call",
+    "load",
+    "onnx_translations",
+    "save",
+    "to_onnx",
+]

@@ -14,6 +14,7 @@ from tidegate.convert.canonical import Faults
 from tidegate.errors import ConversionError
 
 _MAX_BYTES = 2 << 30
+_MAX_DEPTH = 64
 # What exporters put between the weights that they hold and a node: rows moved about, nothing computed.
 _MOVES = ("Identity", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Concat", "Gather", "Slice")
 
@@ -51,11 +52,15 @@ class Constants:
         self.folder = folder
         self.protos = {tensor.name: tensor for tensor in model.graph.initializer}
         self.nodes: dict[str, Any] = {}
+        self.moved: dict[str, Any] = {}
+        depth: dict[str, int] = {}
         for node in model.graph.node:
             if node.op_type == "Constant":
                 self._constant(node)
             elif node.op_type in _MOVES and all(not name or name in self for name in node.input):
-                self.nodes[node.output[0]] = node
+                depth[node.output[0]] = 1 + max((depth.get(name, 0) for name in node.input), default=0)
+                if depth[node.output[0]] < _MAX_DEPTH:
+                    self.nodes[node.output[0]] = node
         # Moving rows about makes nothing larger than this; a file that says otherwise is refused.
         self.limit = (1 << 20) + 4 * sum(self._size(proto) for proto in self.protos.values())
 
@@ -88,13 +93,17 @@ class Constants:
         return None
 
     def _read(self, faults: Faults, name: str) -> Any:
+        if name in self.moved:
+            return self.moved[name]
         if name in self.nodes:
+            self.moved[name] = None
             node = self.nodes[name]
             arrays = [self._read(faults, inner) if inner else None for inner in node.input]
             if any(array is None for array, inner in zip(arrays, node.input, strict=True) if inner):
                 return None
             try:
-                return moved(node, arrays, self.limit)
+                self.moved[name] = moved(node, arrays, self.limit)
+                return self.moved[name]
             except (ValueError, IndexError, TypeError) as error:
                 faults.add(f"{name}: {node.op_type}: {error}")
                 return None
