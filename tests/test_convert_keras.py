@@ -110,3 +110,49 @@ def test_other_merge_modes_are_refused(name):
 
 def test_every_recurrent_case_of_the_file_is_used():
     assert len(ONE) + len(TWO) + len(MERGED) + len(MODELS) == len(ALL) == 105
+
+
+def arrays(units=4, inputs=3, gates=3, rows=(2,)):
+    rng = np.random.default_rng(0)
+    return [
+        rng.normal(size=shape) for shape in ((inputs, gates * units), (units, gates * units), (*rows, gates * units))
+    ]
+
+
+def test_what_acts_in_training_is_refused_or_left_out():
+    config = {"units": 4, "dropout": 0.2, "recurrent_dropout": 0.1, "kernel_regularizer": {"class_name": "L2"}}
+    with pytest.raises(tg.ConversionError) as error:
+        tg.from_keras("GRU", config, arrays())
+    for word in ("dropout=0.2", "recurrent_dropout=0.1", "kernel_regularizer="):
+        assert word in str(error.value)
+    assert tg.from_keras("GRU", config, arrays(), inference_only=True).hidden_size == 4
+
+
+def test_the_flat_bias_of_cudnngru_is_the_same():
+    kernel, recurrent, bias = arrays()
+    layers = [tg.from_keras("GRU", {"units": 4}, [kernel, recurrent, b]) for b in (bias, bias.ravel())]
+    assert all(torch.equal(a, b) for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "weights", "words"),
+    [
+        ("ConvLSTM2D", {}, arrays(), ["class_name='ConvLSTM2D'"]),
+        (
+            "GRU",
+            {"units": 5, "activation": "cube", "novel": 1},
+            arrays(),
+            ["(5, any), got (4, 12)", "'cube'", "novel=1"],
+        ),
+        ("GRU", {"units": 4, "reset_after": False}, arrays(), ["bias: expected (3*H,) = (12), got (2, 12)"]),
+        ("GRU", {"units": 4, "use_bias": False}, arrays(), ["expected 2 (kernel, recurrent_kernel), got 3"]),
+        ("LSTM", {"units": 4}, arrays(), ["recurrent_kernel: expected (H, 4*H), got (4, 12)"]),
+        ("GRU", {"recurrent_activation": "hard_sigmoid", "implementation": 2}, arrays(), ["Keras 2"]),
+        ("Bidirectional", {"layer": {"class_name": "Dense"}}, arrays(), ["Dense and Dense", "got 3"]),
+    ],
+)
+def test_what_cannot_be_represented(name, config, weights, words):
+    with pytest.raises(tg.ConversionError) as error:
+        tg.from_keras(name, config, weights)
+    for word in words:
+        assert word in str(error.value)
