@@ -136,9 +136,9 @@ def test_onnxs_own_node_cases(case):
     given_states = None if not states else states[0] if len(states) == 1 else tuple(states)
     output, final = layer(torch.tensor(values[places["X"]]), given_states, lengths=lengths)
     output = output.unflatten(-1, (2 if layer.bidirectional else 1, -1))
-    final = final[0] if isinstance(final, tuple) else final
     found = {"Y": output if layer.batch_first else output.transpose(1, 2)}
-    found["Y_h"] = final.transpose(0, 1) if layer.batch_first else final
+    for place, state in zip(("Y_h", "Y_c"), final if isinstance(final, tuple) else (final,), strict=False):
+        found[place] = state.transpose(0, 1) if layer.batch_first else state
     wanted = [place for place, name in zip(("Y", "Y_h", "Y_c"), node.output, strict=False) if name]
     for place, value in zip(wanted, outputs, strict=True):
         close(found[place], value, 1e-5)

@@ -2,7 +2,7 @@
 """Cells of Flax, linen and nnx, from their parameters.
 
 Letters: I input_size, H hidden_size (features). A kernel (I, H) multiplies from the right: it is our block transposed.
-linen has a Dense for each gate; nnx's GRUCell and SimpleCell have one dense_i and one dense_h for all.
+linen has a Dense for each gate; nnx, but for its LSTMCell, one dense_i and one dense_h for all.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def _separate(faults: Faults, cell: Cell, letters: tuple[str, ...], found: dict[
 
 
 def _fused(faults: Faults, cell: Cell, found: dict[str, Any]) -> Weights:
-    """nnx's GRUCell (r, z, n) and SimpleCell: dense_i with a bias, dense_h without."""
-    expected = ("dense_i/kernel", "dense_i/bias", "dense_h/kernel")
+    """nnx's GRUCell (r, z, n) and SimpleCell, with a bias in dense_i; OptimizedLSTMCell (i, f, g, o), in dense_h."""
+    expected = ("dense_i/kernel", "dense_i/bias", "dense_h/kernel", "dense_h/bias")
     faults.lines += [
         f"{path}: unknown parameter; expected {', '.join(expected)}" for path in found if path not in expected
     ]
@@ -145,7 +145,9 @@ def _fused(faults: Faults, cell: Cell, found: dict[str, Any]) -> Weights:
         faults.add(f"dense_h/kernel: expected (H, {gates}*H), got {tuple(recurrent.shape)}")
     kernel = faults.tensor("dense_i/kernel", found["dense_i/kernel"], (None, rows), f"(I, {gates}*H)")
     weights: Weights = {"weight_ih": kernel.T, "weight_hh": recurrent.T}
-    if "dense_i/bias" in found:
-        weights["bias_ih"] = faults.tensor("dense_i/bias", found["dense_i/bias"], (rows,), f"({gates}*H,)")
+    for side in "ih":
+        if f"dense_{side}/bias" in found:
+            bias = faults.tensor(f"dense_{side}/bias", found[f"dense_{side}/bias"], (rows,), f"({gates}*H,)")
+            weights[f"bias_{side}h"] = bias
     faults.same_dtype(weights)
     return weights
