@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options beyond torch.nn's: which backend runs them, their gradients, and how other frameworks initialize."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+
+import tidegate as tg
+from tidegate import backends
+
+EXTENDED = [
+    lambda **k: tg.LSTM(3, 4, peepholes=True, **k),
+    lambda **k: tg.LSTM(3, 4, cell_clip=0.4, **k),
+    lambda **k: tg.LSTM(3, 4, proj_size=2, proj_clip=0.2, **k),
+    lambda **k: tg.LSTM(3, 4, coupled=True, **k),
+    lambda **k: tg.LSTM(3, 4, clip=0.5, **k),
+    lambda **k: tg.LSTM(3, 4, activations="sigmoid,softsign,tanh", **k),
+    lambda **k: tg.GRU(3, 4, activations="hard_sigmoid(0.3,0.4),tanh", **k),
+    lambda **k: tg.GRU(3, 4, clip=0.5, reset_after=False, **k),
+    lambda **k: tg.RNN(3, 4, clip=0.5, **k),
+    lambda **k: tg.RNN(3, 4, activations="softplus", **k),
+]
+
+
+@pytest.mark.parametrize("make", EXTENDED)
+def test_every_kernel_refuses_what_only_the_reference_runs(make):
+    reasons = tg.explain(make(), torch.randn(5, 2, 3)).calls[0].reasons
+    for backend in backends.BACKENDS:
+        beyond = any("beyond torch.nn's equations" in reason for reason in reasons[backend.name])
+        assert beyond == (backend.name != "reference"), backend.name
+
+
+@pytest.mark.parametrize("make", EXTENDED)
+def test_gradients_copies_and_compilation(make):
+    layer = make(dtype=torch.float64)
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    parameters = list(layer.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x, lengths=[3, 1])[0], (x, *parameters))
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert repr(again) == repr(layer)
+        torch.testing.assert_close(again(x)[0], layer(x)[0])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("kind", [tg.RNN, tg.LSTM, tg.GRU])
+def test_reverse_is_the_reverse_half_of_a_bidirectional_layer(kind):
+    both = kind(3, 4, bidirectional=True)
+    one = kind(3, 4, reverse=True)
+    one.load_state_dict({name: both.state_dict()[name + "_reverse"] for name in one.state_dict()})
+    x = torch.randn(5, 3, 3)
+    torch.testing.assert_close(one(x, lengths=[5, 0, 2])[0], both(x, lengths=[5, 0, 2])[0][..., 4:])
+    with pytest.raises(ValueError, match="reverse: "):
+        kind(3, 4, reverse=True, bidirectional=True)
+
+
+@pytest.mark.parametrize(("gates", "kind"), [(1, tg.RNN), (4, tg.LSTM), (3, tg.GRU)])
+def test_initialization(gates, kind):
+    torch.manual_seed(0)
+    keras, tf1, flax = (kind(30, 40, init=init) for init in ("keras", "tf1", "flax"))
+    bound = math.sqrt(6 / (30 + gates * 40))
+    assert 0.9 * bound < keras.weight_ih_l0.abs().max() <= bound
+    torch.testing.assert_close(keras.weight_hh_l0.T @ keras.weight_hh_l0, torch.eye(40), rtol=0, atol=1e-5)
+    for block in flax.weight_hh_l0.chunk(gates):
+        torch.testing.assert_close(block @ block.T, torch.eye(40), rtol=0, atol=1e-5)
+    assert abs(flax.weight_ih_l0.std() * math.sqrt(30) - 1) < 0.05
+    columns = 80 if kind is tg.GRU else gates * 40
+    assert tf1.weight_hh_l0[:columns].abs().max() <= math.sqrt(6 / (70 + columns))
+    ones = {tg.RNN: 0, tg.LSTM: 40, tg.GRU: 80}[kind]
+    assert tf1.bias_ih_l0.sum() == ones
+    assert keras.bias_ih_l0.sum() == (40 if kind is tg.LSTM else 0)
+    assert not flax.bias_ih_l0.any()
+    with pytest.raises(ValueError, match="init: expected one of torch, keras, tf1, flax, got 'xavier'"):
+        kind(3, 4, init="xavier")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"activations": "tanh"}, "expected 3 activations"),
+        ({"activations": "sigmoid,cube,tanh"}, "got 'cube'"),
+        ({"activations": "elu(1,2),tanh,tanh"}, "expected 1 finite parameters for elu"),
+        ({"clip": -1}, "clip: expected a positive number"),
+        ({"cell_clip": math.inf}, "cell_clip: expected a positive number"),
+    ],
+)
+def test_wrong_options_say_so(options, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are compared below
+        tg.LSTM(3, 4, **options)
+    assert words in str(error.value)
