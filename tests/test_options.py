@@ -42,6 +42,7 @@ def test_gradients_copies_and_compilation(make):
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert repr(again) == repr(layer)
         torch.testing.assert_close(again(x)[0], layer(x)[0])
+    torch.compiler.reset()  # one recompilation limit serves all layers of a process
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 
