@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint bench wheel clean
+.PHONY: help install demo test test-slow test-peers lint bench wheel clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ test: install  ## Run every test but the exhaustive ones.
 
 test-slow: install  ## Run the exhaustive tests.
 	$(BIN)/python -m pytest -m slow
+
+test-peers: install  ## Run the tests against Keras, Flax and ONNX runtimes; installs them into .venv.
+	$(BIN)/python -m pip install --quiet keras flax jax jaxlib
+	$(BIN)/python -m pytest tests/peers --numprocesses 0
 
 lint: install  ## Style, types and the dependency rules.
 	$(BIN)/ruff check
