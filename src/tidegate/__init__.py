@@ -6,10 +6,12 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
+from tidegate.accelerate import accelerate, report, restore
 from tidegate.backends import backend
 from tidegate.errors import ConversionError, UnsupportedError
 from tidegate.explain import explain
 from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, dynamic_rnn
+from tidegate.streaming import Stream
 
 if TYPE_CHECKING:
     from tidegate import convert
@@ -25,7 +27,9 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "UnsupportedError",
+    "accelerate",
     "backend",
     "convert",
     "dynamic_rnn",
@@ -34,6 +38,8 @@ __all__ = [
     "from_keras",
     "from_onnx",
     "from_tf1",
+    "report",
+    "restore",
     "to_onnx",
 ]
 

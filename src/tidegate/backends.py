@@ -38,6 +38,8 @@ class Backend:
             `Call.tensors`, None where `needs` is False.
         saved_shape: from shapes alone.
         checks: it refuses by itself what `checks.check` would, so that a plain call need not be looked at twice.
+        prepare_step: `one-step calls of a stack of layers -> step(input (B, I), *states (L, B, .)) -> output`, the
+            weights laid out once, the states replaced in place, all or none; None where `run_forward` is as quick.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             the three above.
     """
@@ -49,6 +51,7 @@ class Backend:
     forward: Callable[[Call, bool], tuple[Tensor, ...]] | None = None
     backward: Callable[[Call, Tensor, Tensor, Tensor | None, Gradients, tuple[bool, ...]], Gradients] | None = None
     saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
+    prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
     checks: bool = False
 
 
@@ -59,6 +62,7 @@ CPU = Backend(
     forward=cpu.forward,
     backward=cpu.backward,
     saved_shape=cpu.saved_shape,
+    prepare_step=cpu.prepare_step,
     checks=True,
 )
 ATEN = Backend("aten", aten.unsupported_reasons, composite=aten.forward)
@@ -161,6 +165,37 @@ def run_forward(backend: Backend, call: Call, save: bool) -> tuple[Tensor, ...]:
     with torch.no_grad():
         outputs = backend.composite(call)
     return (*_owned(outputs, call.tensors), call.input.new_empty(0))
+
+
+def run_stack(
+    chosen: Sequence[Backend], calls: Sequence[Call], input: Tensor, states: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Layers on top of one another over input (T, B, I), from states (L, B, .); no autograd.
+
+    Returns:
+        the last layer's output (T, B, P) and the final states.
+    """
+    finals: list[tuple[Tensor, ...]] = []
+    for k, (candidate, call) in enumerate(zip(chosen, calls, strict=True)):
+        call = call._replace(input=input, states=tuple(state[k] for state in states))
+        input, *last, _ = run_forward(candidate, call, save=False)
+        finals.append(tuple(last))
+    return (input, *(torch.stack(column) for column in zip(*finals, strict=True)))
+
+
+def step_of_stack(chosen: Sequence[Backend], calls: Sequence[Call]) -> Callable[..., Tensor]:
+    """`Backend.prepare_step`, or its stand-in for backends that have none."""
+    prepared = chosen[0].prepare_step(calls) if all(candidate is chosen[0] for candidate in chosen) else None
+    if prepared is not None:
+        return prepared
+
+    def step(input: Tensor, *states: Tensor) -> Tensor:
+        output, *finals = run_stack(chosen, calls, input.unsqueeze(0), states)
+        for state, final in zip(states, finals, strict=True):
+            state.copy_(final)
+        return output[0]
+
+    return step
 
 
 def run_backward(

@@ -11,7 +11,8 @@ an LSTM; an RNN's backward needs no more than its output.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,29 @@ def _grad_weight_hr(call: Call, saved: Tensor, dgates: Tensor) -> Tensor:
     kept = saved[: dgates.shape[0]]
     before_projection = kept[:, 3 * hidden_size : 4 * hidden_size] * kept[:, 4 * hidden_size :].tanh()  # (N, H)
     return dgates[:, 4 * hidden_size :].t() @ before_projection
+
+
+def prepare_step(calls: Sequence[Call]) -> Callable[..., Tensor] | None:
+    """One step through a stack of layers, their weights copied into one piece, once.
+
+    Args:
+        calls: each layer's, over one step; all of one size but for the first layer's input.
+
+    Returns:
+        `step(input, *states) -> output`: input (B, I), states (L, B, .), replaced in place once all is computed;
+        None for a projection to hidden_size or more, which the operator cannot tell from none.
+    """
+    first = calls[0]
+    biased = any(call.weights[name] is not None for call in calls for name in ("bias_ih", "bias_hh"))
+    pieces: list[Tensor] = []
+    for call in calls:
+        weights = call.weights
+        pieces += [weights["weight_ih"].flatten(), weights["weight_hh"].flatten()]
+        for name in ("bias_ih", "bias_hh") if biased else ():
+            bias = weights[name]
+            pieces.append(weights["weight_ih"].new_zeros(weights["weight_ih"].shape[0]) if bias is None else bias)
+        if weights.get("weight_hr") is not None:
+            if weights["weight_hr"].shape[0] >= call.hidden_size:
+                return None
+            pieces.append(weights["weight_hr"].flatten())
+    return partial(operators().step.default, _KINDS[_kind(first)], torch.cat(pieces), first.hidden_size, biased)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from tidegate import cells
-from tidegate.cells import Call, Options
+from tidegate.cells import Call, Options, Weights
 from tidegate.nn import autocast
 from tidegate.nn.initialization import initialize
 from tidegate.nn.layers import read_states
 from tidegate.nn.options import Extended, read_activations, read_clip, read_flag, read_init, read_nonlinearity
+from tidegate.streaming import Source, Stream
 
 
 class RecurrentCell(torch.nn.RNNCellBase, Extended):
@@ -61,11 +62,19 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
 
     def sequence(self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None = None) -> tuple[Tensor, ...]:
         """The cell over (T, B, I) in one call: output (T, B, H) and the final states."""
-        weights = dict.fromkeys(self.cell.weights)
+        call = Call(self.cell, input, states, self._weights(), lengths, None, False, self._options())
+        return autocast.recurrence(call, widens_on_cpu=self.cell is not cells.RNN)
+
+    def _weights(self) -> Weights:
+        weights: Weights = dict.fromkeys(self.cell.weights)
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *self._extra_weights):
             weights[name] = getattr(self, name)
-        call = Call(self.cell, input, states, weights, lengths, None, False, self._options())
-        return autocast.recurrence(call, widens_on_cpu=self.cell is not cells.RNN)
+        return weights
+
+    def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
+        """Run the cell step by step, without gradients: see `RecurrentLayer.stream`. States are h or (h, c)."""
+        source = Source(self.cell, self._options(), lambda: [self._weights()], layered=False, batch_first=False)
+        return Stream(source, batch_size, state, dtype)
 
     def _check_rank(self, input: Tensor) -> None:
         if input.dim() not in (1, 2):

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tidegate import cells, sequences
-from tidegate.cells import Call, Cell
+from tidegate.cells import Call, Cell, Weights
 from tidegate.nn import autocast
 from tidegate.nn.initialization import initialize
 from tidegate.nn.options import Extended, read_activations, read_clip, read_flag, read_init, read_nonlinearity
 from tidegate.sequences import Sequences
+from tidegate.streaming import Source, Stream
 
 
 class RecurrentLayer(torch.nn.RNNBase, Extended):
@@ -190,22 +191,60 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         permuted: Any = self.permute_hidden(_one_or_tuple(states), permutation)
         return permuted if len(states) > 1 else (permuted,)
 
+    def _weights(self, k: int) -> Weights:
+        """What layer k // D in direction k % D runs with, as it is now."""
+        # torch.nn stores weight_hr after the biases, which may be absent: names, not places.
+        found = {name.rsplit("_l", 1)[0]: getattr(self, name) for name in self._all_weights[k]}
+        return {name: found.get(name) for name in self.cell.weights}
+
+    def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
+        """Run the layer step by step, without gradients and without dropout.
+
+        Args:
+            batch_size: rows (sessions) to begin with; None for one row without a batch dimension, or for as many as
+                `state` has.
+            state: as `forward` takes and returns it; zeros if None.
+            dtype: of the stream's input, state and weights; the parameters' if None.
+
+        Returns:
+            a Stream, with a copy of the weights as they are now.
+
+        Raises:
+            ValueError: the layer is bidirectional, or `state` does not fit.
+            UnsupportedError: the backend that `tidegate.backend` names cannot run it.
+        """
+        if self.bidirectional:
+            raise ValueError(
+                "stream: expected bidirectional=False; the reverse direction begins at a sequence's last step, "
+                "which a stream has not seen"
+            )
+        return Stream(
+            Source(
+                self.cell,
+                self._options(),
+                lambda: [self._weights(k) for k in range(self.num_layers)],
+                layered=True,
+                batch_first=self.batch_first,
+            ),
+            batch_size,
+            state,
+            dtype,
+        )
+
     def _run(self, batch: Sequences, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Layers by directions: each one call. Returns output (T, B, D*P) and the final states, each (L*D, B, .)."""
         directions = 2 if self.bidirectional else 1
-        names, options = self._all_weights, self._options()
+        options = self._options()
         finals: list[tuple[Tensor, ...]] = []
         output = batch.data
         for layer in range(self.num_layers):
             outputs: list[Tensor] = []
             for k in range(layer * directions, (layer + 1) * directions):
-                # torch.nn stores weight_hr after the biases, which may be absent: names, not places.
-                found = {name.rsplit("_l", 1)[0]: getattr(self, name) for name in names[k]}
                 call = Call(
                     self.cell,
                     output,
                     tuple(state[k] for state in states),
-                    {name: found.get(name) for name in self.cell.weights},
+                    self._weights(k),
                     batch.lengths,
                     batch.resets,
                     self.reverse or k % directions == 1,

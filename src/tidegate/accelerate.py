@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.nn's recurrent modules inside a model become tidegate's in place, and back.
+
+A swap changes a module's class and nothing else: the object, its Parameters, buffers, hooks, names and training flag
+are the ones that were there, so that optimizers, tied weights, shared modules and wrappers around it go on as before.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.nn import Module
+from torch.nn.modules.rnn import RNNCellBase
+
+from tidegate import nn
+
+M = TypeVar("M", bound=Module)
+
+_SWAPS: dict[type, type] = {
+    torch.nn.RNN: nn.RNN,
+    torch.nn.LSTM: nn.LSTM,
+    torch.nn.GRU: nn.GRU,
+    torch.nn.RNNCell: nn.RNNCell,
+    torch.nn.LSTMCell: nn.LSTMCell,
+    torch.nn.GRUCell: nn.GRUCell,
+}
+_BACK = {ours: theirs for theirs, ours in _SWAPS.items()}
+_MARK = "_accelerated"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recurrent module.
+
+    Attributes:
+        names: where it stands in the model; several if it is used in several places, "" for the model itself.
+        module: its class.
+        swapped: `accelerate` swapped it, `restore` will swap it back.
+        why: why it is swapped or not, in words.
+    """
+
+    names: tuple[str, ...]
+    module: str
+    swapped: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found, one entry a recurrent module, in the model's order."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def swapped(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.swapped)
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "no recurrent module"
+        rows = [(", ".join(name or "(the model)" for name in e.names), e.module, e.why) for e in self.entries]
+        widths = [max(len(row[k]) for row in rows) for k in range(2)]
+        return "\n".join(f"{name:{widths[0]}}  {module:{widths[1]}}  {why}" for name, module, why in rows)
+
+
+def accelerate(model: M) -> M:
+    """Swap every torch.nn.RNN, LSTM, GRU and cell inside `model`, at any depth, for tidegate's, in place.
+
+    Exact types only: a subclass may override what is replaced, so it is left alone, and `report` says so. Classes that
+    torch itself makes around an exact one, for parametrizations and fully_shard, count as the class inside.
+    `isinstance(module, torch.nn.GRU)` is False while a layer is swapped (torch.nn.RNNBase stays true), as for every
+    tidegate layer; it stays true for cells. Doing it twice is doing it once.
+
+    Returns:
+        `model` itself, of another class if it is a recurrent module itself.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    for module in _modules(model):
+        swapped = _swapped_class(type(module), _SWAPS)
+        if swapped is not None and not _obstacle(module):
+            _to_tidegate(module, swapped)
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo `accelerate`: every module that it swapped, in this process or before pickling, is torch.nn's again.
+
+    A module built as tidegate's stays what it is, and so does one that was given what torch.nn cannot do.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    for module in _modules(model):
+        former = _swapped_class(type(module), _BACK)
+        if former is not None and vars(module).get(_MARK) and not _obstacle_to_restoring(module):
+            _to_torch(module, former)
+    return model
+
+
+def report(model: Module) -> Report:
+    """Say of every recurrent module inside `model` whether it is swapped, and why not.
+
+    Returns:
+        A Report, which prints as a table.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    _modules(model)
+    names: dict[Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    entries: list[Entry] = []
+    for module, places in names.items():
+        why = _why(module)
+        if why:
+            swapped = bool(vars(module).get(_MARK))
+            entries.append(Entry(tuple(places), _class_name(module), swapped, why))
+    return Report(tuple(entries))
+
+
+def _modules(model: Any) -> list[Module]:
+    if not isinstance(model, Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return list(model.modules())
+
+
+def _to_tidegate(module: Module, swapped: type) -> None:
+    attributes = vars(module)
+    # A list of parameters as they once were; tidegate's layers look them up at every use.
+    attributes.pop("_flat_weights", None)
+    if "_flat_weight_refs" in attributes:
+        attributes["_flat_weight_refs"] = []
+    attributes[_MARK] = True
+    module.__class__ = swapped
+
+
+def _to_torch(module: Module, former: type) -> None:
+    ours: Any = module
+    for name in {*ours.cell.options, "init", _MARK} - {"nonlinearity"}:
+        vars(module).pop(name, None)
+    module.__class__ = former
+    if isinstance(module, torch.nn.RNNBase):
+        # Parametrized weights are computed here; a list that held their graph could not be deep-copied.
+        with torch.no_grad():
+            module._init_flat_weights()
+
+
+def _swapped_class(cls: type, swaps: dict[type, type]) -> type | None:
+    """What an instance of `cls` becomes under `swaps`; None if it stays."""
+    if cls in swaps or not _made_by_torch(cls):
+        return swaps.get(cls)
+    bases = [_swapped_class(base, swaps) for base in cls.__bases__]
+    if not any(bases):
+        return None
+    # A class of its own, never the old one changed: deep copies of a parametrized module share theirs.
+    namespace = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(new or old for new, old in zip(bases, cls.__bases__, strict=True)), namespace)
+
+
+def _made_by_torch(cls: type) -> bool:
+    """Whether torch made `cls` at run time, around the class of one module: for parametrizations, for FSDP."""
+    home = cls.__module__
+    return home.startswith("torch.") and getattr(sys.modules.get(home), cls.__name__, None) is not cls
+
+
+def _obstacle(module: Module) -> str:
+    """Why a module of an exact type is left alone; "" if nothing stands in the way."""
+    if "forward" in vars(module):
+        return "left alone: its forward was replaced on the instance"
+    if isinstance(module, torch.nn.RNN) and module.mode != f"RNN_{module.nonlinearity.upper()}":
+        return f"left alone: its mode {module.mode} and its nonlinearity {module.nonlinearity} disagree"
+    return ""
+
+
+def _obstacle_to_restoring(module: Module) -> str:
+    ours: Any = module
+    changed = [
+        f"{name}={getattr(module, name)!r}"
+        for name, (_, default) in ours.cell.options.items()
+        if getattr(module, name) not in (default, "relu")
+    ]
+    return f"swapped; restore would leave it: torch.nn has no {', '.join(changed)}" if changed else ""
+
+
+def _why(module: Module) -> str:
+    """The report's words; "" for a module that is not recurrent."""
+    if isinstance(module, torch.jit.ScriptModule):
+        name: str = module.original_name
+        known = {cls.__name__ for cls in _SWAPS}
+        return "left alone: TorchScript; accelerate the Python model instead" if name in known else ""
+    if not isinstance(module, torch.nn.RNNBase | RNNCellBase):
+        return ""
+    if _swapped_class(type(module), _SWAPS) is not None:
+        return _obstacle(module) or "not swapped: tidegate.accelerate would"
+    if _swapped_class(type(module), _BACK) is not None:
+        if not vars(module).get(_MARK):
+            return "tidegate's own"
+        return _obstacle_to_restoring(module) or "swapped"
+    base = next((cls for cls in type(module).__mro__ if cls in _SWAPS or cls in _BACK), torch.nn.RNNBase)
+    return f"left alone: a subclass of {_public_name(base)}"
+
+
+def _class_name(module: Module) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"TorchScript {module.original_name}"
+    return _public_name(type(module))
+
+
+def _public_name(cls: type) -> str:
+    """The name that users import a class by."""
+    if cls in _BACK:
+        return f"tidegate.{cls.__name__}"
+    return f"torch.nn.{cls.__name__}" if cls in _SWAPS else cls.__name__
