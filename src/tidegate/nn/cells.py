@@ -67,8 +67,9 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
 
     def _weights(self) -> Weights:
         weights: Weights = dict.fromkeys(self.cell.weights)
+        parameters = self._parameters  # looked up first: a module's own attribute access costs as much as a small step
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *self._extra_weights):
-            weights[name] = getattr(self, name)
+            weights[name] = parameters[name] if name in parameters else getattr(self, name)
         return weights
 
     def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
