@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from cpu_cases import VARIANTS, assert_right, cases, computed, grads_for, make_call
+from calls import VARIANTS
+from cpu_cases import assert_right, cases, computed, grads_for, make_call
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,11 +40,15 @@ def isas() -> list[str]:
     return cpu.operators().isas().split() if not cpu.availability() else []
 
 
-def inference_matches(call) -> bool:
-    """Without saving, the same bits."""
-    kept, dropped = cpu.forward(call, True), cpu.forward(call, False)
-    assert dropped[-1].shape == (0,)
-    return all(torch.equal(a, b) for a, b in zip(kept[:-1], dropped[:-1], strict=True))
+def check_inference(call) -> None:
+    """Without saving, the same bits; a single step, whose sums run in another order, is as good as the reference."""
+    *kept, _ = cpu.forward(call, True)
+    *dropped, saved = cpu.forward(call, False)
+    assert saved.shape == (0,)
+    if call.input.shape[0] == 1:
+        assert_right(call, (*dropped, *computed(call, grads_for(call))[len(dropped) :]))
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(kept, dropped, strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
@@ -53,7 +58,7 @@ def test_agrees_with_the_reference(variant, dtype, shape):
     for call in cases(shape, variant, dtype):
         assert cpu.unsupported_reasons(call) == []
         assert_right(call)
-        assert inference_matches(call)
+        check_inference(call)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -108,7 +113,7 @@ def _threads_restored():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_same_bits_at_any_number_of_threads(variant, shape):
     call = make_call(variant, shape, dtype=torch.float32, lengths=True, resets=True)
-    torch_does_a_product = variant in ("gru_reset_before", "lstm_projected")
+    torch_does_a_product = variant in ("gru-reset-before", "lstm-proj")
     results = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
