@@ -6,21 +6,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import calls
 import torch
 from torch import Tensor
 
 from tidegate import reference
-from tidegate.cells import GRU, LSTM, RNN, Call
+from tidegate.cells import Call
 from tidegate.kernels import cpu
-
-VARIANTS = {
-    "rnn_tanh": (RNN, {"nonlinearity": "tanh"}, False),
-    "rnn_relu": (RNN, {"nonlinearity": "relu"}, False),
-    "lstm": (LSTM, {}, False),
-    "lstm_projected": (LSTM, {}, True),
-    "gru": (GRU, {"reset_after": True}, False),
-    "gru_reset_before": (GRU, {"reset_after": False}, False),
-}
 
 # An error may exceed twice that of the reference in the same dtype by this much of the largest value. bfloat16: the
 # gates that the backward reads are stored in it, where the reference keeps float32.
@@ -39,33 +31,20 @@ def make_call(
     batch_first: bool = False,
     seed: int = 0,
 ) -> Call:
-    """A call of (T, B, I, H). What no valid step reads, padding and marks there, is NaN or set."""
-    cell, options, projected = VARIANTS[variant]
+    """A call of (T, B, I, H), its weights as large as trained ones; what no valid step reads of the input is NaN."""
     steps, batch, input_size, hidden_size = shape
-    proj_size = max(1, hidden_size // 2) if projected else hidden_size
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*size: int) -> Tensor:
-        return torch.rand(*size, generator=generator, dtype=torch.float64).mul_(2).sub_(1)
-
-    rows, bound = len(cell.gates) * hidden_size, hidden_size**-0.5
-    weights: dict[str, Tensor | None] = {
-        "weight_ih": uniform(rows, input_size) * bound,
-        "weight_hh": uniform(rows, proj_size) * bound,
-        "bias_ih": uniform(rows) * bound if bias else None,
-        "bias_hh": uniform(rows) * bound if bias else None,
-    }
-    if cell is LSTM:
-        weights["weight_hr"] = uniform(proj_size, hidden_size) * bound if projected else None
-        weights["weight_peephole"] = None
-    states = (uniform(batch, proj_size), uniform(batch, hidden_size))[: len(cell.states)]
-    input = uniform(batch, steps, input_size).transpose(0, 1) if batch_first else uniform(steps, batch, input_size)
-    n = torch.randint(0, steps + 1, (batch,), generator=generator) if lengths else None
-    if n is not None:
-        input[torch.arange(steps).unsqueeze(1) >= n] = torch.nan
-    marks = torch.rand(steps, batch, generator=generator) < 0.3 if resets else None
-    call = Call(cell, input, states, weights, n, marks, reverse, {**cell.default_options, **options})
-    return call.to(dtype)
+    call = calls.make_call(
+        variant, steps, batch, input_size, hidden_size,
+        bias=bias, lengths=lengths, resets=resets, reverse=reverse, seed=seed,
+    )  # fmt: skip
+    scale = 2 * hidden_size**-0.5
+    input = call.input * 2
+    if batch_first:
+        input = input.transpose(0, 1).contiguous().transpose(0, 1)
+    if call.lengths is not None:
+        input[torch.arange(steps).unsqueeze(1) >= call.lengths] = torch.nan
+    weights = {name: None if weight is None else weight * scale for name, weight in call.weights.items()}
+    return call._replace(input=input, states=tuple(state * 2 for state in call.states), weights=weights).to(dtype)
 
 
 def cases(shape: tuple[int, int, int, int], variant: str, dtype: torch.dtype) -> Iterator[Call]:

@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from cpu_cases import VARIANTS, assert_right, cases, computed, grads_for, make_call
+from calls import VARIANTS
+from cpu_cases import assert_right, cases, computed, grads_for, make_call
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,11 +40,15 @@ def isas() -> list[str]:
     return cpu.operators().isas().split() if not cpu.availability() else []
 
 
-def inference_matches(call) -> bool:
-    """Without saving, the same bits."""
-    kept, dropped = cpu.forward(call, True), cpu.forward(call, False)
-    assert dropped[-1].shape == (0,)
-    return all(torch.equal(a, b) for a, b in zip(kept[:-1], dropped[:-1], strict=True))
+def check_inference(call) -> None:
+    """Without saving, the same bits; a single step, whose sums run in another order, is as good as the reference."""
+    *kept, _ = cpu.forward(call, True)
+    *dropped, saved = cpu.forward(call, False)
+    assert saved.shape == (0,)
+    if call.input.shape[0] == 1:
+        assert_right(call, (*dropped, *computed(call, grads_for(call))[len(dropped) :]))
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(kept, dropped, strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
@@ -53,7 +58,7 @@ def test_agrees_with_the_reference(variant, dtype, shape):
     for call in cases(shape, variant, dtype):
         assert cpu.unsupported_reasons(call) == []
         assert_right(call)
-        assert inference_matches(call)
+        check_inference(call)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -108,7 +113,7 @@ def _threads_restored():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_same_bits_at_any_number_of_threads(variant, shape):
     call = make_call(variant, shape, dtype=torch.float32, lengths=True, resets=True)
-    torch_does_a_product = variant in ("gru_reset_before", "lstm_projected")
+    torch_does_a_product = variant in ("gru-reset-before", "lstm-proj")
     results = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
@@ -235,19 +240,19 @@ def test_absent_gradients_are_zero(variant):
             assert a is None or torch.equal(a, b)
 
 
-def ulps(value: Tensor, exact: Tensor) -> Tensor:
-    """The distance in units of the last place of the exact value's float32."""
-    exponent = torch.frexp(exact.float()).exponent.clamp(min=-125)
-    return (value.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 24)
-
-
-def worst_ulps(bits: Tensor) -> float:
+def worst_ulps(bits: Tensor) -> dict[str, float]:
+    """The largest error of each function in units of the last place of the exact float32."""
     x = bits.view(torch.float32)
     x = x[~x.isnan()]
-    exact = x.double()
-    worst = 0.0
-    for hyperbolic, right in ((False, torch.sigmoid(exact)), (True, torch.tanh(exact))):
-        worst = max(worst, ulps(cpu.operators().activate(x, hyperbolic), right).max().item())
+    worst = {"sigmoid": 0.0, "tanh": 0.0}
+    if x.numel() == 0:
+        return worst
+    for name, function in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh)):
+        exact = function(x.double())
+        rounded = exact.float().abs_().clamp_(min=torch.finfo(torch.float32).smallest_normal)
+        unit = (rounded.view(torch.int32) & 0x7F800000).view(torch.float32).double().mul_(2**-23)
+        error = cpu.operators().activate(x, name == "tanh").double().sub_(exact).abs_().div_(unit)
+        worst[name] = error.max().item()
     return worst
 
 
@@ -257,16 +262,21 @@ def test_sigmoid_and_tanh_within_4_ulp(isa):
     generator = torch.Generator().manual_seed(0)
     every_exponent = torch.randint(-(2**31), 2**31, (2**19,), generator=generator, dtype=torch.int64)
     usual = (torch.rand(2**19, generator=generator) * 40 - 20).view(torch.int32)
-    assert worst_ulps(every_exponent.to(torch.int32)) <= 4
-    assert worst_ulps(usual) <= 4
+    for bits in (every_exponent.to(torch.int32), usual):
+        assert max(worst_ulps(bits).values()) <= 4
 
 
 @pytest.mark.slow
-def test_sigmoid_and_tanh_within_4_ulp_on_every_float():
-    chunk = 2**24
+@pytest.mark.parametrize("isa", isas())
+def test_sigmoid_and_tanh_within_4_ulp_on_every_float(isa):
+    cpu.operators().use_isa(isa)
+    chunk = 2**18  # all that is computed from it stays in the cache
+    worst = {"sigmoid": 0.0, "tanh": 0.0}
     for first in range(-(2**31), 2**31, chunk):
         bits = torch.arange(first, first + chunk, dtype=torch.int64).to(torch.int32)
-        assert worst_ulps(bits) <= 4, hex(first)
+        worst = {name: max(worst[name], value) for name, value in worst_ulps(bits).items()}
+    print("".join(f"\n{isa} {name}: {value:.2f} ulp" for name, value in worst.items()))
+    assert max(worst.values()) <= 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
