@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate import cells
+from tidegate import backends, cells
 from tidegate.cells import Call, Cell
+
+# The backends that can run here: all three but on a machine without a compiler.
+RUNNABLE = [name for name, backend in backends.BY_NAME.items() if not backend.availability()]
 
 VARIANTS: dict[str, tuple[Cell, dict[str, Any], bool]] = {
     "rnn-tanh": (cells.RNN, {"nonlinearity": "tanh"}, False),

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from calls import VARIANTS, make_call
+from calls import RUNNABLE, VARIANTS, make_call
 
 import tidegate as tg
 from tidegate import backends, ops
@@ -98,7 +98,7 @@ def test_import_is_cheap() -> None:
     assert run_python(code).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", backends.BY_NAME)
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_inference_mode(name: str) -> None:
     call = make_call("gru")
     with tg.backend(name), torch.inference_mode():
@@ -121,3 +121,13 @@ def test_without_the_compiled_operators_one_warning_says_so() -> None:
     assert done.stdout == "aten\n"
     assert done.stderr.count("RuntimeWarning: tidegate: the compiled operators are not installed") == 1
     assert "reinstall with a C++20 compiler" in done.stderr
+
+
+def test_aten_refuses_a_projection_that_torch_would_not_recognise() -> None:
+    """torch tells a projection by h being smaller than c; with a square one its operator misreads the weights."""
+    call = make_call("lstm-proj", hidden_size=2)
+    square = torch.zeros(2, 2, dtype=torch.float64)
+    wide = {"weight_hr": square, "weight_hh": torch.zeros(8, 2, dtype=torch.float64)}
+    call = call._replace(weights=call.weights | wide, states=(call.states[1], call.states[1]))
+    assert backends.ATEN.unsupported_reasons(call) != []
+    torch.testing.assert_close(ops.recurrence(call)[1], torch.zeros(3, 2, dtype=torch.float64), rtol=0, atol=0)

@@ -28,6 +28,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
 }
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 every_layer = pytest.mark.parametrize("name", LAYERS)
+needs_compiled = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
 
 
 def as_tuple(state: Any) -> tuple[Tensor, ...]:
@@ -87,14 +88,15 @@ def test_a_chunk_is_bit_for_bit_the_layer_over_it(name: str) -> None:
         close(stream.steps(x[7:]), layer(x)[0][7:])
 
 
-@pytest.mark.parametrize("named", ["cpu", "aten", "reference"])
+@pytest.mark.parametrize("named", [pytest.param("cpu", marks=needs_compiled), "aten", "reference"])
 def test_every_backend_and_its_name(named: str) -> None:
     layer = tg.LSTM(5, 7, 2)
     x = torch.randn(6, 3, 5)
     with backend(named):
-        stream = layer.stream(3)
+        stream, lone = layer.stream(3), layer.stream()
         expected = layer(x)[0].detach()
     assert stream.backend == named
+    close(torch.stack([lone.step(x_t) for x_t in x[:, 0]]), expected[:, 0])
     assert f"backend={named}" in repr(stream)
     close(torch.cat([torch.stack([stream.step(x_t) for x_t in x[:2]]), stream.steps(x[2:])]), expected)
 
@@ -445,6 +447,7 @@ def test_a_million_steps_with_sessions_coming_and_going() -> None:
     assert max(sizes[100:]) - sizes[100] < 1000, "pages of 4 KiB"
 
 
+@needs_compiled
 def test_the_step_operator_refuses_what_does_not_fit() -> None:
     step = cpu.operators().step.default
     h, x, weights = torch.zeros(1, 2, 7), torch.zeros(2, 5), torch.zeros(21 * (5 + 7 + 2))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import VARIANTS, make_call
+from calls import RUNNABLE, VARIANTS, make_call
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
@@ -120,7 +120,7 @@ def test_func_grad_is_autograd(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [None, *backends.BY_NAME])
+@pytest.mark.parametrize("name", [None, *RUNNABLE])
 def test_per_sample_gradients(kind: str, name: str | None) -> None:
     if kind == "gru-reset-before" and name == "aten":
         with pytest.raises(tg.UnsupportedError):

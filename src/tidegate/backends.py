@@ -72,6 +72,11 @@ BACKENDS = (CPU, ATEN, REFERENCE)  # the first that fits
 BY_NAME = {candidate.name: candidate for candidate in BACKENDS}
 
 
+# "The first that fits", as a traced graph says it. Compilers keep graphs on disk, with the choice made when they were
+# traced: one that was traced without the compiled operators must not be found by an installation that has them.
+AUTOMATIC = "first of cpu, aten, reference" if cpu.is_installed() else "first of aten, reference"
+
+
 def _known(name: str, source: str) -> str:
     if name and name not in BY_NAME:
         raise ValueError(f"{source}: expected one of {', '.join(BY_NAME)}, got {name!r}")
@@ -111,12 +116,18 @@ def select(call: Call, name: str) -> Backend:
     Raises:
         UnsupportedError: the named one cannot; the message lists its reasons and what would run.
     """
+    name = demanded(name)
     for candidate in BACKENDS:
         if name in ("", candidate.name) and not candidate.unsupported_reasons(call):
             if candidate is not CPU and not name and call.input.is_cpu:
                 _tell_what_is_missing()
             return candidate
     raise UnsupportedError(_refusal(call, name))
+
+
+def demanded(name: str) -> str:
+    """The backend that an operator's argument demands; "" if it leaves the choice."""
+    return "" if name.startswith("first of ") else name
 
 
 @functools.cache
@@ -190,10 +201,11 @@ def step_of_stack(chosen: Sequence[Backend], calls: Sequence[Call]) -> Callable[
         return prepared
 
     def step(input: Tensor, *states: Tensor) -> Tensor:
-        output, *finals = run_stack(chosen, calls, input.unsqueeze(0), states)
+        rows = input if input.dim() == 2 else input.unsqueeze(0)
+        output, *finals = run_stack(chosen, calls, rows.unsqueeze(0), states)
         for state, final in zip(states, finals, strict=True):
             state.copy_(final)
-        return output[0]
+        return output[0] if rows is input else output[0, 0]
 
     return step
 

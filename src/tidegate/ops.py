@@ -78,7 +78,9 @@ def _observed(call: Call) -> tuple[Tensor, ...]:
 
 
 def _operator(call: Call) -> tuple[Tensor, ...]:
-    return signature.forward_operator(call.cell)(*signature.arguments(call), backends.named(), False)[:-1]
+    return signature.forward_operator(call.cell)(
+        *signature.arguments(call), backends.named() or backends.AUTOMATIC, False
+    )[:-1]
 
 
 def _any_requires_grad(call: Call) -> bool:
@@ -125,7 +127,7 @@ class _Operators:
     def forward_autograd(self, *arguments: Any) -> tuple[Tensor, ...]:
         call, (name, _) = signature.read(self.cell, arguments)
         if dispatch.is_forward_mode():
-            return (*_forward_mode(call, name), call.input.new_empty(0))
+            return (*_forward_mode(call, backends.demanded(name)), call.input.new_empty(0))
         if torch.is_grad_enabled() and _any_requires_grad(call):
             check(call)
             # The backward must be the same backend's: a graph that has one fixes the backend when it is traced.

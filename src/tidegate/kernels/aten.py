@@ -21,6 +21,9 @@ def unsupported_reasons(call: Call) -> list[str]:
         reasons.append(f"lengths are on {call.lengths.device}: torch packs from lengths on the cpu")
     if call.input.shape[0] == 0:
         reasons.append("torch's operators need at least one step")
+    projection = call.weights.get("weight_hr")
+    if projection is not None and projection.shape[0] == projection.shape[1]:
+        reasons.append("torch's LSTM knows a projection by its giving fewer features than hidden_size")
     if (call.weights["bias_ih"] is None) != (call.weights["bias_hh"] is None):
         reasons.append("torch's operators take both biases or none")
     return reasons

@@ -45,6 +45,11 @@ def _missing() -> str | None:
     return f"the compiled operators are not installed: no {_LIBRARY}; reinstall with a C++20 compiler"
 
 
+def is_installed() -> bool:
+    """Whether there is a library to load; loading it may still fail."""
+    return any((Path(folder) / _LIBRARY).exists() for folder in kernels.__path__)
+
+
 @cache
 def operators() -> Any:
     """The compiled operators, loaded at first use."""
