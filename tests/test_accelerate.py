@@ -74,7 +74,7 @@ def losses(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int)
 
 
 def close(a: Any, b: Any) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32, summed in another order
 
 
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=lambda cls: cls.__name__)

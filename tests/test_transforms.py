@@ -93,7 +93,10 @@ def test_backward_twice_with_the_graph_kept(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_mode(kind: str) -> None:
     layer, x = make_layer(kind), make_input(4, 2, 3)
-    run = lambda data: layer(data)[0]  # noqa: E731
+
+    def run(data: Tensor) -> Tensor:
+        return layer(data)[0]
+
     assert torch.autograd.gradcheck(run, x.requires_grad_(), fast_mode=True, check_forward_ad=True)
     tangent = make_input(4, 2, 3, seed=2)
     _, found = jvp(run, (x.detach(),), (tangent,))
@@ -156,7 +159,10 @@ def test_vmap_over_inputs_and_over_weights(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_hessian_in_three_ways(kind: str) -> None:
     layer, x = make_layer(kind), make_input(3, 1, 3)
-    loss = lambda data: layer(data)[0].square().sum()  # noqa: E731
+
+    def loss(data: Tensor) -> Tensor:
+        return layer(data)[0].square().sum()
+
     by_functional = torch.autograd.functional.hessian(loss, x)
     torch.testing.assert_close(hessian(loss)(x), by_functional, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(jacrev(jacrev(loss))(x), by_functional, rtol=1e-11, atol=1e-13)

@@ -7,6 +7,7 @@ Letters: N sequences, T steps, C channels, H hidden_size, K classes.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from tidegate.data import Dataset, LabelledSequences
 LEARNING_RATE = 5e-3
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, ABC):
     """A bidirectional layer, and a linear readout of the final states of its two directions."""
 
     def __init__(self, layer: nn.Module, hidden_size: int, num_classes: int) -> None:
@@ -28,8 +29,9 @@ class Classifier(nn.Module):
         self.layer = layer
         self.readout = nn.Linear(2 * hidden_size, num_classes)
 
+    @abstractmethod
     def run_layer(self, padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-        raise NotImplementedError
+        """The layer's output and final states."""
 
     def forward(self, padded: Tensor, lengths: Tensor) -> Tensor:
         _, states = self.run_layer(padded, lengths)
