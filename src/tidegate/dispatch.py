@@ -38,6 +38,12 @@ def is_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def keeps_graph() -> bool:
+    """Inside a backward: the graph may be gone through again, so what it saved must stay as it is."""
+    private: Any = _C
+    return private._autograd._get_current_graph_task_keep_graph()
+
+
 def is_per_example(weights: Iterable[Tensor | None]) -> bool:
     """torch.func is asking for what plain operations batch and a kernel does not.
 

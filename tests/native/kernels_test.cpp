@@ -131,8 +131,8 @@ Results run(const Recurrence& r, Type type, const Schedule& schedule, int thread
         dc_0(type, r.c_0.size());
     kernels.backward({r.kind, type, r.hidden, r.projected, schedule.rows(resets), threads, true, saved.data(), kept,
                       output.data(), h_0.data(), c_0.data(), weight_hh.data(), weight_hr.data(), grad_output.data(),
-                      grad_h_n.data(), grad_c_n.data(), dgates.data(), columns, h_before.data(), dh_0.data(),
-                      dc_0.data()});
+                      grad_h_n.data(), grad_c_n.data(), dgates.data(), columns, h_before.data(), nullptr,
+                      dh_0.data(), dc_0.data()});
     Results results{{output.values(), h_n.values(), c_n.values(), dgates.values(), h_before.values(), dh_0.values(),
                      dc_0.values()}};
 
@@ -142,7 +142,7 @@ Results run(const Recurrence& r, Type type, const Schedule& schedule, int thread
     Stored dinput(type, r.input.size());
     if (total < r.time * r.batch) dinput.clear();
     const int64_t gates = r.gates() * r.hidden;
-    kernels.product({type, threads, total, gates, r.input_size, dgates.data(), columns, weight_ih.data(),
+    kernels.product({type, threads, true, total, gates, r.input_size, dgates.data(), columns, weight_ih.data(),
                      places.data(), dinput.data()});
     results.tensors.push_back(dinput.values());
     if (type == Type::bf16) return results;
@@ -156,7 +156,7 @@ Results run(const Recurrence& r, Type type, const Schedule& schedule, int thread
     schedule.h_rows(static_cast<const char*>(output.data()), static_cast<const char*>(h_0.data()),
                     r.projected * element, resets, h_rows.data());
     const bool own_n = r.kind == Kind::gru;
-    kernels.outer({type, threads, total, dgates.data(), columns, columns, 2,
+    kernels.outer({type, threads, true, total, dgates.data(), columns, columns, 2,
                    {{x_rows.data(), r.input_size, gates, columns, grad_ih.data()},
                     {h_rows.data(), r.projected, own_n ? 2 * r.hidden : gates, own_n ? 3 * r.hidden : columns,
                      grad_hh.data()}},
