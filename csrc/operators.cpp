@@ -136,7 +136,7 @@ struct Gates {
     const Schedule& schedule;
     const void* data;
     int64_t stride, columns;
-    Tensor multiplied;
+    const Optional& multiplied;
 
     int64_t rows() const { return gates_of(sizes.kind) * sizes.hidden; }
 };
@@ -180,9 +180,9 @@ void add_weight_gradients(std::vector<Tensor>& results, const Gates& gates, cons
         problem.target[problem.targets++] = {with.data(), columns, first, last, out};
     };
     std::vector<const void*> input_rows, h_rows, multiplied_rows;
-    const char* multiplied = static_cast<const char*>(gates.multiplied.const_data_ptr());
-    for (size_t n = 0; n < total && gates.multiplied.numel() > 0; ++n)
-        multiplied_rows.push_back(multiplied + n * static_cast<size_t>(s.hidden * element));
+    for (size_t n = 0; gates.multiplied && n < total; ++n)
+        multiplied_rows.push_back(static_cast<const char*>(gates.multiplied->const_data_ptr()) +
+                                  n * static_cast<size_t>(s.hidden * element));
     if (wanted & ih_bit) {
         input_rows.resize(total);
         gates.schedule.input_rows(static_cast<const char*>(input.const_data_ptr()), input.stride(0) * element,
@@ -241,10 +241,12 @@ std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& an
     overwrite = overwrite && products && saved_columns && !weight_hr;
     const int64_t columns = gradient_columns(s.kind, s.hidden, s.projected, weight_hr.has_value());
     Tensor dgates = overwrite ? saved : make(s.type, {total, columns});
-    Tensor h_before = make(s.type, {!products && (wanted & hh_bit) ? total : 0, s.projected});
-    const bool twice = s.kind == Kind::gru_reset_before ? wanted & hh_bit : wanted & hr_bit;
-    Gates gates = {s, schedule, dgates.mutable_data_ptr(), overwrite ? saved_stride : columns, columns,
-                   make(s.type, {twice ? total : 0, s.hidden})};
+    const auto make_if = [&](bool wants, int64_t size) {
+        return wants ? Optional(make(s.type, {total, size})) : std::nullopt;
+    };
+    Optional h_before = make_if(!products && wanted & hh_bit, s.projected);
+    Optional multiplied = make_if(wanted & (s.kind == Kind::gru_reset_before ? hh_bit : hr_bit), s.hidden);
+    const Gates gates = {s, schedule, dgates.const_data_ptr(), overwrite ? saved_stride : columns, columns, multiplied};
     std::vector<Tensor> results = {make(s.type, {s.batch, s.projected})};
     if (c_0) results.push_back(make(s.type, {s.batch, s.hidden}));
     const uint8_t* reset_marks = check_resets(resets, time, s.batch);
@@ -253,11 +255,13 @@ std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& an
                                h_0.const_data_ptr(), pointer(c_0), weight_hh.const_data_ptr(), pointer(weight_hr),
                                pointer(grad_output), pointer(grad_h_n), pointer(grad_c_n),
                                dgates.mutable_data_ptr(), gates.stride,
-                               h_before.numel() ? h_before.mutable_data_ptr() : nullptr,
-                               twice ? gates.multiplied.mutable_data_ptr() : nullptr, results[0].mutable_data_ptr(),
+                               h_before ? h_before->mutable_data_ptr() : nullptr,
+                               multiplied ? multiplied->mutable_data_ptr() : nullptr, results[0].mutable_data_ptr(),
                                c_0 ? results[1].mutable_data_ptr() : nullptr});
     if (wanted & input_bit) results.push_back(input_gradient(gates, weight_ih, time, lengths.has_value()));
-    if (!products) results.insert(results.end(), {dgates, h_before, gates.multiplied});
+    if (!products)
+        for (const Optional& tensor : {Optional(dgates), h_before, multiplied})
+            results.push_back(tensor ? *tensor : make(s.type, {0}));
     else if (wanted & weight_bits) add_weight_gradients(results, gates, input, output, h_0, reset_marks, wanted);
     return results;
 }
