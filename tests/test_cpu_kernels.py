@@ -275,15 +275,16 @@ def test_a_graph_that_is_kept_keeps_what_the_forward_kept(kind):
     assert all(torch.equal(a, b) for other in (second, last) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("kind", [tidegate.GRU, tidegate.LSTM])
-def test_what_a_hook_keeps_is_not_overwritten(kind):
+def test_what_a_hook_keeps_is_not_overwritten(kind, copies):
     torch.manual_seed(0)
     layer, x = kind(5, 19), torch.randn(7, 3, 5, requires_grad=True)
     (right,) = gradients_of_layer(layer, x, 1)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append((tensor.clone(), tensor.clone()))
+        kept.append((tensor.clone() if copies else tensor.detach(), tensor.clone()))
         return kept[-1][0]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -36,7 +36,7 @@ class Recurrence(torch.autograd.Function):
             results = (*(output.detach() for output in outputs), call.input.new_empty(0))
         else:
             results = backends.run_forward(backend, call, save=True)
-            if not returns_saved:
+            if not returns_saved and not dispatch.has_saved_tensor_hooks():
                 ctx.kept_at = results[-1].data_ptr()
         ctx.save_for_backward(*call.tensors, call.lengths, call.resets, results[0], results[-1])
         ctx.set_materialize_grads(False)
