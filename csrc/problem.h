@@ -50,6 +50,7 @@ struct ForwardProblem {
     void* c_n;
     void* saved;                 // what the backward needs, a row a position; or null
     int64_t saved_stride;
+    void* packed;                // the weights as `Kernels::pack` laid them out, or null
 };
 
 // One step that keeps nothing: the weights are read where they lie.
@@ -129,7 +130,9 @@ struct OuterProblem {
 // One instruction set's kernels.
 struct Kernels {
     const char* name;
+    int vector_bytes;   // which says how packed weights are laid out
     void (*forward)(const ForwardProblem&);
+    int64_t (*pack)(const ForwardProblem&);   // into `packed` unless it is null; returns the elements, of the computed type
     void (*step)(const StepProblem&);   // what `fits_step`
     void (*backward)(const BackwardProblem&);
     void (*product)(const ProductProblem&);

@@ -159,7 +159,7 @@ private:
 
     template <int R, class Slots>
     void add_up_rows(int gate, int64_t unit, int64_t row, bool alone, Slots* sums) const {
-        V x[R], h[R];
+        V x[R], h[R] = {};
         dots<R>(gate, unit, row, true, !alone, x);
         if (alone) dots<R>(gate, unit, row, false, true, h);
         for (int r = 0; r < R; ++r) {
@@ -182,7 +182,7 @@ private:
         for (int group = 0; group < lanes / W; ++group) {
             const int64_t begin = first + group * W, valid = p_.hidden - unit - group * W;
             V sums[R] = {};
-            RowProduct<S> products[2];
+            RowProduct<S> products[2] = {};
             int count = 0;
             if (with_x) products[count++] = {static_cast<const S*>(p_.weight_ih) + begin * x.columns, x};
             if (with_h) products[count++] = {static_cast<const S*>(p_.weight_hh) + begin * h.columns, h};

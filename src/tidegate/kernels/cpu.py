@@ -223,30 +223,27 @@ def _grad_weight_hr(call: Call, saved: Tensor, dgates: Tensor) -> Tensor:
     return dgates[:, 4 * hidden_size :].t() @ before_projection
 
 
-def prepare_step(calls: Sequence[Call]) -> Callable[..., Tensor] | None:
-    """One step through a stack of layers, their weights copied into one piece, once.
+def prepare_step(calls: Sequence[Call]) -> Callable[..., Tensor]:
+    """One step through a stack of layers, their weights packed for it, once.
 
     Args:
         calls: each layer's, over one step; all of one size but for the first layer's input.
 
     Returns:
-        `step(input, *states) -> output`: input (B, I), states (L, B, .), replaced in place once all is computed;
-        None for a projection to hidden_size or more, which the operator cannot tell from none.
+        `step(input, *states) -> output`: input (B, I), states (L, B, .), replaced in place once all is computed.
     """
     first = calls[0]
     biased = any(call.weights[name] is not None for call in calls for name in ("bias_ih", "bias_hh"))
+    projects = first.weights.get("weight_hr") is not None
     pieces: list[Tensor] = []
     for call in calls:
         weights = call.weights
-        pieces += [weights["weight_ih"].flatten(), weights["weight_hh"].flatten()]
-        for name in ("bias_ih", "bias_hh") if biased else ():
-            bias = weights[name]
-            pieces.append(weights["weight_ih"].new_zeros(weights["weight_ih"].shape[0]) if bias is None else bias)
-        if weights.get("weight_hr") is not None:
-            if weights["weight_hr"].shape[0] >= call.hidden_size:
-                return None
-            pieces.append(weights["weight_hr"].flatten())
-    return partial(operators().step.default, _KINDS[_kind(first)], torch.cat(pieces), first.hidden_size, biased)
+        none = weights["weight_ih"].new_zeros(weights["weight_ih"].shape[0])
+        biases = [none if weights[name] is None else weights[name] for name in ("bias_ih", "bias_hh")]
+        pieces += [weights["weight_ih"], weights["weight_hh"], *biases * biased]
+        pieces += [weights["weight_hr"]] if projects else []
+    packed = operators().pack.default(_KINDS[_kind(first)], [p.contiguous() for p in pieces], biased, projects)
+    return partial(operators().step.default, packed)
 
 
 def short_step(
