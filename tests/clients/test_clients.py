@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other people's packages with tidegate inside: the examples, small, and docs/training.md. By `make test-clients`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import accelerate_gluonts
+import accelerate_resemblyzer
+import accelerate_sb3
+import numpy as np
+import torch
+import train_lightning
+from sb3_contrib import RecurrentPPO
+
+import tidegate as tg
+
+ROOT = Path(__file__).parents[2]
+
+
+def assert_weights_agree(ours: torch.nn.Module, theirs: torch.nn.Module, tolerance: float) -> None:
+    for (name, found), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_recurrent_ppo(tmp_path: Path) -> None:
+    """The same episodes, and after 3 * 2 * 2 steps of Adam the same weights to a thousandth of a step's size (3e-4)."""
+    sizes = ("--updates", "3", "--envs", "4", "--steps", "64", "--epochs", "2", "--hidden", "32")
+    theirs, *accelerated = accelerate_sb3.main(list(sizes))
+    assert type(theirs.agent.policy.lstm_actor) is torch.nn.LSTM
+    assert len(theirs.recorder.returns) > 10
+    for run in accelerated:
+        assert type(run.agent.policy.lstm_actor) is type(run.agent.policy.lstm_critic) is tg.LSTM
+        assert run.recorder.returns == theirs.recorder.returns
+        assert_weights_agree(run.agent.policy, theirs.agent.policy, tolerance=3e-7)
+
+    agent = accelerated[0].agent
+    agent.save(tmp_path / "agent.zip")
+    loaded = RecurrentPPO.load(tmp_path / "agent.zip", device="cpu")
+    assert type(loaded.policy.lstm_actor) is torch.nn.LSTM
+    observation = np.array([[0.1, -0.05]], dtype=np.float32)
+    action, state = agent.predict(observation, deterministic=True)
+    expected_action, expected_state = loaded.predict(observation, deterministic=True)
+    assert np.array_equal(action, expected_action)
+    np.testing.assert_allclose(state, expected_state, rtol=0, atol=1e-6)
+
+
+def test_deepar() -> None:
+    """Dropout between the layers included: the masks under a seed are torch.nn's."""
+    sizes = ("--series", "4", "--context", "24", "--epochs", "2", "--batches", "3", "--rounds", "1")
+    theirs, ours = accelerate_gluonts.main(list(sizes))
+    assert type(theirs.predictor.prediction_net.model.rnn) is torch.nn.LSTM
+    assert type(ours.predictor.prediction_net.model.rnn) is tg.LSTM
+    assert len(ours.losses) == 2
+    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-5)
+    assert_weights_agree(ours.predictor.prediction_net, theirs.predictor.prediction_net, tolerance=5e-6)
+    # Samples of magnitude 10, drawn step after step from what was drawn before.
+    np.testing.assert_allclose(ours.forecasts, theirs.forecasts, rtol=0, atol=1e-2)
+
+
+def test_speaker_encoder() -> None:
+    low, high = accelerate_resemblyzer.main(["--seconds", "3", "--rounds", "1"])
+    assert max(low.apart, high.apart) < 1e-6
+    assert low.embedding @ high.embedding < 0.95, "two voices; an encoder without its weights takes them for one"
+
+
+def test_lightning(tmp_path: Path) -> None:
+    loaded, trainer = train_lightning.main(["--epochs", "4", "--folder", str(tmp_path)])
+    assert trainer.callback_metrics["accuracy"] > 0.8
+    assert isinstance(loaded.layer, tg.GRU)
+    for found, expected in zip(loaded.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_training_page() -> None:
+    """The blocks marked `py`, not `python`: those that need the packages of this folder."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, "training.md", "exec"), namespace)
+    assert isinstance(namespace["trainer"].callbacks[0], namespace["Accelerate"])
+    assert type(namespace["model"]) is tg.GRU
+    assert len(namespace["net"].history) == 2
