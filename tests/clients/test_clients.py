@@ -28,7 +28,7 @@ def assert_weights_agree(ours: torch.nn.Module, theirs: torch.nn.Module, toleran
 
 
 def test_recurrent_ppo(tmp_path: Path) -> None:
-    """The same episodes, and after 3 * 2 * 2 steps of Adam the same weights to a thousandth of a step's size (3e-4)."""
+    """The same episodes, and after 3 * 2 * 2 steps of Adam the same weights, far below one step (3e-4)."""
     sizes = ("--updates", "3", "--envs", "4", "--steps", "64", "--epochs", "2", "--hidden", "32")
     theirs, *accelerated = accelerate_sb3.main(list(sizes))
     assert type(theirs.agent.policy.lstm_actor) is torch.nn.LSTM
@@ -36,7 +36,7 @@ def test_recurrent_ppo(tmp_path: Path) -> None:
     for run in accelerated:
         assert type(run.agent.policy.lstm_actor) is type(run.agent.policy.lstm_critic) is tg.LSTM
         assert run.recorder.returns == theirs.recorder.returns
-        assert_weights_agree(run.agent.policy, theirs.agent.policy, tolerance=3e-7)
+        assert_weights_agree(run.agent.policy, theirs.agent.policy, tolerance=1e-6)
 
     agent = accelerated[0].agent
     agent.save(tmp_path / "agent.zip")
@@ -57,9 +57,9 @@ def test_deepar() -> None:
     assert type(ours.predictor.prediction_net.model.rnn) is tg.LSTM
     assert len(ours.losses) == 2
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-5)
-    assert_weights_agree(ours.predictor.prediction_net, theirs.predictor.prediction_net, tolerance=5e-6)
+    assert_weights_agree(ours.predictor.prediction_net, theirs.predictor.prediction_net, tolerance=1e-6)
     # Samples of magnitude 10, drawn step after step from what was drawn before.
-    np.testing.assert_allclose(ours.forecasts, theirs.forecasts, rtol=0, atol=1e-2)
+    np.testing.assert_allclose(ours.forecasts, theirs.forecasts, rtol=0, atol=1e-3)
 
 
 def test_speaker_encoder() -> None:
