@@ -76,14 +76,28 @@ def test_lightning(tmp_path: Path) -> None:
         assert torch.equal(found, expected)
 
 
-def test_the_training_page() -> None:
-    """The blocks marked `py`, not `python`: those that need the packages of this folder."""
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
+def run_page(name: str) -> dict[str, Any]:
+    """Run a page's blocks marked `py`, not `python`: those that need the packages of this folder."""
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks:
-        exec(compile(block, "training.md", "exec"), namespace)
+    for block in re.findall(r"```py\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, name, "exec"), namespace)
+    return namespace
+
+
+def test_the_training_page() -> None:
+    namespace = run_page("training.md")
     assert isinstance(namespace["trainer"].callbacks[0], namespace["Accelerate"])
     assert type(namespace["model"]) is tg.GRU
     assert len(namespace["net"].history) == 2
+
+
+def test_the_clients_page() -> None:
+    """Its policy is the example's."""
+    policies = run_page("clients.md")["ResetsPolicy"], accelerate_sb3.ResetsPolicy
+    features, states = torch.randn(6, 5), (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    starts, lstm = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0]), tg.LSTM(5, 4)
+    found, expected = (policy._process_sequence(features, states, starts, lstm) for policy in policies)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    theirs = accelerate_sb3.MlpLstmPolicy._process_sequence(features, states, starts, lstm)
+    torch.testing.assert_close(found, theirs)
