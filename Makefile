@@ -41,8 +41,8 @@ test-peers: install  ## Run the tests against Keras, Flax and ONNX runtimes; ins
 
 # resemblyzer asks for webrtcvad, which has to be compiled and needs pkg_resources: the fork with wheels stands in.
 test-clients: install  ## Run the examples with stable-baselines3, GluonTS, Lightning, ...; installs them into .venv.
-	$(BIN)/python -m pip install --quiet $(TORCH) 'sb3-contrib>=2.7' 'gluonts[torch]>=0.16' 'accelerate>=1.10' \
-		'skorch>=1.2' 'librosa>=0.11' 'webrtcvad-wheels>=2.0.14'
+	$(BIN)/python -m pip install --quiet $(TORCH) 'sb3-contrib>=2.9' 'gluonts[torch]>=0.17' 'accelerate>=1.15' \
+		'skorch>=1.4' 'librosa>=0.11' 'webrtcvad-wheels>=2.0.14'
 	$(BIN)/python -m pip install --quiet --no-deps 'resemblyzer>=0.1.4'
 	$(BIN)/python -m pytest tests/clients --numprocesses 0
 

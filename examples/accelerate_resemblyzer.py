@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resemblyzer's speaker encoder, with the trained weights that its wheel contains, before and after `accelerate`.
 
-    pip install librosa webrtcvad-wheels
+    pip install 'tidegate[cli]' librosa webrtcvad-wheels
     pip install --no-deps resemblyzer      # its own dependency, webrtcvad, needs a C compiler and pkg_resources
     python examples/accelerate_resemblyzer.py [recording.wav ...]
 

@@ -26,7 +26,8 @@ SECONDS = 150  # some ten on an idle machine
 def torchrun(script: Path, *arguments: object) -> str:
     """What the two processes print. A launch that fails, or hangs, fails the test and leaves no process behind."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLE.parent)}
+    path = os.pathsep.join(filter(None, (str(EXAMPLE.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = subprocess.Popen(
         [*launcher, str(script), *map(str, arguments)],
         env=environment,
@@ -49,7 +50,7 @@ def torchrun(script: Path, *arguments: object) -> str:
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_gradients_training_and_checkpoints_are_one_processs(how: str, tmp_path: Path) -> None:
     assert "all checks passed" in torchrun(TESTS / "distributed_worker.py", how, tmp_path)
-    _one_process_loads(tmp_path / MAKERS[-1])
+    _one_process_loads(tmp_path / MAKERS[how][-1])
 
 
 def _one_process_loads(folder: Path) -> None:
