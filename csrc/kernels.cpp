@@ -10,7 +10,15 @@ namespace {
 
 template <class S>
 void forward_as(const ForwardProblem& problem) {
-    if (fits_one_step(problem)) return run_one_step<S>(problem);
+    const Rows& rows = problem.rows;
+    if (rows.time == 1 && rows.total == rows.batch && !rows.resets && !problem.saved &&
+        fits_step(problem.kind, problem.weight_hr)) {
+        run_step<S>({problem.kind, problem.type, problem.threads, rows.batch, problem.input_size, problem.hidden,
+                     problem.input, problem.input_batch_stride, problem.h_0, problem.c_0, problem.weight_ih,
+                     problem.weight_hh, problem.bias_ih, problem.bias_hh, problem.h_n, problem.c_n});
+        if (problem.output != problem.h_n) std::memcpy(problem.output, problem.h_n, static_cast<size_t>(rows.batch * problem.hidden) * sizeof(S));
+        return;
+    }
     switch (problem.kind) {
         case Kind::rnn_tanh: return run_forward<ElmanForward<S, TanhUnit>>(problem);
         case Kind::rnn_relu: return run_forward<ElmanForward<S, ReluUnit>>(problem);
@@ -48,6 +56,14 @@ void forward(const ForwardProblem& problem) {
     }
 }
 
+void step(const StepProblem& problem) {
+    switch (problem.type) {
+        case Type::f32: return run_step<float>(problem);
+        case Type::f64: return run_step<double>(problem);
+        case Type::bf16: return run_step<bf16>(problem);
+    }
+}
+
 void backward(const BackwardProblem& problem) {
     switch (problem.type) {
         case Type::f32: return backward_as<float>(problem);
@@ -82,6 +98,6 @@ void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t cou
 
 }  // namespace
 
-const Kernels kernels = {TIDEGATE_NAME(TIDEGATE_ISA), forward, backward, product, outer, activate};
+const Kernels kernels = {TIDEGATE_NAME(TIDEGATE_ISA), forward, step, backward, product, outer, activate};
 
 }  // namespace tidegate::TIDEGATE_ISA

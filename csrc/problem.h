@@ -8,6 +8,10 @@
 
 #include <cstdint>
 
+// A function shared by all instruction sets must not be emitted by a file compiled for one of them: the linker would
+// keep any copy, and a lesser CPU would trap in it.
+#define TIDEGATE_INLINE __attribute__((always_inline)) inline
+
 namespace tidegate {
 
 enum class Kind : int64_t { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
@@ -47,6 +51,26 @@ struct ForwardProblem {
     void* saved;                 // what the backward needs, a row a position; or null
     int64_t saved_stride;
 };
+
+// One step that keeps nothing: the weights are read where they lie.
+struct StepProblem {
+    Kind kind;
+    Type type;
+    int threads;                 // at most so many
+    int64_t batch, input_size, hidden;
+    const void* input;           // (B, I)
+    int64_t input_stride;
+    const void* h_0;             // (B, H)
+    const void* c_0;             // (B, H), LSTM, else null
+    const void* weight_ih;       // (G*H, I)
+    const void* weight_hh;       // (G*H, H)
+    const void* bias_ih;         // (G*H) or null
+    const void* bias_hh;         // (G*H) or null
+    void* h;                     // (B, H), apart from h_0
+    void* c;                     // (B, H), apart from c_0
+};
+
+TIDEGATE_INLINE bool fits_step(Kind kind, bool projects) { return kind != Kind::gru_reset_before && !projects; }
 
 struct BackwardProblem {
     Kind kind;
@@ -106,6 +130,7 @@ struct OuterProblem {
 struct Kernels {
     const char* name;
     void (*forward)(const ForwardProblem&);
+    void (*step)(const StepProblem&);   // what `fits_step`
     void (*backward)(const BackwardProblem&);
     void (*product)(const ProductProblem&);
     void (*outer)(const OuterProblem&);

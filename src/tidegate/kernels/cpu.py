@@ -20,12 +20,25 @@ import torch
 from torch import Tensor
 
 from tidegate import kernels
-from tidegate.cells import Call, extensions, is_extended
+from tidegate.cells import GRU, LSTM, RNN, Call, Cell, extensions, is_extended
 
 _LIBRARY = "tidegate_cpu.so"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 _SAVED_GATES = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 5, "gru": 4, "gru_reset_before": 3}
+
+# Each kind by its cell and its options' values.
+_KIND_OF = {
+    (cell.name, *(cell.default_options | options).values()): kind
+    for cell, options, kind in (
+        (RNN, {}, "rnn_tanh"),
+        (RNN, {"nonlinearity": "relu"}, "rnn_relu"),
+        (LSTM, {}, "lstm"),
+        (GRU, {}, "gru"),
+        (GRU, {"reset_after": False}, "gru_reset_before"),
+    )
+}
+_ABSENT = torch.empty(0)
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -66,11 +79,7 @@ def availability() -> list[str]:
 
 
 def _kind(call: Call) -> str:
-    if call.cell.name == "rnn":
-        return f"rnn_{call.options['nonlinearity']}"
-    if call.cell.name == "gru" and not call.options["reset_after"]:
-        return "gru_reset_before"
-    return call.cell.name
+    return _KIND_OF[(call.cell.name, *call.options.values())]
 
 
 def unsupported_reasons(call: Call) -> list[str]:
@@ -238,3 +247,29 @@ def prepare_step(calls: Sequence[Call]) -> Callable[..., Tensor] | None:
                 return None
             pieces.append(weights["weight_hr"].flatten())
     return partial(operators().step.default, _KINDS[_kind(first)], torch.cat(pieces), first.hidden_size, biased)
+
+
+def short_step(
+    cell: Cell, options: Any, input: Tensor, states: Any, weights: Sequence[Any], layers: int
+) -> Sequence[Tensor]:
+    """`backends.Backend.short_step`: the operators check for themselves, and answer nothing to what is not for them."""
+    kind = _KIND_OF.get((cell.name, *options))
+    if kind is None or _missing() or len(states) not in (0, len(cell.states)):
+        return ()
+    h, c = (*states, _ABSENT, _ABSENT)[:2]
+    if not isinstance(h, Tensor) or not isinstance(c, Tensor):
+        return ()
+    cell_step, layer_step = _short_steps()
+    if layers:
+        return layer_step(_KINDS[kind], input, h, c, [weight for weight in weights if weight is not None], layers)
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    if bias_ih is None and bias_hh is None:
+        bias_ih = bias_hh = _ABSENT
+    if bias_ih is None or bias_hh is None:
+        return ()
+    return cell_step(_KINDS[kind], input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+
+
+@cache
+def _short_steps() -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
+    return operators().cell_step.default, operators().layer_step.default
