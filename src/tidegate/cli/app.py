@@ -27,6 +27,13 @@ class Mode(str, Enum):
     infer = "infer"
     train = "train"
     cell = "cell"
+    stream = "stream"
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
 
 
 def _stop(message: str, code: int) -> typer.Exit:
@@ -74,6 +81,10 @@ def bench(
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="num_layers.")] = 1,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Run both directions.")] = False,
+    dtype: Annotated[DType, typer.Option(help="Other runtimes take part in float32 alone.")] = DType.float32,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of a stream that are timed; 100,000 unless given.", show_default=False)
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice unless given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes, few rounds: under a minute.")] = False,
     peers: Annotated[bool, typer.Option(help="Also time onnxruntime, openvino and jax where installed.")] = True,
@@ -93,6 +104,8 @@ def bench(
         shapes=shapes,
         num_layers=layers,
         bidirectional=bidirectional,
+        dtype=dtype.value,
+        steps=steps,
         threads=threads,
         quick=quick,
         peers=peers,

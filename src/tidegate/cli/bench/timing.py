@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-import torch
-
 TimeSlice = Callable[[float], float]
 """Calls for about so many seconds; returns the seconds that one call took."""
 
@@ -55,12 +53,3 @@ def interleave(slices: dict[str, TimeSlice], effort: Effort) -> dict[str, float]
         for name in names[start:] + names[:start]:
             samples[name].append(slices[name](effort.slice_seconds))
     return {name: median(values) for name, values in samples.items()}
-
-
-def sgemm_rate() -> float:
-    """This machine's single precision matrix product at the threads in use, in flop/s: the best of several runs."""
-    size = 1024
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    run = local_slice(lambda: torch.mm(left, right))
-    run(0.05)
-    return 2 * size**3 / min(run(0.05) for _ in range(5))
