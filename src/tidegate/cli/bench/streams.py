@@ -123,8 +123,11 @@ def _add_peers(
 ) -> list[str]:
     """Add a slice for each peer that has steps and whose results agree; a note on each that fails or differs."""
     notes: list[str] = []
+    able = [process for process in peers if process.can_run(case)]
+    if not able:
+        return notes
     weights = {name: tensor.detach().numpy() for name, tensor in module.named_parameters()}
-    for process in (process for process in peers if process.can_run(case)):
+    for process in able:
         try:
             array = process.build_step(case, weights, frames.unsqueeze(1).numpy(), threads)
         except Exception as error:  # another project's, of any type: named to the user, the peer left out
