@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tidegate.cli.bench.agreement import BenchError
 from tidegate.cli.bench.measure import Bench, Result
 from tidegate.cli.bench.picture import draw_ratios
-from tidegate.cli.bench.report import print_notes, print_report, print_streams, write_json
+from tidegate.cli.bench.report import print_notes, print_report, print_streams, say_wrote, write_json
 from tidegate.cli.bench.shapes import Case, Shape, default_shapes, default_streams
 from tidegate.cli.bench.stream_picture import draw_latencies
 from tidegate.cli.bench.streams import StreamResult
-from tidegate.cli.bench.timing import QUICK, THOROUGH
+from tidegate.cli.bench.timing import QUICK, THOROUGH, use_threads
 from tidegate.cli.bench.worker import PeerProcess, installed_peers
 from tidegate.cli.machine import processor_name, running_processes
 
@@ -108,10 +105,6 @@ def run_bench(plan: Plan, out: Path) -> None:
         say_wrote(console, draw_latencies(streams, f"{machine}, {plan.stream_steps} steps", out / "stream.png"))
 
 
-def say_wrote(console: Console, path: Path) -> None:
-    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-
-
 def _measure_all(bench: Bench, plan: Plan, console: Console) -> tuple[list[Result], list[StreamResult]]:
     columns = (
         BarColumn(bar_width=20),
@@ -134,14 +127,3 @@ def _measure_all(bench: Bench, plan: Plan, console: Console) -> tuple[list[Resul
                 progress.advance(task)
         progress.update(task, completed=len(cases), description="done")
     return results, streams
-
-
-@contextlib.contextmanager
-def use_threads(wanted: int | None) -> Generator[int]:
-    before = torch.get_num_threads()
-    if wanted is not None:
-        torch.set_num_threads(wanted)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)

@@ -124,10 +124,10 @@ def _case_table(title: str, results: list[Result]) -> Table:
     for result in results:
         microseconds = {name: seconds / result.case.shape.steps * 1e6 for name, seconds in result.seconds.items()}
         row = [str(result.case.shape), _short(microseconds["torch.nn"]), _short(microseconds["tidegate"])]
-        row.append(_ratio(result.ratio))
+        row.append(format_ratio(result.ratio))
         if with_peers:
             against = over_best_peer(result)
-            row.append("-" if against is None else f"{result.best_peer} {_ratio(against)}")
+            row.append("-" if against is None else f"{result.best_peer} {format_ratio(against)}")
         row.append(f"{result.bound.name} {result.bound.share:.0%}")
         if with_memory:
             row.append(", ".join(f"{peak / 1e6:.1f}" for peak in result.peak_bytes.values()))
@@ -148,13 +148,13 @@ def _mean_table(means: list[Mean]) -> Table:
     for name in ("shapes", "over torch.nn", "lowest", "over best peer"):
         table.add_column(name, justify="right")
     for mean in means:
-        against = "-" if mean.over_best_peer is None else _ratio(mean.over_best_peer)
-        ratios = (_ratio(mean.over_torch), _ratio(mean.lowest_over_torch), against)
+        against = "-" if mean.over_best_peer is None else format_ratio(mean.over_best_peer)
+        ratios = (format_ratio(mean.over_torch), format_ratio(mean.lowest_over_torch), against)
         table.add_row(mean.kind, mean.mode, mean.regime, str(mean.shapes), *ratios)
     return table
 
 
-def _ratio(value: float) -> str:
+def format_ratio(value: float) -> str:
     # Two runs of the same code differ by some per cent: nothing is coloured inside that.
     colour = "green" if value >= 1.05 else "red" if value < 0.95 else "default"
     return f"[{colour}]{value:.2f}x[/]"
@@ -184,7 +184,7 @@ def print_streams(console: Console, results: list[StreamResult]) -> None:
             table.add_section()
             for position, (name, latency) in enumerate(result.latencies.items()):
                 figures = [_short(seconds * 1e6) for seconds in (latency.p50, latency.p99, latency.p999)]
-                ratio = "1" if name == "torch.nn" else _ratio(result.times_as_fast(name))
+                ratio = "1" if name == "torch.nn" else format_ratio(result.times_as_fast(name))
                 sessions = f"{result.sessions_per_core(name):.0f}"
                 table.add_row("" if position else result.case.label, name, *figures, ratio, sessions)
         console.print(table)
@@ -245,6 +245,10 @@ def describe_run(load: float | None) -> dict[str, Any]:
         "packages": {package: package_version(package) for package in OPTIONAL_PACKAGES},
         "load_before": load,
     }
+
+
+def say_wrote(console: Console, path: Path) -> None:
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def save_json(path: Path, document: dict[str, Any]) -> Path:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from statistics import median
+
+import torch
 
 TimeSlice = Callable[[float], float]
 """Calls for about so many seconds; returns the seconds that one call took."""
@@ -42,8 +45,13 @@ def local_slice(call: Callable[[], object]) -> TimeSlice:
     return run
 
 
-def interleave(slices: dict[str, TimeSlice], effort: Effort) -> dict[str, float]:
-    """Median seconds of one call of each contender. Each round starts with another contender; one round warms up."""
+def interleave(
+    slices: dict[str, TimeSlice], effort: Effort, advance: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Median seconds of one call of each contender. Each round starts with another contender; one round warms up.
+
+    `advance` is called after each round.
+    """
     names = list(slices)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -52,4 +60,17 @@ def interleave(slices: dict[str, TimeSlice], effort: Effort) -> dict[str, float]
         start = number % len(names)
         for name in names[start:] + names[:start]:
             samples[name].append(slices[name](effort.slice_seconds))
+        advance()
     return {name: median(values) for name, values in samples.items()}
+
+
+@contextlib.contextmanager
+def use_threads(wanted: int | None) -> Generator[int]:
+    """Inside, torch computes with this many threads, None for its own choice; the number that it is."""
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
