@@ -94,7 +94,7 @@ def measure_model(subject: Subject, mode: str, effort: Effort, advance: Callable
         ModelError: the model fails on its example, holds no recurrent module, or nothing in it can be trained.
     """
     model = subject.model.train(mode == "train")
-    tidegate.restore(model)
+    SIDES["torch.nn"](model)
     call = _build_call(subject, list(model.parameters()), mode)
     found = record(model, lambda: _checked(subject, call))
     if not found:
@@ -163,7 +163,7 @@ def _compare(model: Module, call: Callable[[], list[Tensor]]) -> Agreement:
         return [result.clone() for result in call()]
 
     expected, again = results(), results()
-    tidegate.accelerate(model)
+    SIDES["tidegate"](model)
     found = results()
     dtypes = {result.dtype for result in expected} | {p.dtype for p in model.parameters() if p.is_floating_point()}
     allowed = max(TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES)
