@@ -74,8 +74,8 @@ def print_report(console: Console, results: list[Result], limits: Limits) -> Non
     """A table for each kind and mode, the geometric means, then how to read them."""
     for kind, mode in dict.fromkeys((result.case.kind, result.case.mode) for result in results):
         members = [result for result in results if (result.case.kind, result.case.mode) == (kind, mode)]
-        console.print(_case_table(f"{kind.upper()}, {MODE_NAMES[mode]}", members))
-    console.print(_mean_table(group_means(results)))
+        print_table(console, _case_table(f"{kind.upper()}, {MODE_NAMES[mode]}", members))
+    print_table(console, _mean_table(group_means(results)))
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in limits.gemm_flops.items())
     reads = [rate / 1e9 for rate in limits.read_bytes.values()]
     console.print(
@@ -102,11 +102,23 @@ def print_notes(console: Console, notes: list[str], load: float | None) -> None:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
+def new_table(title: str) -> Table:
+    """As every table of the bench looks: narrow, for the widest has to fit in 80 columns."""
+    return Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
+def print_table(console: Console, table: Table) -> None:
+    console.print(table)
+    console.print()
+
+
 def _case_table(title: str, results: list[Result]) -> Table:
     backends = list(dict.fromkeys(result.backend for result in results))
     if len(backends) == 1:
         title += f" (backend: {backends[0]})"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = new_table(title)
     with_peers = any(result.best_peer for result in results)
     with_memory = any(result.peak_bytes for result in results)
     table.add_column("shape", no_wrap=True)
@@ -130,19 +142,13 @@ def _case_table(title: str, results: list[Result]) -> Table:
             row.append("-" if against is None else f"{result.best_peer} {format_ratio(against)}")
         row.append(f"{result.bound.name} {result.bound.share:.0%}")
         if with_memory:
-            row.append(", ".join(f"{peak / 1e6:.1f}" for peak in result.peak_bytes.values()))
+            row.append(", ".join(_short(peak / 1e6) for peak in result.peak_bytes.values()))
         table.add_row(*row, *([result.backend] if len(backends) > 1 else []))
     return table
 
 
 def _mean_table(means: list[Mean]) -> Table:
-    table = Table(
-        title="Geometric means (small: B <= 16 and H <= 256)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = new_table("Geometric means (small: B <= 16 and H <= 256)")
     for name in ("kind", "mode", "regime"):
         table.add_column(name)
     for name in ("shapes", "over torch.nn", "lowest", "over best peer"):
@@ -157,11 +163,11 @@ def _mean_table(means: list[Mean]) -> Table:
 def format_ratio(value: float) -> str:
     # Two runs of the same code differ by some per cent: nothing is coloured inside that.
     colour = "green" if value >= 1.05 else "red" if value < 0.95 else "default"
-    return f"[{colour}]{value:.2f}x[/]"
+    return f"[{colour}]{value:.{1 if value >= 9.995 else 2}f}x[/]"
 
 
-def _short(microseconds: float) -> str:
-    return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
 
 
 def print_streams(console: Console, results: list[StreamResult]) -> None:
@@ -169,13 +175,7 @@ def print_streams(console: Console, results: list[StreamResult]) -> None:
     for kind in dict.fromkeys(result.case.kind for result in results):
         members = [result for result in results if result.case.kind == kind]
         backends = ", ".join(dict.fromkeys(result.backend for result in members))
-        table = Table(
-            title=f"{kind.upper()}, one step of a stream (backend: {backends})",
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-        )
+        table = new_table(f"{kind.upper()}, one step of a stream (backend: {backends})")
         table.add_column("shape", no_wrap=True)
         table.add_column("", no_wrap=True)
         for name in ("p50", "p99", "p99.9", "ratio", "sessions/core"):
@@ -187,7 +187,7 @@ def print_streams(console: Console, results: list[StreamResult]) -> None:
                 ratio = "1" if name == "torch.nn" else format_ratio(result.times_as_fast(name))
                 sessions = f"{result.sessions_per_core(name):.0f}"
                 table.add_row("" if position else result.case.label, name, *figures, ratio, sessions)
-        console.print(table)
+        print_table(console, table)
     latencies = [latency for result in results for latency in result.latencies.values()]
     console.print(
         f"Latencies: microseconds of one step with its Python call, percentiles over {latencies[0].steps} steps, the "

@@ -7,19 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from tidegate.cli.bench.model.measure import ModelResult, ModuleResult, describe_shapes
-from tidegate.cli.bench.report import describe_run, format_ratio, save_json
+from tidegate.cli.bench.report import describe_run, format_ratio, new_table, print_table, save_json
 
 _MODE_NAMES = {"infer": "inference", "train": "training step: forward and backward, no optimizer"}
 
 
 def print_model(console: Console, result: ModelResult) -> None:
     """Each recurrent module's share and speed-up, the model's, what is left to gain, and whether results agree."""
-    console.print(_table(result))
+    print_table(console, _table(result))
     for line in sentences(result):
         console.print(line, highlight=False, markup=False)
     if not result.agreement.holds:
@@ -27,13 +26,7 @@ def print_model(console: Console, result: ModelResult) -> None:
 
 
 def _table(result: ModelResult) -> Table:
-    table = Table(
-        title=f"{result.name}, {_MODE_NAMES[result.mode]}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = new_table(f"{result.name}, {_MODE_NAMES[result.mode]}")
     table.add_column("module", overflow="fold")
     table.add_column("runs", overflow="fold")
     for name in ("torch.nn", "share", "tidegate", "ratio"):
