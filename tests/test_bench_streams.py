@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from tidegate.cli.app import app
-from tidegate.cli.bench import Plan, latency, streams
+from tidegate.cli.bench import Plan, latency, memory, streams
 from tidegate.cli.bench.agreement import BenchError
 from tidegate.cli.bench.candidates import build_input, build_module
 from tidegate.cli.bench.latency import Latency, clock_cost, time_steps
@@ -236,3 +236,17 @@ def test_every_mode_runs_in_other_dtypes(tmp_path: Path, dtype: str) -> None:
     assert {entry["case"]["dtype"] for entry in found["results"]} == {dtype}
     assert list(found["gemm_gflops"]) == [dtype]
     assert {entry["bound"]["name"] for entry in found["results"]} <= {"gemm", "read"}
+
+
+def test_peak_memory_counts_what_a_step_holds_and_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not memory.can_measure():
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    held = 64 * 2**20
+
+    def build_call(module: torch.nn.Module, case: Case) -> Any:
+        return lambda: [torch.ones(held // 4).sum()]
+
+    monkeypatch.setattr(memory, "build_call", build_call)
+    case = Case("gru", "train", Shape(1, 1, 2, 2), 1, False)
+    peak = memory.peak_of_training_step("torch.nn", case, torch.get_num_threads())
+    assert held * 0.95 < peak < held * 1.1
