@@ -282,6 +282,6 @@ def test_the_page_can_be_followed(here: Path) -> None:
     result = run(*command.replace("my_model", name).split(), "--quick")
     assert result.exit_code == 0, result.output
     assert (here / "out/bench/model.png").exists()
-    for text in ("B8 T40 I64 H96, 2 layers, both directions", "the whole model", "torch.nn.LSTM"):
+    for text in ("B8 T40 I64 H96, 2 layers, both directions", "the whole model", "torch.nn.GRU"):
         assert text in page
         assert text in result.output
