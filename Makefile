@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/* csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-peers lint bench wheel clean
+.PHONY: help install demo test test-slow test-peers test-clients lint bench wheel clean
 
 help:  ## List the targets.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## Make .venv ready for development.
 
@@ -38,6 +38,13 @@ test-slow: install  ## Run the exhaustive tests.
 test-peers: install  ## Run the tests against Keras, Flax and ONNX runtimes; installs them into .venv.
 	$(BIN)/python -m pip install --quiet keras flax jax jaxlib
 	$(BIN)/python -m pytest tests/peers --numprocesses 0
+
+# resemblyzer asks for webrtcvad, which has to be compiled and needs pkg_resources: the fork with wheels stands in.
+test-clients: install  ## Run the examples with stable-baselines3, GluonTS, Lightning, ...; installs them into .venv.
+	$(BIN)/python -m pip install --quiet $(TORCH) 'sb3-contrib>=2.9' 'gluonts[torch]>=0.17' 'accelerate>=1.15' \
+		'skorch>=1.4' 'librosa>=0.11' 'webrtcvad-wheels>=2.0.14'
+	$(BIN)/python -m pip install --quiet --no-deps 'resemblyzer>=0.1.4'
+	$(BIN)/python -m pytest tests/clients --numprocesses 0
 
 lint: install  ## Style, types and the dependency rules.
 	$(BIN)/ruff check

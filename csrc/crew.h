@@ -6,9 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-// A function shared by all instruction sets must not be emitted by a file compiled for one of them: the linker would
-// keep any copy, and a lesser CPU would trap in it.
-#define TIDEGATE_INLINE __attribute__((always_inline)) inline
+#include "problem.h"
 
 namespace tidegate {
 

@@ -10,7 +10,15 @@ namespace {
 
 template <class S>
 void forward_as(const ForwardProblem& problem) {
-    if (fits_one_step(problem)) return run_one_step<S>(problem);
+    const Rows& rows = problem.rows;
+    if (!problem.packed && rows.time == 1 && rows.total == rows.batch && !rows.resets && !problem.saved &&
+        fits_step(problem.kind, problem.weight_hr)) {
+        run_step<S>({problem.kind, problem.type, problem.threads, rows.batch, problem.input_size, problem.hidden,
+                     problem.input, problem.input_batch_stride, problem.h_0, problem.c_0, problem.weight_ih,
+                     problem.weight_hh, problem.bias_ih, problem.bias_hh, problem.h_n, problem.c_n});
+        if (problem.output != problem.h_n) std::memcpy(problem.output, problem.h_n, static_cast<size_t>(rows.batch * problem.hidden) * sizeof(S));
+        return;
+    }
     switch (problem.kind) {
         case Kind::rnn_tanh: return run_forward<ElmanForward<S, TanhUnit>>(problem);
         case Kind::rnn_relu: return run_forward<ElmanForward<S, ReluUnit>>(problem);
@@ -18,6 +26,18 @@ void forward_as(const ForwardProblem& problem) {
         case Kind::gru: return run_forward<GruForward<S>>(problem);
         case Kind::gru_reset_before: return run_forward<GruResetBeforeForward<S>>(problem);
     }
+}
+
+template <class S>
+int64_t pack_as(const ForwardProblem& problem) {
+    switch (problem.kind) {
+        case Kind::rnn_tanh:
+        case Kind::rnn_relu: return pack_weights<ElmanForward<S, TanhUnit>>(problem);
+        case Kind::lstm: return pack_weights<LstmForward<S>>(problem);
+        case Kind::gru: return pack_weights<GruForward<S>>(problem);
+        case Kind::gru_reset_before: return pack_weights<GruResetBeforeForward<S>>(problem);
+    }
+    return 0;
 }
 
 template <class S>
@@ -45,6 +65,23 @@ void forward(const ForwardProblem& problem) {
         case Type::f32: return forward_as<float>(problem);
         case Type::f64: return forward_as<double>(problem);
         case Type::bf16: return forward_as<bf16>(problem);
+    }
+}
+
+int64_t pack(const ForwardProblem& problem) {
+    switch (problem.type) {
+        case Type::f32: return pack_as<float>(problem);
+        case Type::f64: return pack_as<double>(problem);
+        case Type::bf16: return pack_as<bf16>(problem);
+    }
+    return 0;
+}
+
+void step(const StepProblem& problem) {
+    switch (problem.type) {
+        case Type::f32: return run_step<float>(problem);
+        case Type::f64: return run_step<double>(problem);
+        case Type::bf16: return run_step<bf16>(problem);
     }
 }
 
@@ -82,6 +119,6 @@ void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t cou
 
 }  // namespace
 
-const Kernels kernels = {TIDEGATE_NAME(TIDEGATE_ISA), forward, backward, product, outer, activate};
+const Kernels kernels = {TIDEGATE_NAME(TIDEGATE_ISA), vector_bytes, forward, pack, step, backward, product, outer, activate};
 
 }  // namespace tidegate::TIDEGATE_ISA

@@ -15,42 +15,16 @@
 #include "crew.h"
 #include "isa.h"
 #include "schedule.h"
+#include "tensors.h"
 
 namespace tidegate {
 namespace {
-
-// Tests fill every output and internal buffer with NaN first, so that a read before a write shows.
-bool poison = false;
 
 // The tensor, or a copy of it that lies in one piece.
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 Optional dense(const Optional& tensor) { return tensor ? Optional(dense(*tensor)) : tensor; }
 
 const void* pointer(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-
-int32_t dtype_code(Type type) {
-    return type == Type::f32   ? aoti_torch_dtype_float32()
-           : type == Type::f64 ? aoti_torch_dtype_float64()
-                               : aoti_torch_dtype_bfloat16();
-}
-
-size_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::f64 ? 8 : 2; }
-
-Tensor make(int32_t dtype, size_t element, std::initializer_list<int64_t> sizes) {
-    int64_t strides[3] = {1, 1, 1}, total = 1;
-    for (size_t i = sizes.size(); i-- > 0;) {
-        strides[i] = total;
-        total *= sizes.begin()[i];
-    }
-    AtenTensorHandle handle;
-    if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
-                                 aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS)
-        throw std::runtime_error("tidegate: out of memory for " + text(sizes.begin(), sizes.size()));
-    Tensor tensor(handle);
-    if (poison && total > 0) std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(total) * element);
-    return tensor;
-}
-Tensor make(Type type, std::initializer_list<int64_t> sizes) { return make(dtype_code(type), bytes_of(type), sizes); }
 
 // Columns that the forward leaves for the backward, and that the backward writes.
 int64_t saved_gates(Kind kind) {
@@ -62,11 +36,6 @@ int64_t gradient_columns(Kind kind, int64_t hidden, int64_t projected, bool proj
                                : gates_of(kind) * hidden;
 }
 
-int thread_count() {
-    const int threads = static_cast<int>(torch::stable::get_num_threads()), cpus = available_cpus();
-    return threads < cpus ? threads : cpus;
-}
-
 void parallel_for_of_torch(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
@@ -75,7 +44,8 @@ Tensor places(const Tensor& any_lengths, int64_t time, bool reverse) {
     const Tensor lengths = dense(any_lengths);
     if (lengths.dim() != 1) fail("lengths", "one dimension", std::to_string(lengths.dim()));
     const Schedule schedule = schedule_of(lengths, time, lengths.size(0), reverse);
-    Tensor result = make(aoti_torch_dtype_int64(), 8, {schedule.total()});
+    const int64_t total = schedule.total();
+    Tensor result = make(aoti_torch_dtype_int64(), 8, &total, 1);
     schedule.places(static_cast<int64_t*>(result.mutable_data_ptr()));
     return result;
 }

@@ -54,11 +54,18 @@ public:
     static constexpr int lanes = width<A>;
     static constexpr int columns = C * lanes;   // of one panel
 
-    Panels(int64_t count, int64_t depth, bool poison)
-        : count(count), depth(depth), weights(count * depth * columns, poison), bias(count * columns, poison) {}
+    // In memory of their own, or in `memory` of size(count, depth) elements.
+    Panels(int64_t count, int64_t depth, bool poison, A* memory = nullptr)
+        : count(count),
+          depth(depth),
+          own_(memory ? 0 : size(count, depth), poison),
+          weights_(memory ? memory : own_ + 0),
+          bias_(weights_ + count * depth * columns) {}
 
-    A* at(int64_t panel) const { return weights + panel * depth * columns; }
-    const A* bias_at(int64_t panel) const { return bias + panel * columns; }
+    static constexpr int64_t size(int64_t count, int64_t depth) { return count * (depth + 1) * columns; }
+
+    A* at(int64_t panel) const { return weights_ + panel * depth * columns; }
+    const A* bias_at(int64_t panel) const { return bias_ + panel * columns; }
 
     // Panel vector c takes rows first .. first + valid - 1 of a row-major (rows, depth) matrix as its columns.
     template <class S>
@@ -91,15 +98,19 @@ public:
     void pack(int64_t panel, int c, const void* matrix, const void* bias_of_rows, int64_t first, int64_t valid) const {
         pack_rows(panel, c, static_cast<const S*>(matrix), first, valid);
         const S* from = static_cast<const S*>(bias_of_rows);
-        store(bias + panel * columns + c * lanes, from ? load(from + first, valid) : Vec<A>{});
+        store(bias_ + panel * columns + c * lanes, from ? load(from + first, valid) : Vec<A>{});
     }
 
     void clear_bias(int64_t panel) const {
-        for (int c = 0; c < C; ++c) store(bias + panel * columns + c * lanes, Vec<A>{});
+        for (int c = 0; c < C; ++c) store(bias_ + panel * columns + c * lanes, Vec<A>{});
     }
 
     const int64_t count, depth;
-    const Buffer<A> weights, bias;
+
+private:
+    const Buffer<A> own_;
+    A* const weights_;
+    A* const bias_;
 };
 
 // sums[r][m][c] = bias + rows[r] . panel m's vector c, for R rows and M panels.
@@ -122,8 +133,6 @@ void tile(const A* rows, int64_t row_stride, const A* panel, int64_t panel_strid
             for (int c = 0; c < C; ++c) {
                 const A* from = panel + m * panel_stride + (k * C + c) * lanes;
                 w[c] = load(from);
-                // One or two rows use each weight once or twice: the cache, not arithmetic, is what they wait for.
-                if constexpr (R <= 2) __builtin_prefetch(from + 16 * C * lanes);
             }
 #pragma GCC unroll 24
             for (int r = 0; r < R; ++r) {

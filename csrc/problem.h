@@ -8,6 +8,10 @@
 
 #include <cstdint>
 
+// A function shared by all instruction sets must not be emitted by a file compiled for one of them: the linker would
+// keep any copy, and a lesser CPU would trap in it.
+#define TIDEGATE_INLINE __attribute__((always_inline)) inline
+
 namespace tidegate {
 
 enum class Kind : int64_t { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
@@ -46,7 +50,28 @@ struct ForwardProblem {
     void* c_n;
     void* saved;                 // what the backward needs, a row a position; or null
     int64_t saved_stride;
+    void* packed;                // the weights as `Kernels::pack` laid them out, or null
 };
+
+// One step that keeps nothing: the weights are read where they lie.
+struct StepProblem {
+    Kind kind;
+    Type type;
+    int threads;                 // at most so many
+    int64_t batch, input_size, hidden;
+    const void* input;           // (B, I)
+    int64_t input_stride;
+    const void* h_0;             // (B, H)
+    const void* c_0;             // (B, H), LSTM, else null
+    const void* weight_ih;       // (G*H, I)
+    const void* weight_hh;       // (G*H, H)
+    const void* bias_ih;         // (G*H) or null
+    const void* bias_hh;         // (G*H) or null
+    void* h;                     // (B, H), apart from h_0
+    void* c;                     // (B, H), apart from c_0
+};
+
+TIDEGATE_INLINE bool fits_step(Kind kind, bool projects) { return kind != Kind::gru_reset_before && !projects; }
 
 struct BackwardProblem {
     Kind kind;
@@ -109,7 +134,10 @@ struct OuterProblem {
 // One instruction set's kernels.
 struct Kernels {
     const char* name;
+    int vector_bytes;   // which says how packed weights are laid out
     void (*forward)(const ForwardProblem&);
+    int64_t (*pack)(const ForwardProblem&);   // into `packed` unless it is null; returns the elements, of the computed type
+    void (*step)(const StepProblem&);   // what `fits_step`
     void (*backward)(const BackwardProblem&);
     void (*product)(const ProductProblem&);
     void (*outer)(const OuterProblem&);

@@ -82,13 +82,16 @@ struct Sharing {
     int64_t chunk_steps;   // whose inputs are multiplied at a time
 };
 
-// row_flops: of one row's step. barrier_flops: below so many between barriers a thread costs more than it brings.
+// row_flops: of one row's step, two for every weight. barrier_flops: of a step, below which a thread costs more to meet
+// at a barrier than it brings.
 inline Sharing share_out(const Rows& rows, double row_flops, double barrier_flops, int64_t panels, int max_threads) {
-    constexpr double wake_flops = 1.5e6;   // the same for waking a thread
+    // Below this many flops, or weights read, a thread costs more to wake than it brings.
+    constexpr double wake_flops = 1.5e6, wake_weights = 1.25e5;
     constexpr int64_t rows_worth_a_team = 8;
     const double total = row_flops * static_cast<double>(rows.total);
     const int64_t most = rows.steps > 0 ? rows.live[0] : 1;   // rows at once
-    int64_t threads = static_cast<int64_t>(total / wake_flops);
+    const double read = row_flops / 2 * static_cast<double>(rows.steps);
+    int64_t threads = static_cast<int64_t>(total / wake_flops > read / wake_weights ? total / wake_flops : read / wake_weights);
     threads = threads < 1 ? 1 : threads > max_threads ? max_threads : threads;
     int64_t teams = most / rows_worth_a_team;
     teams = teams < 1 ? 1 : teams > threads ? threads : teams;
@@ -125,6 +128,16 @@ inline void run_shared(const Sharing& sharing, Body& body) {
         &context);
 }
 
+template <class Cell>
+inline void prepare(const Cell& cell, const Crew& all, const ForwardProblem& problem) {
+    if (!problem.packed) cell.pack(all);
+    cell.start(all);
+}
+template <class Cell>
+inline void prepare(const Cell& cell, const Crew& all, const BackwardProblem&) {
+    cell.pack(all);
+}
+
 template <class Cell, class Problem, class Loop>
 inline void run_cell(const Problem& problem, double barrier_flops, Loop loop) {
     const Rows& rows = problem.rows;
@@ -133,7 +146,7 @@ inline void run_cell(const Problem& problem, double barrier_flops, Loop loop) {
     const Cell cell(problem, sharing);
     Buffer<LiveRow> lists(sharing.threads * rows.batch, false);
     auto body = [&](Crew& all, Team& team) {
-        cell.prepare(all);
+        prepare(cell, all, problem);
         all.wait();
         Share share(rows, team, lists + all.rank() * rows.batch);
         loop(cell, team, share, rows.steps);
@@ -158,6 +171,15 @@ inline void run_forward(const ForwardProblem& problem) {
             if (team.crew.dismissed()) return;
         }
     });
+}
+
+// Packs a forward's weights into problem.packed, unless that is null. Returns how many elements they are.
+template <class Cell>
+inline int64_t pack_weights(const ForwardProblem& problem) {
+    const Cell cell(problem, {1, 1, 0, 1});
+    Post post;
+    if (problem.packed) cell.pack(Crew(&post, 0, 1));
+    return cell.packed_size();
 }
 
 template <class Cell>

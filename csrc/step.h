@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One step of few rows, where packing the weights would cost more than using them: dot products along the weights' own
-// rows, one vector of units at a time, then the cell's pointwise part. GRU (reset after), LSTM without a projection, RNN.
+// One step, where packing the weights would cost more than it brings: dot products along the weights' own rows, one
+// vector of units at a time, then the cell's pointwise part. GRU (reset after), LSTM without a projection, RNN.
 #pragma once
 
 #include "cells/elman.h"
@@ -9,146 +9,222 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
-// lane i: the dot product of x and row i of `rows`, for the first `valid` rows; zero in the others.
-template <class S>
-inline Vec<computed<S>> dots(const S* rows, int64_t depth, int64_t valid, const computed<S>* x) {
-    using A = computed<S>;
-    constexpr int lanes = width<A>;
-    Vec<A> sums[lanes] = {};
-    const int64_t whole = depth / lanes * lanes, rest = depth - whole;
-    const auto add = [&](int lane, const S* row) {
-        Vec<A> total{};
-        for (int64_t k = 0; k < whole; k += lanes) total += load(row + k) * load(x + k);
-        if (rest) total += load(row + whole, rest) * load(x + whole, rest);
-        sums[lane] = total;
-    };
-    if (valid >= lanes) {
-        for (int64_t k = 0; k < whole; k += lanes) {
-            const Vec<A> value = load(x + k);
-#pragma GCC unroll 16
-            for (int lane = 0; lane < lanes; ++lane) sums[lane] += load(rows + lane * depth + k) * value;
-        }
-        if (rest) {
-            const Vec<A> value = load(x + whole, rest);
-            for (int lane = 0; lane < lanes; ++lane) sums[lane] += load(rows + lane * depth + whole, rest) * value;
-        }
-    } else {
-        for (int lane = 0; lane < valid; ++lane) add(lane, rows + lane * depth);
+// Adds neighbours: the first half of the result is of a, the second of b.
+template <class A>
+[[gnu::always_inline]] inline Vec<A> pair_sums(Vec<A> a, Vec<A> b) {
+    typename Lanes<A>::Int even{}, odd{};
+    for (int i = 0; i < width<A>; ++i) {
+        even[i] = 2 * i;
+        odd[i] = 2 * i + 1;
     }
-    transpose<A>(sums);
-    for (int half = lanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    return sums[0];
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
-// A row of x in the computed type: the tensor's own where it is that already.
-template <class S>
-class StepRows {
-    using A = computed<S>;
+// Lanes of `count` vectors summed, count a power of two: once for every factor of two, their halves side by side.
+template <class A, int count>
+[[gnu::always_inline]] inline Vec<A> side_by_side(const Vec<A>* v) {
+    if constexpr (count == 1) return v[0];
+    else return pair_sums<A>(side_by_side<A, count / 2>(v), side_by_side<A, count / 2>(v + count / 2));
+}
 
-public:
-    StepRows(const S* from, int64_t row_stride, int64_t batch, int64_t columns)
-        : from_(from), row_stride_(row_stride), stride_(columns), copy_(sizeof(S) == sizeof(A) ? 0 : batch * columns, false) {
-        if constexpr (sizeof(S) != sizeof(A))
-            for (int64_t row = 0; row < batch; ++row)
-                for (int64_t k = 0; k < columns; ++k) copy_[row * columns + k] = widen(from[row * row_stride + k]);
-    }
-    const A* operator[](int64_t row) const {
-        if constexpr (sizeof(S) != sizeof(A)) return copy_ + row * stride_;
-        else return from_ + row * row_stride_;
-    }
-
-private:
-    const S* from_;
-    const int64_t row_stride_, stride_;
-    const Buffer<A> copy_;
+// R rows of the computed type, `stride` apart.
+template <class A>
+struct StepRows {
+    const A* data;
+    int64_t stride, columns;
 };
+
+// A product of rows: of the weights' `valid` rows from `weights` on, and of x.
+template <class S>
+struct RowProduct {
+    const S* weights;
+    StepRows<computed<S>> x;
+};
+
+// sums[r] holds, for each of W rows of weights, the lanes of its dot products with row r of every x, still to be added
+// up: side by side. Rows of weights beyond `valid` repeat the last one.
+template <class S, int W, int R>
+inline void multiply_rows(const RowProduct<S>* products, int count, int64_t valid, Vec<computed<S>> (&sums)[R]) {
+    using A = computed<S>;
+    using V = Vec<A>;
+    constexpr int lanes = width<A>;
+    V acc[W][R];
+#pragma GCC unroll 16
+    for (int w = 0; w < W; ++w)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[w][r] = V{};
+    for (int i = 0; i < count; ++i) {
+        const RowProduct<S> p = products[i];
+        const int64_t depth = p.x.columns, whole = depth / lanes * lanes, rest = depth - whole;
+        const S* row[W];
+#pragma GCC unroll 16
+        for (int w = 0; w < W; ++w) row[w] = p.weights + (w < valid ? w : valid - 1) * depth;
+        for (int64_t k = 0; k < whole; k += lanes) {
+            V x[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) x[r] = load(p.x.data + r * p.x.stride + k);
+#pragma GCC unroll 16
+            for (int w = 0; w < W; ++w) {
+                const V weight = load(row[w] + k);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) acc[w][r] += weight * x[r];
+            }
+        }
+        if (!rest) continue;
+#pragma GCC unroll 16
+        for (int w = 0; w < W; ++w) {
+            const V weight = load(row[w] + whole, rest);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) acc[w][r] += weight * load(p.x.data + r * p.x.stride + whole, rest);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        V of_row[W];
+#pragma GCC unroll 16
+        for (int w = 0; w < W; ++w) of_row[w] = acc[w][r];
+        sums[r] = side_by_side<A, W>(of_row);
+    }
+}
 
 template <class S>
 class OneStep {
     using A = computed<S>;
     using V = Vec<A>;
     static constexpr int lanes = width<A>;
+    static constexpr int most_rows = vector_registers == 32 ? 4 : 2;   // in one product
+    static constexpr int64_t block = 32;                               // rows whose sums are kept at a time
 
 public:
-    explicit OneStep(const ForwardProblem& p)
+    explicit OneStep(const StepProblem& p)
         : p_(p),
-          x_(static_cast<const S*>(p.input), p.input_batch_stride, p.rows.batch, p.input_size),
-          h_(static_cast<const S*>(p.h_0), p.hidden, p.rows.batch, p.hidden) {}
+          copies_(sizeof(S) == sizeof(A) ? 0 : p.batch * (p.input_size + p.hidden), false),
+          x_(rows_of(p.input, p.input_stride, p.input_size, 0)),
+          h_(rows_of(p.h_0, p.hidden, p.hidden, p.batch * p.input_size)) {}
 
-    template <int gates, class Point>
+    // point(row, unit, sums): for each vector of units, sums[slot] of gate `slot`; with `own_n` the last gate's part of
+    // x and its part of h are two slots.
+    template <int gates, bool own_n, class Point>
     void run(Point&& point) const {
         // Below this many bytes of weights a thread costs more to wake than it brings.
         constexpr int64_t wake_bytes = 500000;
         const int64_t vectors = ceil_div(p_.hidden, lanes);
         const int64_t bytes = gates * p_.hidden * (p_.hidden + p_.input_size) * static_cast<int64_t>(sizeof(S));
-        int64_t threads = bytes * p_.rows.batch / wake_bytes;
+        int64_t threads = bytes * p_.batch / wake_bytes;
         threads = threads < 1 ? 1 : threads > p_.threads ? p_.threads : threads;
-        auto body = [&](Crew& crew, Team&) {
+        const auto body = [&](Crew& crew) {
+            alignas(64) V sums[block][gates + own_n];
             for (int64_t i = crew.begin(vectors); i < crew.end(vectors); ++i)
-                for (int64_t row = 0; row < p_.rows.batch; ++row) {
-                    V x[gates], h[gates];
-                    for (int gate = 0; gate < gates; ++gate) {
-                        x[gate] = product(p_.weight_ih, p_.bias_ih, gate, i * lanes, p_.input_size, x_[row]);
-                        h[gate] = product(p_.weight_hh, p_.bias_hh, gate, i * lanes, p_.hidden, h_[row]);
-                    }
-                    point(row, i * lanes, x, h);
+                for (int64_t first = 0; first < p_.batch; first += block) {
+                    const int64_t count = p_.batch - first < block ? p_.batch - first : block;
+                    for (int gate = 0; gate < gates; ++gate)
+                        add_up(gate, i * lanes, first, count, own_n && gate == gates - 1, sums);
+                    for (int64_t row = 0; row < count; ++row) point(first + row, i * lanes, sums[row]);
                 }
         };
-        run_shared({static_cast<int>(threads), 1, 20000, 1}, body);
+        run_crew(
+            static_cast<int>(threads), 20000,
+            [](void* context, Crew& crew, Post*) { (*static_cast<decltype(body)*>(context))(crew); },
+            const_cast<void*>(static_cast<const void*>(&body)));
     }
 
-    V h_before(int64_t row, int64_t unit) const { return load(h_[row] + unit, p_.hidden - unit); }
+    V h_before(int64_t row, int64_t unit) const { return load(h_.data + row * h_.stride + unit, p_.hidden - unit); }
     V c_before(int64_t row, int64_t unit) const {
-        return load(static_cast<const S*>(p_.c_0) + row * p_.hidden + unit, p_.hidden - unit);
+        const S* from = static_cast<const S*>(p_.c_0);
+        return load(from + row * p_.hidden + unit, p_.hidden - unit);
     }
     void write(void* to, int64_t row, int64_t unit, V value) const {
         store(static_cast<S*>(to) + row * p_.hidden + unit, value, p_.hidden - unit);
     }
 
 private:
-    V product(const void* weight, const void* bias, int gate, int64_t unit, int64_t depth, const A* x) const {
-        const int64_t first = gate * p_.hidden + unit, valid = p_.hidden - unit;
-        const V sum = dots(static_cast<const S*>(weight) + first * depth, depth, valid, x);
-        return bias ? sum + load(static_cast<const S*>(bias) + first, valid) : sum;
+    StepRows<A> rows_of(const void* tensor, int64_t stride, int64_t columns, int64_t offset) const {
+        const S* from = static_cast<const S*>(tensor);
+        if constexpr (sizeof(S) == sizeof(A)) return {from, stride, columns};
+        for (int64_t row = 0; row < p_.batch; ++row)
+            for (int64_t k = 0; k < columns; ++k)
+                copies_[offset + row * columns + k] = static_cast<A>(widen(from[row * stride + k]));
+        return {copies_ + offset, columns, columns};
     }
 
-    const ForwardProblem& p_;
-    const StepRows<S> x_, h_;
+    // A gate's sums for `count` rows from `first` on, one vector of units; `alone` for a gate whose two parts are slots.
+    template <class Sums>
+    void add_up(int gate, int64_t unit, int64_t first, int64_t count, bool alone, Sums& sums) const {
+        int64_t row = 0;
+        if constexpr (most_rows >= 4)
+            for (; count - row >= 4; row += 4) add_up_rows<4>(gate, unit, first + row, alone, sums + row);
+        for (; count - row >= 2; row += 2) add_up_rows<2>(gate, unit, first + row, alone, sums + row);
+        if (count > row) add_up_rows<1>(gate, unit, first + row, alone, sums + row);
+    }
+
+    template <int R, class Slots>
+    void add_up_rows(int gate, int64_t unit, int64_t row, bool alone, Slots* sums) const {
+        V x[R], h[R] = {};
+        dots<R>(gate, unit, row, true, !alone, x);
+        if (alone) dots<R>(gate, unit, row, false, true, h);
+        for (int r = 0; r < R; ++r) {
+            sums[r][gate] = x[r] + bias(p_.bias_ih, gate, unit);
+            V& last = sums[r][gate + alone];
+            last = (alone ? h[r] : last) + bias(p_.bias_hh, gate, unit);
+        }
+    }
+
+    // lane i of result[r]: the dot product of row `row + r` of x, of h or of both, with the weights of unit + i.
+    template <int R>
+    void dots(int gate, int64_t unit, int64_t row, bool with_x, bool with_h, V (&result)[R]) const {
+        // Few rows of weights at a time, so that they are read from memory nearly in order; many sums, so that they
+        // do not wait for one another.
+        constexpr int W = lanes < 4 ? lanes : R == 1 && lanes >= 8 ? 8 : 4;
+        const int64_t first = gate * p_.hidden + unit;
+        const StepRows<A> x = {x_.data + row * x_.stride, x_.stride, x_.columns};
+        const StepRows<A> h = {h_.data + row * h_.stride, h_.stride, h_.columns};
+        V grouped[R][lanes / W];
+        for (int group = 0; group < lanes / W; ++group) {
+            const int64_t begin = first + group * W, valid = p_.hidden - unit - group * W;
+            V sums[R] = {};
+            RowProduct<S> products[2] = {};
+            int count = 0;
+            if (with_x) products[count++] = {static_cast<const S*>(p_.weight_ih) + begin * x.columns, x};
+            if (with_h) products[count++] = {static_cast<const S*>(p_.weight_hh) + begin * h.columns, h};
+            if (valid > 0) multiply_rows<S, W, R>(products, count, valid, sums);
+            for (int r = 0; r < R; ++r) grouped[r][group] = sums[r];
+        }
+        for (int r = 0; r < R; ++r) result[r] = side_by_side<A, lanes / W>(grouped[r]);
+    }
+
+    V bias(const void* tensor, int gate, int64_t unit) const {
+        if (!tensor) return V{};
+        return load(static_cast<const S*>(tensor) + gate * p_.hidden + unit, p_.hidden - unit);
+    }
+
+    const StepProblem& p_;
+    const Buffer<A> copies_;
+    const StepRows<A> x_, h_;
 };
 
-// Whether the call is one step for which this file's way is the faster.
-inline bool fits_one_step(const ForwardProblem& p) {
-    constexpr int64_t most_rows = 8;
-    return p.rows.time == 1 && p.rows.batch > 0 && p.rows.batch <= most_rows && p.rows.total == p.rows.batch &&
-           !p.rows.resets && !p.saved && !p.weight_hr && p.kind != Kind::gru_reset_before;
-}
-
 template <class S>
-inline void run_one_step(const ForwardProblem& p) {
+inline void run_step(const StepProblem& p) {
     using A = computed<S>;
     using V = Vec<A>;
     const OneStep<S> step(p);
-    const auto write_h = [&](int64_t row, int64_t unit, V h) {
-        step.write(p.output, row, unit, h);
-        step.write(p.h_n, row, unit, h);
-    };
-    if (p.kind == Kind::gru) {
-        step.template run<3>([&](int64_t row, int64_t unit, const V* x, const V* h) {
-            write_h(row, unit, gru_unit<A>(x[0] + h[0], x[1] + h[1], x[2], h[2], step.h_before(row, unit)).h);
-        });
-    } else if (p.kind == Kind::lstm) {
-        step.template run<4>([&](int64_t row, int64_t unit, const V* x, const V* h) {
-            const auto next =
-                lstm_unit<A>(x[0] + h[0], x[1] + h[1], x[2] + h[2], x[3] + h[3], step.c_before(row, unit));
-            step.write(p.c_n, row, unit, next.c);
-            write_h(row, unit, next.m);
-        });
-    } else {
-        step.template run<1>([&](int64_t row, int64_t unit, const V* x, const V* h) {
-            const V sum = x[0] + h[0];
-            write_h(row, unit, p.kind == Kind::rnn_tanh ? TanhUnit::apply<A>(sum) : ReluUnit::apply<A>(sum));
-        });
+    switch (p.kind) {
+        case Kind::gru:
+            return step.template run<3, true>([&](int64_t row, int64_t unit, const V* s) {
+                step.write(p.h, row, unit, gru_unit<A>(s[0], s[1], s[2], s[3], step.h_before(row, unit)).h);
+            });
+        case Kind::lstm:
+            return step.template run<4, false>([&](int64_t row, int64_t unit, const V* s) {
+                const auto next = lstm_unit<A>(s[0], s[1], s[2], s[3], step.c_before(row, unit));
+                step.write(p.c, row, unit, next.c);
+                step.write(p.h, row, unit, next.m);
+            });
+        case Kind::rnn_tanh:
+            return step.template run<1, false>(
+                [&](int64_t row, int64_t unit, const V* s) { step.write(p.h, row, unit, TanhUnit::apply<A>(s[0])); });
+        case Kind::rnn_relu:
+            return step.template run<1, false>(
+                [&](int64_t row, int64_t unit, const V* s) { step.write(p.h, row, unit, ReluUnit::apply<A>(s[0])); });
+        case Kind::gru_reset_before: return;   // fits_step
     }
 }
 

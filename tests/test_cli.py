@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from tidegate import backends, cli
 from tidegate.cli.app import app
 from tidegate.cli.bench import measure
-from tidegate.cli.bench.peers import onnx_model
+from tidegate.cli.bench.onnx_models import onnx_model
 from tidegate.cli.bench.report import geometric_mean
 from tidegate.cli.bench.shapes import Case, Shape, default_shapes, parse_shape
 from tidegate.cli.bench.timing import Effort, interleave

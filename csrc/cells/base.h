@@ -15,6 +15,9 @@ public:
     using V = Vec<A>;
     static constexpr int lanes = width<A>;
 
+    // Elements of all packed weights, so far as this object's are made.
+    int64_t packed_size() const { return packed_size_; }
+
     int64_t chunk_steps() const { return chunk_steps_; }
     int64_t first_slot(const Team& team) const {
         return team.index * chunk_steps_ * ceil_div(p_.rows.batch, team.count);
@@ -33,6 +36,14 @@ protected:
           h_{{p.rows.batch * h_stride_, p.poison}, {p.rows.batch * h_stride_, p.poison}},
           x_(chunk_steps_ * (p.rows.batch + sharing.teams) * x_stride_, p.poison),
           x_gates_(chunk_steps_ * (p.rows.batch + sharing.teams) * input_columns, p.poison) {}
+
+    // Where the next panels lie in the weights that were packed before; null if they are to be packed for this call.
+    template <int C>
+    A* memory(int64_t count, int64_t depth) {
+        A* at = p_.packed ? static_cast<A*>(p_.packed) + packed_size_ : nullptr;
+        packed_size_ += Panels<A, C>::size(count, depth);
+        return at;
+    }
 
     static void copy(A* to, const S* from, int64_t count) {
         for (int64_t k = 0; k < count; k += lanes) store(to + k, load(from + k, count - k), count - k);
@@ -69,7 +80,7 @@ protected:
     const A* x_gates(const LiveRow& row) const { return x_gates_ + row.slot * input_columns_; }
 
     // The state that enters a row's first step, and the final state of a row that has none.
-    void start(const Crew& all, const void* initial, void* final, A* carried, int64_t stride, int64_t size) const {
+    void start_state(const Crew& all, const void* initial, void* final, A* carried, int64_t stride, int64_t size) const {
         const Rows& rows = p_.rows;
         for (int64_t rank = all.begin(rows.batch); rank < all.end(rows.batch); ++rank) {
             const int64_t row = rows.order[rank];
@@ -81,7 +92,7 @@ protected:
             }
         }
     }
-    void start_h(const Crew& all) const { start(all, p_.h_0, p_.h_n, h_[0] + 0, h_stride_, projected_); }
+    void start_h(const Crew& all) const { start_state(all, p_.h_0, p_.h_n, h_[0] + 0, h_stride_, projected_); }
 
     const A* h_before(int64_t step, int64_t rank) const { return h_[step & 1] + rank * h_stride_; }
 
@@ -96,6 +107,7 @@ protected:
 
     const ForwardProblem& p_;
     const int64_t hidden_, projected_, h_stride_, x_stride_, chunk_steps_, input_columns_;
+    int64_t packed_size_ = 0;
     const Buffer<A> h_[2];          // by rank
     const Buffer<A> x_, x_gates_;   // of a chunk of steps, by team and slot
 };
@@ -115,7 +127,7 @@ protected:
 
     static int64_t column_panels(int64_t columns) { return ceil_div(columns, wide * lanes); }
 
-    static void pack(const Crew& all, const Columns& panels, const void* matrix, int64_t columns) {
+    static void pack_columns(const Crew& all, const Columns& panels, const void* matrix, int64_t columns) {
         for (int64_t panel = all.begin(panels.count); panel < all.end(panels.count); ++panel)
             panels.pack_columns(panel, static_cast<const S*>(matrix), columns);
     }

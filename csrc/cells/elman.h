@@ -42,17 +42,19 @@ public:
 
     ElmanForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, panels_of(p) * wide * lanes),
-          input_weights_(panels_of(p), p.input_size, p.poison),
-          weights_(panels_of(p), p.hidden, p.poison) {}
+          input_weights_(panels_of(p), p.input_size, p.poison,
+                         this->template memory<wide>(panels_of(p), p.input_size)),
+          weights_(panels_of(p), p.hidden, p.poison, this->template memory<wide>(panels_of(p), p.hidden)) {}
 
-    void prepare(const Crew& all) const {
+    void start(const Crew& all) const { this->start_h(all); }
+
+    void pack(const Crew& all) const {
         for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
             for (int c = 0; c < wide; ++c) {
                 const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ > unit ? hidden_ - unit : 0;
                 input_weights_.template pack<S>(panel, c, p_.weight_ih, p_.bias_ih, unit, valid);
                 weights_.template pack<S>(panel, c, p_.weight_hh, p_.bias_hh, unit, valid);
             }
-        this->start_h(all);
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
@@ -93,7 +95,7 @@ public:
           stride_(padded<A>(p.hidden)),
           flow_{{p.rows.batch * stride_, p.poison}, {p.rows.batch * stride_, p.poison}} {}
 
-    void prepare(const Crew& all) const { Base::pack(all, weights_, p_.weight_hh, hidden_); }
+    void pack(const Crew& all) const { Base::pack_columns(all, weights_, p_.weight_hh, hidden_); }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, stride_, weights_, hidden_, share.live(step + 1),

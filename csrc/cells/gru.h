@@ -34,17 +34,18 @@ public:
 
     GruForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, panels_of(p) * 3 * lanes),
-          input_weights_(panels_of(p), p.input_size, p.poison),
-          weights_(panels_of(p), p.hidden, p.poison) {}
+          input_weights_(panels_of(p), p.input_size, p.poison, this->template memory<3>(panels_of(p), p.input_size)),
+          weights_(panels_of(p), p.hidden, p.poison, this->template memory<3>(panels_of(p), p.hidden)) {}
 
-    void prepare(const Crew& all) const {
+    void start(const Crew& all) const { this->start_h(all); }
+
+    void pack(const Crew& all) const {
         for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
             for (int gate = 0; gate < 3; ++gate) {
                 const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
                 input_weights_.template pack<S>(panel, gate, p_.weight_ih, p_.bias_ih, first, valid);
                 weights_.template pack<S>(panel, gate, p_.weight_hh, p_.bias_hh, first, valid);
             }
-        this->start_h(all);
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
@@ -95,7 +96,7 @@ public:
           flow_{{p.rows.batch * flow_stride_, p.poison}, {p.rows.batch * flow_stride_, p.poison}},
           carry_(p.rows.batch * carry_stride_, p.poison) {}
 
-    void prepare(const Crew& all) const { Base::pack(all, weights_, p_.weight_hh, hidden_); }
+    void pack(const Crew& all) const { Base::pack_columns(all, weights_, p_.weight_hh, hidden_); }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, flow_stride_, weights_, hidden_,

@@ -17,25 +17,27 @@ class GruResetBeforeForward : public ForwardBase<S> {
 public:
     static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
+    static int64_t rz_panels(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
 
     GruResetBeforeForward(const ForwardProblem& p, const Sharing& sharing)
-        : Base(p, sharing, (ceil_div(p.hidden, lanes) + panels_of(p)) * 2 * lanes),
-          input_rz_(ceil_div(p.hidden, lanes), p.input_size, p.poison),
-          weights_rz_(input_rz_.count, p.hidden, p.poison),
-          input_n_(panels_of(p), p.input_size, p.poison),
-          weights_n_(panels_of(p), p.hidden, p.poison),
+        : Base(p, sharing, (rz_panels(p) + panels_of(p)) * 2 * lanes),
+          input_rz_(rz_panels(p), p.input_size, p.poison, this->template memory<2>(rz_panels(p), p.input_size)),
+          weights_rz_(rz_panels(p), p.hidden, p.poison, this->template memory<2>(rz_panels(p), p.hidden)),
+          input_n_(panels_of(p), p.input_size, p.poison, this->template memory<wide>(panels_of(p), p.input_size)),
+          weights_n_(panels_of(p), p.hidden, p.poison, this->template memory<wide>(panels_of(p), p.hidden)),
           n_offset_(input_rz_.count * input_rz_.columns),
           reset_h_(p.rows.batch * h_stride_, p.poison),
           z_(p.rows.batch * h_stride_, p.poison) {}
 
-    void prepare(const Crew& all) const {
+    void start(const Crew& all) const { this->start_h(all); }
+
+    void pack(const Crew& all) const {
         for (int64_t panel = all.begin(weights_rz_.count); panel < all.end(weights_rz_.count); ++panel)
             for (int gate = 0; gate < 2; ++gate)
-                pack(input_rz_, weights_rz_, panel, gate, gate * hidden_, panel * lanes);
+                pack_panel(input_rz_, weights_rz_, panel, gate, gate * hidden_, panel * lanes);
         for (int64_t panel = all.begin(weights_n_.count); panel < all.end(weights_n_.count); ++panel)
             for (int c = 0; c < wide; ++c)
-                pack(input_n_, weights_n_, panel, c, 2 * hidden_, (panel * wide + c) * lanes);
-        this->start_h(all);
+                pack_panel(input_n_, weights_n_, panel, c, 2 * hidden_, (panel * wide + c) * lanes);
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
@@ -61,8 +63,8 @@ public:
     }
 
 private:
-    void pack(const Panels<A, 2>& input, const Panels<A, 2>& recurrent, int64_t panel, int c, int64_t first,
-              int64_t unit) const {
+    void pack_panel(const Panels<A, 2>& input, const Panels<A, 2>& recurrent, int64_t panel, int c, int64_t first,
+                    int64_t unit) const {
         const int64_t valid = hidden_ > unit ? hidden_ - unit : 0;
         input.template pack<S>(panel, c, p_.weight_ih, p_.bias_ih, first + unit, valid);
         recurrent.template pack<S>(panel, c, p_.weight_hh, p_.bias_hh, first + unit, valid);
@@ -115,10 +117,10 @@ public:
           carry_(p.rows.batch * stride_, p.poison) {}
 
 
-    void prepare(const Crew& all) const {
+    void pack(const Crew& all) const {
         const S* weight = static_cast<const S*>(p_.weight_hh);
-        Base::pack(all, weights_rz_, weight, hidden_);
-        Base::pack(all, weights_n_, weight + 2 * hidden_ * hidden_, hidden_);
+        Base::pack_columns(all, weights_rz_, weight, hidden_);
+        Base::pack_columns(all, weights_n_, weight + 2 * hidden_ * hidden_, hidden_);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {

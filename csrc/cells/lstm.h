@@ -35,17 +35,26 @@ class LstmForward : public ForwardBase<S> {
 public:
     static double row_flops(const ForwardProblem& p) { return 8.0 * p.hidden * (p.projected + p.input_size); }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
+    static int64_t projection_panels(const ForwardProblem& p) {
+        return p.weight_hr ? ceil_div(p.projected, wide * lanes) : 0;
+    }
 
     LstmForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, panels_of(p) * 4 * lanes),
-          input_weights_(panels_of(p), p.input_size, p.poison),
-          weights_(panels_of(p), p.projected, p.poison),
-          projection_(p.weight_hr ? ceil_div(p.projected, wide * lanes) : 0, p.hidden, p.poison),
+          input_weights_(panels_of(p), p.input_size, p.poison, this->template memory<4>(panels_of(p), p.input_size)),
+          weights_(panels_of(p), p.projected, p.poison, this->template memory<4>(panels_of(p), p.projected)),
+          projection_(projection_panels(p), p.hidden, p.poison,
+                      this->template memory<wide>(projection_panels(p), p.hidden)),
           c_stride_(padded<A>(p.hidden)),
           c_(p.rows.batch * c_stride_, p.poison),
           m_(p.weight_hr ? p.rows.batch * c_stride_ : 0, p.poison) {}
 
-    void prepare(const Crew& all) const {
+    void start(const Crew& all) const {
+        this->start_h(all);
+        this->start_state(all, p_.c_0, p_.c_n, c_ + 0, c_stride_, hidden_);
+    }
+
+    void pack(const Crew& all) const {
         for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
             for (int gate = 0; gate < 4; ++gate) {
                 const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
@@ -57,8 +66,6 @@ public:
                 const int64_t unit = (panel * wide + c) * lanes, valid = projected_ > unit ? projected_ - unit : 0;
                 projection_.template pack<S>(panel, c, p_.weight_hr, nullptr, unit, valid);
             }
-        this->start_h(all);
-        this->start(all, p_.c_0, p_.c_n, c_ + 0, c_stride_, hidden_);
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
@@ -133,9 +140,9 @@ public:
           dh_(p.weight_hr ? p.rows.batch * dh_stride_ : 0, p.poison) {}
 
 
-    void prepare(const Crew& all) const {
-        Base::pack(all, weights_, p_.weight_hh, projected_);
-        if (p_.weight_hr) Base::pack(all, projection_, p_.weight_hr, hidden_);
+    void pack(const Crew& all) const {
+        Base::pack_columns(all, weights_, p_.weight_hh, projected_);
+        if (p_.weight_hr) Base::pack_columns(all, projection_, p_.weight_hr, hidden_);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {

@@ -29,6 +29,8 @@ _SWAPS: dict[type, type] = {
 }
 _BACK = {ours: theirs for theirs, ours in _SWAPS.items()}
 _MARK = "_accelerated"
+# What tidegate's layers look up that torch.nn's keep on the instance.
+_REPLACED = {"_flat_weights"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ class Report:
 def accelerate(model: M) -> M:
     """Swap every torch.nn.RNN, LSTM, GRU and cell inside `model`, at any depth, for tidegate's, in place.
 
-    Exact types only: a subclass may override what is replaced, so it is left alone, and `report` says so. Classes that
-    torch itself makes around an exact one, for parametrizations and fully_shard, count as the class inside.
+    Exact types only: a subclass may override what is replaced, so it is left alone, and `report` says so. So is a
+    module whose `forward` was replaced on the instance, or that has an attribute of its own by the name of one of
+    tidegate's (`clip`, `reverse`, ...). Classes that torch itself makes around an exact one, for parametrizations and
+    fully_shard, count as the class inside.
     `isinstance(module, torch.nn.GRU)` is False while a layer is swapped (torch.nn.RNNBase stays true), as for every
     tidegate layer; it stays true for cells. Doing it twice is doing it once.
 
@@ -90,7 +94,8 @@ def accelerate(model: M) -> M:
 def restore(model: M) -> M:
     """Undo `accelerate`: every module that it swapped, in this process or before pickling, is torch.nn's again.
 
-    A module built as tidegate's stays what it is, and so does one that was given what torch.nn cannot do.
+    A module built as tidegate's stays what it is, and so does one that was given what torch.nn cannot do, or whose
+    `forward` was replaced meanwhile.
 
     Returns:
         `model` itself.
@@ -145,7 +150,7 @@ def _to_tidegate(module: Module, swapped: type) -> None:
 
 def _to_torch(module: Module, former: type) -> None:
     ours: Any = module
-    for name in {*ours.cell.options, "init", _MARK} - {"nonlinearity"}:
+    for name in {*ours.cell.options, "reverse", "init", _MARK} - {"nonlinearity"}:
         vars(module).pop(name, None)
     module.__class__ = former
     if isinstance(module, torch.nn.RNNBase):
@@ -178,16 +183,28 @@ def _obstacle(module: Module) -> str:
         return "left alone: its forward was replaced on the instance"
     if isinstance(module, torch.nn.RNN) and module.mode != f"RNN_{module.nonlinearity.upper()}":
         return f"left alone: its mode {module.mode} and its nonlinearity {module.nonlinearity} disagree"
-    return ""
+    taken = _names_taken(module)
+    return f"left alone: tidegate would read its own {', '.join(taken)} as something else" if taken else ""
+
+
+def _names_taken(module: Module) -> list[str]:
+    """What the owner keeps on a torch.nn module under a name that means something to tidegate's class: `clip`, say."""
+    theirs = next(cls for cls in type(module).__mro__ if cls in _SWAPS)
+    meanings = set(dir(_SWAPS[theirs])) - set(dir(theirs)) - _REPLACED
+    return sorted(meanings & {*vars(module), *module._parameters, *module._buffers, *module._modules})
 
 
 def _obstacle_to_restoring(module: Module) -> str:
+    """Why a swapped module stays swapped; "" if nothing stands in the way."""
+    if "forward" in vars(module):
+        return "swapped; restore would leave it: its forward was replaced on the instance"
     ours: Any = module
     changed = [
         f"{name}={getattr(module, name)!r}"
         for name, (_, default) in ours.cell.options.items()
         if getattr(module, name) not in (default, "relu")
     ]
+    changed += ["reverse=True"] * vars(module).get("reverse", False)
     return f"swapped; restore would leave it: torch.nn has no {', '.join(changed)}" if changed else ""
 
 

@@ -9,13 +9,13 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tidegate import dispatch, reference
-from tidegate.cells import Call
+from tidegate.cells import Call, Cell
 from tidegate.checks import check, check_lengths
 from tidegate.errors import UnsupportedError
 from tidegate.kernels import aten, cpu
@@ -41,8 +41,14 @@ class Backend:
         checks: it refuses by itself what `checks.check` would, so that a plain call need not be looked at twice.
         prepare_step: `one-step calls of a stack of layers -> step(input (B, I), *states (L, B, .)) -> output`, the
             weights laid out once, the states replaced in place, all or none; None where `run_forward` is as quick.
+        short_step: `(cell, options, input, states, weights, layers) -> results`: one step without gradients, at once.
+            With `layers` 0 of a cell: input (B, I) or (I,), states (B, H) or (H,), results the new states. Else of so
+            many layers: input (1, B, I), (B, 1, I) or (1, I), states (L, B, H) or (L, H), results output and final
+            states. `options` are values in the cell's order; `states` is what the user gave, empty for zeros; `weights`
+            each layer's weight_ih, weight_hh and biases, None for absent ones. No results where the call is not plainly
+            one that it can run: whoever asks goes the long way then, which names what is wrong.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
-            the three above.
+            `forward`, `backward` and `saved_shape`.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Backend:
     backward: Backward | None = None
     saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
     prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
+    short_step: Callable[[Cell, Any, Tensor, Any, Sequence[Any], int], Sequence[Tensor]] | None = None
     checks: bool = False
 
 
@@ -64,6 +71,7 @@ CPU = Backend(
     backward=cpu.backward,
     saved_shape=cpu.saved_shape,
     prepare_step=cpu.prepare_step,
+    short_step=cpu.short_step,
     checks=True,
 )
 ATEN = Backend("aten", aten.unsupported_reasons, composite=aten.forward)
@@ -124,6 +132,11 @@ def select(call: Call, name: str) -> Backend:
                 _tell_what_is_missing()
             return candidate
     raise UnsupportedError(_refusal(call, name))
+
+
+def short_step() -> Callable[..., Sequence[Tensor]] | None:
+    """`Backend.short_step` of the backend that is asked first, if it has one."""
+    return BY_NAME[_named].short_step if _named else BACKENDS[0].short_step
 
 
 def demanded(name: str) -> str:

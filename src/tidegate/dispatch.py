@@ -35,6 +35,18 @@ def is_plain() -> bool:
     return not is_traced() and not is_transformed()
 
 
+def is_bare() -> bool:
+    """Plain, and nothing is recorded or recast either: no gradient, no tangent, no autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or _C._is_any_autocast_enabled()
+        or _C._len_torch_dispatch_stack()
+        or _C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def is_forward_mode() -> bool:
     """Tensors may carry tangents."""
     return forward_ad._current_level >= 0

@@ -87,7 +87,7 @@ class Stream:
         return self._advance(input, *self._states)
 
     def steps(self, chunk: Tensor) -> Tensor:
-        """Advance every row by several steps at once: as calling `step` on each, up to rounding, and faster.
+        """Advance every row by several steps at once: as calling `step` on each, and faster.
 
         Args:
             chunk: (T, B, I), for a layer with batch_first (B, T, I); (T, I) without a batch dimension.
@@ -110,6 +110,9 @@ class Stream:
         self._check_input(chunk, shape, letters)
         if batch_first:
             chunk = chunk.transpose(0, 1)
+        if time == 1:
+            output = self.step(chunk[0]).unsqueeze(0)
+            return output.transpose(0, 1) if batch_first else output
         if time == 0 or self.rows == 0:
             output, states = chunk.new_empty((*chunk.shape[:-1], self._states[0].shape[-1])), self._states
         else:

@@ -137,7 +137,7 @@ Results run(const Recurrence& r, Type type, const Schedule& schedule, int thread
     kernels.forward({r.kind, type, r.input_size, r.hidden, r.projected, schedule.rows(resets), threads, true,
                      input.data(), r.batch * r.input_size, r.input_size, h_0.data(), c_0.data(), weight_ih.data(),
                      weight_hh.data(), bias_ih.data(), bias_hh.data(), weight_hr.data(), output.data(), h_n.data(),
-                     c_n.data(), saved.data(), kept});
+                     c_n.data(), saved.data(), kept, nullptr});
     if (inference) return {{output.values(), h_n.values(), c_n.values()}};
     const int64_t columns = r.gradient_columns();
     Stored dgates(type, total * columns), h_before(type, total * r.projected), dh_0(type, r.h_0.size()),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import traceback
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,13 @@ class Mode(str, Enum):
     infer = "infer"
     train = "train"
     cell = "cell"
+    stream = "stream"
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
 
 
 def _stop(message: str, code: int) -> typer.Exit:
@@ -68,37 +76,86 @@ def demo(
 @app.command()
 def bench(
     kind: Annotated[list[Kind] | None, typer.Option(help="Repeatable; every kind unless given.")] = None,
-    mode: Annotated[list[Mode] | None, typer.Option(help="Repeatable; every mode unless given.")] = None,
+    mode: Annotated[
+        list[Mode] | None, typer.Option(help="Repeatable; every mode unless given, of a --model infer.")
+    ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(metavar="B,T,I,H", help="Repeatable; a grid of shapes in use unless given.")
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="num_layers.")] = 1,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Run both directions.")] = False,
+    dtype: Annotated[DType, typer.Option(help="Other runtimes take part in float32 alone.")] = DType.float32,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of a stream that are timed; 100,000 unless given.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:ATTRIBUTE",
+            help="Time your own model instead: a torch.nn.Module, or a function without arguments that returns one, or "
+            "(model, example input). A tuple holds the model's arguments, a dict its keyword arguments.",
+        ),
+    ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            "--input", metavar="MODULE:ATTRIBUTE", help="The --model's example input, or a function that returns it."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice unless given.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few shapes, few rounds: under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few shapes, few rounds: about a minute.")] = False,
     peers: Annotated[bool, typer.Option(help="Also time onnxruntime, openvino and jax where installed.")] = True,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where bench.json and bench.png go.")] = Path("out/bench"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Where JSON files and pictures go.")] = Path("out/bench"),
 ) -> None:
-    """Time this machine against torch.nn, and against other runtimes where they are installed."""
+    """Time this machine against torch.nn and other runtimes, or your model before and after `tidegate.accelerate`."""
+    modes = tuple(item.value for item in mode or (Mode if model is None else (Mode.infer,)))
+    if model is not None or example is not None:
+        given = {"--kind": kind, "--shape": shape, "--layers": layers > 1, "--bidirectional": bidirectional}
+        given |= {"--dtype": dtype is not DType.float32, "--steps": steps, "--no-peers": not peers}
+        unused = [name for name, value in given.items() if value]
+        return _bench_model(model, example, modes, unused, threads=threads, quick=quick, out=out)
     from tidegate.cli.bench import BenchError, Plan, run_bench
     from tidegate.cli.bench.shapes import parse_shape
 
+    if mode and Mode.stream in mode and bidirectional:
+        raise _stop("--mode stream: a stream has one direction; leave out --bidirectional", 2)
     try:
         shapes = tuple(parse_shape(text) for text in shape or ())
     except ValueError as error:
         raise _stop(str(error), 2) from None
-    plan = Plan(
-        kinds=tuple(item.value for item in kind or Kind),
-        modes=tuple(item.value for item in mode or Mode),
-        shapes=shapes,
-        num_layers=layers,
-        bidirectional=bidirectional,
-        threads=threads,
-        quick=quick,
-        peers=peers,
-    )
+    kinds = tuple(item.value for item in kind or Kind)
+    plan = Plan(kinds, modes, shapes, layers, bidirectional, dtype.value, steps, threads, quick, peers)
     try:
         run_bench(plan, out)
+    except BenchError as error:
+        raise _stop(str(error), 1) from None
+
+
+def _bench_model(
+    model: str | None,
+    example: str | None,
+    modes: tuple[str, ...],
+    unused: list[str],
+    *,
+    threads: int | None,
+    quick: bool,
+    out: Path,
+) -> None:
+    """`unused`: options that were given and do not go with --model."""
+    from tidegate.cli.bench import BenchError
+    from tidegate.cli.bench.model import ModelError, ModelPlan, run_model_bench
+
+    if model is None:
+        raise _stop("--input: belongs to --model, which is not given", 2)
+    unused += [f"--mode {mode}" for mode in modes if mode not in ("infer", "train")]
+    if unused:
+        raise _stop(f"--model: the model says what runs; leave out {', '.join(unused)}", 2)
+    try:
+        run_model_bench(ModelPlan(model, example, modes, threads, quick), out)
+    except ModelError as error:
+        if error.__cause__ is not None:  # the user's own code: only its traceback says where
+            typer.echo("".join(traceback.format_exception(error.__cause__)), err=True)
+        raise _stop(str(error), 2) from None
     except BenchError as error:
         raise _stop(str(error), 1) from None
 

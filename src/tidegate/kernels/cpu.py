@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tidegate import kernels
-from tidegate.cells import Call, extensions, is_extended
+from tidegate.cells import GRU, LSTM, RNN, Call, Cell, extensions, is_extended
 
 _LIBRARY = "tidegate_cpu.so"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -27,6 +27,18 @@ _KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before":
 _SAVED_GATES = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 5, "gru": 4, "gru_reset_before": 3}
 
 _WANTED = {"input": 1, "weight_ih": 2, "weight_hh": 4, "bias_ih": 8, "bias_hh": 16, "weight_hr": 32}
+# Each kind by its cell and its options' values.
+_KIND_OF = {
+    (cell.name, *(cell.default_options | options).values()): kind
+    for cell, options, kind in (
+        (RNN, {}, "rnn_tanh"),
+        (RNN, {"nonlinearity": "relu"}, "rnn_relu"),
+        (LSTM, {}, "lstm"),
+        (GRU, {}, "gru"),
+        (GRU, {"reset_after": False}, "gru_reset_before"),
+    )
+}
+_ABSENT = torch.empty(0)
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -67,11 +79,7 @@ def availability() -> list[str]:
 
 
 def _kind(call: Call) -> str:
-    if call.cell.name == "rnn":
-        return f"rnn_{call.options['nonlinearity']}"
-    if call.cell.name == "gru" and not call.options["reset_after"]:
-        return "gru_reset_before"
-    return call.cell.name
+    return _KIND_OF[(call.cell.name, *call.options.values())]
 
 
 def unsupported_reasons(call: Call) -> list[str]:
@@ -190,27 +198,50 @@ def _bfloat16_products(
     return grads
 
 
-def prepare_step(calls: Sequence[Call]) -> Callable[..., Tensor] | None:
-    """One step through a stack of layers, their weights copied into one piece, once.
+def prepare_step(calls: Sequence[Call]) -> Callable[..., Tensor]:
+    """One step through a stack of layers, their weights packed for it, once.
 
     Args:
         calls: each layer's, over one step; all of one size but for the first layer's input.
 
     Returns:
-        `step(input, *states) -> output`: input (B, I), states (L, B, .), replaced in place once all is computed;
-        None for a projection to hidden_size or more, which the operator cannot tell from none.
+        `step(input, *states) -> output`: input (B, I), states (L, B, .), replaced in place once all is computed.
     """
     first = calls[0]
     biased = any(call.weights[name] is not None for call in calls for name in ("bias_ih", "bias_hh"))
+    projects = first.weights.get("weight_hr") is not None
     pieces: list[Tensor] = []
     for call in calls:
         weights = call.weights
-        pieces += [weights["weight_ih"].flatten(), weights["weight_hh"].flatten()]
-        for name in ("bias_ih", "bias_hh") if biased else ():
-            bias = weights[name]
-            pieces.append(weights["weight_ih"].new_zeros(weights["weight_ih"].shape[0]) if bias is None else bias)
-        if weights.get("weight_hr") is not None:
-            if weights["weight_hr"].shape[0] >= call.hidden_size:
-                return None
-            pieces.append(weights["weight_hr"].flatten())
-    return partial(operators().step.default, _KINDS[_kind(first)], torch.cat(pieces), first.hidden_size, biased)
+        none = weights["weight_ih"].new_zeros(weights["weight_ih"].shape[0])
+        biases = [none if weights[name] is None else weights[name] for name in ("bias_ih", "bias_hh")]
+        pieces += [weights["weight_ih"], weights["weight_hh"], *biases * biased]
+        pieces += [weights["weight_hr"]] if projects else []
+    packed = operators().pack.default(_KINDS[_kind(first)], [p.contiguous() for p in pieces], biased, projects)
+    return partial(operators().step.default, packed)
+
+
+def short_step(
+    cell: Cell, options: Any, input: Tensor, states: Any, weights: Sequence[Any], layers: int
+) -> Sequence[Tensor]:
+    """`backends.Backend.short_step`: the operators check for themselves, and answer nothing to what is not for them."""
+    kind = _KIND_OF.get((cell.name, *options))
+    if kind is None or _missing() or len(states) not in (0, len(cell.states)):
+        return ()
+    h, c = (*states, _ABSENT, _ABSENT)[:2]
+    if not isinstance(h, Tensor) or not isinstance(c, Tensor):
+        return ()
+    cell_step, layer_step = _short_steps()
+    if layers:
+        return layer_step(_KINDS[kind], input, h, c, [weight for weight in weights if weight is not None], layers)
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    if bias_ih is None and bias_hh is None:
+        bias_ih = bias_hh = _ABSENT
+    if bias_ih is None or bias_hh is None:
+        return ()
+    return cell_step(_KINDS[kind], input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+
+
+@cache
+def _short_steps() -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
+    return operators().cell_step.default, operators().layer_step.default

@@ -25,6 +25,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
     """What the three cells share. Construction, parameters and repr are torch.nn's own."""
 
     proj_size: int = 0
+    _weight_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     _extra_weights: tuple[str, ...] = ()
 
     def _extend(self, clip: float | None, init: str) -> None:
@@ -68,7 +69,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
     def _weights(self) -> Weights:
         weights: Weights = dict.fromkeys(self.cell.weights)
         parameters = self._parameters  # looked up first: a module's own attribute access costs as much as a small step
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *self._extra_weights):
+        for name in (*self._weight_names, *self._extra_weights):
             weights[name] = parameters[name] if name in parameters else getattr(self, name)
         return weights
 
@@ -112,6 +113,8 @@ class _OneStateCell(RecurrentCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
+        if stepped := self._short_step(input, hx, self._weight_names, 0):
+            return stepped[0]
         self._check_rank(input)
         states = None if hx is None else read_states(self.cell, hx)
         if hx is not None and hx.dim() not in (1, 2):
@@ -229,6 +232,8 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
+        if not self._extra_weights and (stepped := self._short_step(input, hx, self._weight_names, 0)):
+            return stepped[0], stepped[1]
         self._check_rank(input)
         states = None if hx is None else read_states(self.cell, hx)
         for k, state in enumerate(states or ()):

@@ -105,6 +105,10 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 tensors, ValueError naming the argument.
             UnsupportedError: the backend that `tidegate.backend` names cannot run this call.
         """
+        if lengths is None and resets is None and self._is_one_step(input):
+            stepped = self._short_step(input, hx, self._flat_weights_names, self.num_layers)
+            if stepped:
+                return stepped[0], _one_or_tuple(tuple(stepped[1:]))
         batch, batch_sizes, data = self._read(input, lengths, resets)
         packed = input if isinstance(input, PackedSequence) else None
         unbatched = isinstance(input, Tensor) and input.dim() == 2
@@ -118,6 +122,15 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
             finals = tuple(final.squeeze(1) for final in finals)
         finals = self._permuted(finals, packed and packed.unsorted_indices)
         return batch.restore(output), _one_or_tuple(finals)
+
+    def _is_one_step(self, input: Any) -> bool:
+        """Whether `_short_step` may be asked: one step of a tensor, through layers whose methods are torch.nn's."""
+        if not isinstance(input, Tensor) or self.bidirectional or type(self) not in (RNN, LSTM, GRU):
+            return False
+        dims, time = input.dim(), 1 if self.batch_first else 0
+        if dims not in (2, 3) or input.size(0 if dims == 2 else time) != 1:
+            return False
+        return not (self.dropout and self.training and self.num_layers > 1)
 
     def _read(self, input: Any, lengths: Any, resets: Any) -> tuple[Sequences, Tensor | None, Tensor]:
         """The input as Sequences, its batch sizes if packed, and the tensor that torch.nn's checks look at."""

@@ -3,24 +3,29 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tidegate.cli.bench.measure import Bench, BenchError, Result
+from tidegate.cli.bench.agreement import BenchError
+from tidegate.cli.bench.measure import Bench, Result
 from tidegate.cli.bench.picture import draw_ratios
-from tidegate.cli.bench.report import print_report, write_json
-from tidegate.cli.bench.shapes import Case, Shape, default_shapes
-from tidegate.cli.bench.timing import QUICK, THOROUGH, sgemm_rate
+from tidegate.cli.bench.report import print_notes, print_report, print_streams, say_wrote, write_json
+from tidegate.cli.bench.shapes import Case, Shape, default_shapes, default_streams
+from tidegate.cli.bench.stream_picture import draw_latencies
+from tidegate.cli.bench.streams import StreamResult
+from tidegate.cli.bench.timing import QUICK, THOROUGH, use_threads
 from tidegate.cli.bench.worker import PeerProcess, installed_peers
 from tidegate.cli.machine import processor_name, running_processes
 
 __all__ = ["BenchError", "Plan", "run_bench"]
+
+
+STREAM_STEPS = 100_000
+_QUICK_STREAM_STEPS = 3_000
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Plan:
 
     Attributes:
         shapes: none for the default ones of each mode.
+        dtype: a key of shapes.BYTES.
+        steps: of a stream that are timed; None for STREAM_STEPS, of a quick run far fewer.
         threads: None for torch's own choice.
         peers: other runtimes as well; a quick run leaves them out, for they take long to start.
     """
@@ -38,48 +45,67 @@ class Plan:
     shapes: tuple[Shape, ...]
     num_layers: int
     bidirectional: bool
+    dtype: str
+    steps: int | None
     threads: int | None
     quick: bool
     peers: bool
 
     def cases(self) -> list[Case]:
         """Every kind in every mode on every shape."""
-        return [
-            self._case(kind, mode, shape)
-            for kind in self.kinds
-            for mode in self.modes
-            for shape in self.shapes or default_shapes(mode, self.quick)
-        ]
+        return [case for kind in self.kinds for mode in self.modes for case in self._cases(kind, mode)]
 
-    def _case(self, kind: str, mode: str, shape: Shape) -> Case:
+    @property
+    def stream_steps(self) -> int:
+        return self.steps or (_QUICK_STREAM_STEPS if self.quick else STREAM_STEPS)
+
+    def _cases(self, kind: str, mode: str) -> list[Case]:
+        if mode == "stream" and not self.shapes and self.num_layers == 1:
+            streams = default_streams(self.quick)
+        elif mode == "stream" and not self.shapes:
+            shapes = dict.fromkeys(shape for shape, _ in default_streams(self.quick))
+            streams = tuple((shape, self.num_layers) for shape in shapes)
+        else:
+            streams = tuple((shape, self.num_layers) for shape in self.shapes or default_shapes(mode, self.quick))
+        cases = [Case(kind, mode, shape, layers, self.bidirectional, self.dtype) for shape, layers in streams]
         if mode == "cell":  # one step of one layer in one direction, whatever was asked of the sequences
-            return Case(kind, mode, replace(shape, steps=1), 1, False)
-        return Case(kind, mode, shape, self.num_layers, self.bidirectional)
+            return [replace(_one_step(case), num_layers=1) for case in cases]
+        return [_one_step(case) for case in cases] if mode == "stream" else cases
+
+
+def _one_step(case: Case) -> Case:
+    return replace(case, shape=replace(case.shape, steps=1), bidirectional=False)
 
 
 def run_bench(plan: Plan, out: Path) -> None:
-    """Measure, print the tables, write bench.json and bench.png into `out`.
+    """Measure, print the tables, write bench.json, bench.png and, with streams, stream.png into `out`.
 
     Raises:
         BenchError: tidegate's results are not torch.nn's.
     """
     console = Console()
-    with _threads(plan.threads) as threads:
+    with use_threads(plan.threads) as threads:
         load = running_processes()
-        sgemm = sgemm_rate()
         peers = [PeerProcess(peer) for peer in installed_peers()] if plan.peers and not plan.quick else []
         with Bench(QUICK if plan.quick else THOROUGH, threads, peers, "train" in plan.modes) as bench:
-            results = _measure_all(bench, plan.cases(), console)
-        print_report(console, results, sgemm, load)
-        path = write_json(out / "bench.json", results, asdict(plan), sgemm, load)
-    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    layers = f"{plan.num_layers} layer{'s' * (plan.num_layers > 1)}"
-    directions = "both directions" if plan.bidirectional else "one direction"
-    subtitle = f"{processor_name()}, threads: {threads}, float32, {layers}, {directions}"
-    console.print(f"wrote {draw_ratios(results, subtitle, out / 'bench.png')}", highlight=False, soft_wrap=True)
+            results, streams = _measure_all(bench, plan, console)
+            limits = bench.limits
+        if results:
+            print_report(console, results, limits)
+        if streams:
+            print_streams(console, streams)
+        print_notes(console, [note for result in (*results, *streams) for note in result.notes], load)
+        say_wrote(console, write_json(out / "bench.json", results, streams, asdict(plan), limits, load))
+    machine = f"{processor_name()}, threads: {threads}, {plan.dtype}"
+    if results:
+        layers = f"{plan.num_layers} layer{'s' * (plan.num_layers > 1)}"
+        directions = "both directions" if plan.bidirectional else "one direction"
+        say_wrote(console, draw_ratios(results, f"{machine}, {layers}, {directions}", out / "bench.png"))
+    if streams:
+        say_wrote(console, draw_latencies(streams, f"{machine}, {plan.stream_steps} steps", out / "stream.png"))
 
 
-def _measure_all(bench: Bench, cases: list[Case], console: Console) -> list[Result]:
+def _measure_all(bench: Bench, plan: Plan, console: Console) -> tuple[list[Result], list[StreamResult]]:
     columns = (
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
@@ -88,22 +114,16 @@ def _measure_all(bench: Bench, cases: list[Case], console: Console) -> list[Resu
         TextColumn("{task.description}"),
     )
     results: list[Result] = []
+    streams: list[StreamResult] = []
+    cases = plan.cases()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
-            results.append(bench.measure(case))
-            progress.advance(task)
-        progress.update(task, description="done")
-    return results
-
-
-@contextlib.contextmanager
-def _threads(wanted: int | None) -> Generator[int]:
-    before = torch.get_num_threads()
-    if wanted is not None:
-        torch.set_num_threads(wanted)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+            if case.mode == "stream":
+                streams.append(bench.measure_stream(case, plan.stream_steps, partial(progress.advance, task)))
+            else:
+                results.append(bench.measure(case))
+                progress.advance(task)
+        progress.update(task, completed=len(cases), description="done")
+    return results, streams

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tidegate
+from tidegate.cli.bench.agreement import oracle_dtype
 from tidegate.cli.bench.shapes import Case
 
 Call = Callable[[], list[Tensor]]
@@ -43,20 +44,30 @@ def build_module(contender: str, case: Case) -> nn.Module:
     modules = _MODULES[contender]
     sizes = (case.shape.input_size, case.shape.hidden_size)
     if case.mode == "cell":
-        return modules[f"{case.kind} cell"](*sizes)
-    return modules[case.kind](*sizes, num_layers=case.num_layers, bidirectional=case.bidirectional)
+        module = modules[f"{case.kind} cell"](*sizes)
+    else:
+        module = modules[case.kind](*sizes, num_layers=case.num_layers, bidirectional=case.bidirectional)
+    return module.to(getattr(torch, case.dtype))
 
 
 def build_input(case: Case) -> Tensor:
-    """(T, B, I), for a cell (B, I): standard normal values that depend on nothing but the shape."""
+    """(T, B, I), for a cell (B, I): standard normal values that depend on nothing but shape and dtype."""
     generator = torch.Generator().manual_seed(1)
     sizes = (case.shape.steps, case.shape.batch, case.shape.input_size)
-    return torch.randn(sizes[1:] if case.mode == "cell" else sizes, generator=generator)
+    values = torch.randn(sizes[1:] if case.mode == "cell" else sizes, generator=generator)
+    return values.to(getattr(torch, case.dtype))
+
+
+def build_oracle(module: nn.Module, case: Case) -> Call:
+    """The call whose results are expected: torch.nn's, on the weights of `module` and the case's input."""
+    twin = build_module("torch.nn", case).to(oracle_dtype(getattr(torch, case.dtype)))
+    twin.load_state_dict(module.state_dict())
+    return build_call(twin, case)
 
 
 def build_call(module: nn.Module, case: Case) -> Call:
     """What is timed. It returns the output or new state; in training, then the gradients of input and weights."""
-    input = build_input(case)
+    input = build_input(case).to(next(module.parameters()).dtype)
 
     def infer() -> list[Tensor]:
         with torch.no_grad():

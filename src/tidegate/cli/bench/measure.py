@@ -3,26 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import tidegate
-from tidegate.cli.bench.candidates import CONTENDERS, build_call, build_input, build_module
+from tidegate.cli.bench.agreement import BenchError, find_difference
+from tidegate.cli.bench.candidates import CONTENDERS, build_call, build_input, build_module, build_oracle
+from tidegate.cli.bench.limits import Bound, Limits
 from tidegate.cli.bench.memory import can_measure, peak_of_training_step
 from tidegate.cli.bench.shapes import Case
+from tidegate.cli.bench.streams import StreamResult, measure_stream
 from tidegate.cli.bench.timing import Effort, TimeSlice, interleave, local_slice
 from tidegate.cli.bench.worker import PeerProcess, new_process
-
-# float32 over hundreds of steps, summed in another order. Wrong gates or weights are off by far more.
-TOLERANCE = 1e-3
-
-
-class BenchError(RuntimeError):
-    """A contender's results are not torch.nn's: its time would mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,7 @@ class Result:
         seconds: of one call, by contender or peer.
         peak_bytes: of a training step, by contender; empty in other modes and where it cannot be measured.
         backend: the one that ran tidegate's call.
+        bound: how close tidegate is to what the machine allows.
         notes: peers that could not take part, and why.
     """
 
@@ -40,6 +37,7 @@ class Result:
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
     backend: str
+    bound: Bound
     notes: list[str] = field(default_factory=list[str])
 
     @property
@@ -61,6 +59,7 @@ class Bench:
         self._effort = effort
         self._threads = threads
         self._peers = peers
+        self.limits = Limits()
         self._memory: dict[str, ProcessPoolExecutor] = {}
         if measure_memory and can_measure():
             self._memory = {contender: new_process() for contender in CONTENDERS}
@@ -80,40 +79,45 @@ class Bench:
         Raises:
             BenchError: tidegate's results are not torch.nn's.
         """
+        dtype: torch.dtype = getattr(torch, case.dtype)
         modules = {contender: build_module(contender, case) for contender in CONTENDERS}
         modules["tidegate"].load_state_dict(modules["torch.nn"].state_dict())
         calls = {contender: build_call(module, case) for contender, module in modules.items()}
-        expected = calls["torch.nn"]()
-        fault = _difference(expected, calls["tidegate"]())
+        expected = build_oracle(modules["torch.nn"], case)()
+        fault = find_difference(expected, calls["tidegate"](), dtype)
         if fault:
             raise BenchError(f"{case}: tidegate: {fault}")
         slices: dict[str, TimeSlice] = {contender: local_slice(call) for contender, call in calls.items()}
         notes = self._add_peers(case, modules["torch.nn"], expected, slices)
         seconds = interleave(slices, self._effort)
         backend = tidegate.explain(modules["tidegate"], build_input(case)).backend
-        return Result(case, seconds, self._peak_bytes(case), backend, notes)
+        bound = self.limits.bound(case, seconds["tidegate"])
+        return Result(case, seconds, self._peak_bytes(case), backend, bound, notes)
+
+    def measure_stream(self, case: Case, steps: int, advance: Callable[[float], None]) -> StreamResult:
+        """A stream's steps: `streams.measure_stream` with this bench's peers and threads."""
+        return measure_stream(case, steps, self._threads, self._peers, advance)
 
     def _add_peers(
         self, case: Case, module: torch.nn.Module, expected: list[Tensor], slices: dict[str, TimeSlice]
     ) -> list[str]:
         """Add a slice for each peer whose results agree; a note on each that fails or differs."""
         notes: list[str] = []
+        able = [process for process in self._peers if process.can_run(case)]
+        if not able:
+            return notes
         suffix = "_l0" if case.mode == "cell" else ""
         weights = {f"{name}{suffix}": tensor.detach().numpy() for name, tensor in module.named_parameters()}
         input = build_input(case).view(case.shape.steps, case.shape.batch, case.shape.input_size).numpy()
-        if (
-            case.mode == "train"
-        ):  # output, then input, weight_ih_l0, weight_hh_l0, ...: a peer returns no input gradient
+        if case.mode == "train":  # output, input, weight_ih_l0, weight_hh_l0, ...: a peer returns no input gradient
             expected = [expected[0], *expected[2:4]]
-        for process in self._peers:
-            if case.mode not in process.peer.modes:
-                continue
+        for process in able:
             try:
                 arrays = process.build(case, weights, input, self._threads)
             except Exception as error:  # another project's, of any type: named to the user, the peer left out
-                notes.append(f"{case}: {process.peer.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                notes.append(process.failure(case, error))
                 continue
-            fault = _difference(expected, [torch.from_numpy(array) for array in arrays])
+            fault = find_difference(expected, [torch.from_numpy(array) for array in arrays], torch.float32)
             if fault:
                 notes.append(f"{case}: {process.peer.name}: not timed: {fault}")
             else:
@@ -127,16 +131,3 @@ class Bench:
             contender: process.submit(peak_of_training_step, contender, case, self._threads).result()
             for contender, process in self._memory.items()
         }
-
-
-def _difference(expected: list[Tensor], found: list[Any]) -> str | None:
-    """What is wrong with `found`, or None. Compared to the largest value of each tensor, at least 1."""
-    if len(expected) != len(found):
-        return f"expected {len(expected)} results, got {len(found)}"
-    for position, (wanted, got) in enumerate(zip(expected, found, strict=True)):
-        if wanted.numel() != got.numel():
-            return f"result {position}: expected {tuple(wanted.shape)}, got {tuple(got.shape)}"
-        apart = float((wanted - got.view(wanted.shape)).abs().max()) / max(1.0, float(wanted.abs().max()))
-        if not apart <= TOLERANCE:  # NaN is no agreement either
-            return f"result {position} is {apart:.1e} away from torch.nn's, more than {TOLERANCE:.0e}"
-    return None

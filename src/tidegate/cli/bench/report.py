@@ -16,7 +16,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tidegate.cli.bench.limits import Limits
 from tidegate.cli.bench.measure import Result
+from tidegate.cli.bench.streams import StreamResult
 from tidegate.cli.machine import OPTIONAL_PACKAGES, describe_machine, package_version, usable_cores
 
 MODE_NAMES = {"infer": "inference", "train": "training", "cell": "one step of the cell"}
@@ -68,19 +70,27 @@ def over_best_peer(result: Result) -> float | None:
     return result.seconds[best] / result.seconds["tidegate"] if best is not None else None
 
 
-def print_report(console: Console, results: list[Result], sgemm: float, load: float | None) -> None:
+def print_report(console: Console, results: list[Result], limits: Limits) -> None:
     """A table for each kind and mode, the geometric means, then how to read them."""
     for kind, mode in dict.fromkeys((result.case.kind, result.case.mode) for result in results):
         members = [result for result in results if (result.case.kind, result.case.mode) == (kind, mode)]
-        console.print(_case_table(f"{kind.upper()}, {MODE_NAMES[mode]}", members, sgemm))
-    console.print(_mean_table(group_means(results)))
+        print_table(console, _case_table(f"{kind.upper()}, {MODE_NAMES[mode]}", members))
+    print_table(console, _mean_table(group_means(results)))
+    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in limits.gemm_flops.items())
+    reads = [rate / 1e9 for rate in limits.read_bytes.values()]
     console.print(
-        "Times: medians in microseconds per step. Ratios: times as fast as the other, above 1 is faster. sgemm: share "
-        f"of torch.mm's rate here, {sgemm / 1e9:.0f} GFLOP/s; a better kernel exceeds it. Peak: rise of "
-        "the resident set in a training step, torch.nn then tidegate.",
+        "Times: medians in microseconds per step. Ratios: times as fast as the other, above 1 is faster. Of bound: the "
+        "share of tidegate's time that the machine needs at least: for the products at torch.mm's rate (gemm, "
+        f"{rates}) or for reading the weights step after step at torch.sum's rate over as many bytes (read, "
+        f"{min(reads):.0f} to {max(reads):.0f} GB/s), whichever is longer; a better kernel may exceed it. Peak: rise "
+        "of the resident set in a training step, torch.nn then tidegate.",
         style="dim",
         highlight=False,
     )
+
+
+def print_notes(console: Console, notes: list[str], load: float | None) -> None:
+    """What makes the figures doubtful, or incomplete."""
     if load is not None and load > 0.5:
         console.print(
             f"warning: {load:.1f} other processes were running on {usable_cores()} cores when the bench began: "
@@ -88,75 +98,121 @@ def print_report(console: Console, results: list[Result], sgemm: float, load: fl
             style="yellow",
             highlight=False,
         )
-    for note in (note for result in results for note in result.notes):
+    for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _case_table(title: str, results: list[Result], sgemm: float) -> Table:
+def new_table(title: str) -> Table:
+    """As every table of the bench looks: narrow, for the widest has to fit in 80 columns."""
+    return Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
+def print_table(console: Console, table: Table) -> None:
+    console.print(table)
+    console.print()
+
+
+def _case_table(title: str, results: list[Result]) -> Table:
     backends = list(dict.fromkeys(result.backend for result in results))
     if len(backends) == 1:
         title += f" (backend: {backends[0]})"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = new_table(title)
     with_peers = any(result.best_peer for result in results)
     with_memory = any(result.peak_bytes for result in results)
     table.add_column("shape", no_wrap=True)
-    for name in ("torch.nn", "tidegate", "ratio", *(["best peer"] * with_peers), "sgemm", *(["peak MB"] * with_memory)):
+    for name in (
+        "torch.nn",
+        "tidegate",
+        "ratio",
+        *(["best peer"] * with_peers),
+        "of bound",
+        *(["peak MB"] * with_memory),
+    ):
         table.add_column(name, justify="right", no_wrap=name not in ("best peer", "peak MB"))
     if len(backends) > 1:
         table.add_column("backend", no_wrap=True)
     for result in results:
         microseconds = {name: seconds / result.case.shape.steps * 1e6 for name, seconds in result.seconds.items()}
         row = [str(result.case.shape), _short(microseconds["torch.nn"]), _short(microseconds["tidegate"])]
-        row.append(_ratio(result.ratio))
+        row.append(format_ratio(result.ratio))
         if with_peers:
             against = over_best_peer(result)
-            row.append("-" if against is None else f"{result.best_peer} {_ratio(against)}")
-        row.append(f"{result.case.flops / result.seconds['tidegate'] / sgemm:.0%}")
+            row.append("-" if against is None else f"{result.best_peer} {format_ratio(against)}")
+        row.append(f"{result.bound.name} {result.bound.share:.0%}")
         if with_memory:
-            row.append(", ".join(f"{peak / 1e6:.1f}" for peak in result.peak_bytes.values()))
+            row.append(", ".join(_short(peak / 1e6) for peak in result.peak_bytes.values()))
         table.add_row(*row, *([result.backend] if len(backends) > 1 else []))
     return table
 
 
 def _mean_table(means: list[Mean]) -> Table:
-    table = Table(
-        title="Geometric means (small: B <= 16 and H <= 256)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = new_table("Geometric means (small: B <= 16 and H <= 256)")
     for name in ("kind", "mode", "regime"):
         table.add_column(name)
     for name in ("shapes", "over torch.nn", "lowest", "over best peer"):
         table.add_column(name, justify="right")
     for mean in means:
-        against = "-" if mean.over_best_peer is None else _ratio(mean.over_best_peer)
-        ratios = (_ratio(mean.over_torch), _ratio(mean.lowest_over_torch), against)
+        against = "-" if mean.over_best_peer is None else format_ratio(mean.over_best_peer)
+        ratios = (format_ratio(mean.over_torch), format_ratio(mean.lowest_over_torch), against)
         table.add_row(mean.kind, mean.mode, mean.regime, str(mean.shapes), *ratios)
     return table
 
 
-def _ratio(value: float) -> str:
+def format_ratio(value: float) -> str:
     # Two runs of the same code differ by some per cent: nothing is coloured inside that.
     colour = "green" if value >= 1.05 else "red" if value < 0.95 else "default"
-    return f"[{colour}]{value:.2f}x[/]"
+    return f"[{colour}]{value:.{1 if value >= 9.995 else 2}f}x[/]"
 
 
-def _short(microseconds: float) -> str:
-    return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
 
 
-def write_json(path: Path, results: list[Result], plan: dict[str, Any], sgemm: float, load: float | None) -> Path:
-    """Everything that a figure has to be read with, then every figure. Seconds are of one call."""
+def print_streams(console: Console, results: list[StreamResult]) -> None:
+    """A table for each kind, then how to read them."""
+    for kind in dict.fromkeys(result.case.kind for result in results):
+        members = [result for result in results if result.case.kind == kind]
+        backends = ", ".join(dict.fromkeys(result.backend for result in members))
+        table = new_table(f"{kind.upper()}, one step of a stream (backend: {backends})")
+        table.add_column("shape", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for name in ("p50", "p99", "p99.9", "ratio", "sessions/core"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for result in members:
+            table.add_section()
+            for position, (name, latency) in enumerate(result.latencies.items()):
+                figures = [_short(seconds * 1e6) for seconds in (latency.p50, latency.p99, latency.p999)]
+                ratio = "1" if name == "torch.nn" else format_ratio(result.times_as_fast(name))
+                sessions = f"{result.sessions_per_core(name):.0f}"
+                table.add_row("" if position else result.case.label, name, *figures, ratio, sessions)
+        print_table(console, table)
+    latencies = [latency for result in results for latency in result.latencies.values()]
+    console.print(
+        f"Latencies: microseconds of one step with its Python call, percentiles over {latencies[0].steps} steps, the "
+        f"clock's own {max(result.clock_seconds for result in results) * 1e9:.0f} ns subtracted. Ratio: median "
+        "against torch.nn's. Sessions/core: B * 10 ms / p50 / threads: rows that a core can advance by a step in each "
+        "10 ms frame if it does nothing else.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def write_json(
+    path: Path,
+    results: list[Result],
+    streams: list[StreamResult],
+    plan: dict[str, Any],
+    limits: Limits,
+    load: float | None,
+) -> Path:
+    """Everything that a figure has to be read with, then every figure. Seconds are of one call, or one step."""
     document: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["tidegate", *sys.argv[1:]]),
-        "machine": describe_machine(),
-        "packages": {package: package_version(package) for package in OPTIONAL_PACKAGES},
+        **describe_run(load),
         "plan": plan,
-        "load_before": load,
-        "sgemm_gflops": sgemm / 1e9,
+        "gemm_gflops": {dtype: rate / 1e9 for dtype, rate in limits.gemm_flops.items()},
+        "read_gigabytes_per_second": {str(size): rate / 1e9 for size, rate in sorted(limits.read_bytes.items())},
         "geometric_means": [asdict(mean) for mean in group_means(results)],
         "results": [
             {
@@ -165,11 +221,37 @@ def write_json(path: Path, results: list[Result], plan: dict[str, Any], sgemm: f
                 "over_torch": result.ratio,
                 "best_peer": result.best_peer,
                 "over_best_peer": over_best_peer(result),
-                "share_of_sgemm": result.case.flops / result.seconds["tidegate"] / sgemm,
             }
             for result in results
         ],
+        "streams": [
+            {
+                **asdict(result),
+                "over": {name: result.times_as_fast("tidegate", name) for name in result.latencies},
+                "sessions_per_core": {name: result.sessions_per_core(name) for name in result.latencies},
+            }
+            for result in streams
+        ],
     }
+    return save_json(path, document)
+
+
+def describe_run(load: float | None) -> dict[str, Any]:
+    """When, how and where; `load` is how many other processes ran before."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["tidegate", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "packages": {package: package_version(package) for package in OPTIONAL_PACKAGES},
+        "load_before": load,
+    }
+
+
+def say_wrote(console: Console, path: Path) -> None:
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def save_json(path: Path, document: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path

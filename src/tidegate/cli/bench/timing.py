@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from statistics import median
 
@@ -44,8 +45,13 @@ def local_slice(call: Callable[[], object]) -> TimeSlice:
     return run
 
 
-def interleave(slices: dict[str, TimeSlice], effort: Effort) -> dict[str, float]:
-    """Median seconds of one call of each contender. Each round starts with another contender; one round warms up."""
+def interleave(
+    slices: dict[str, TimeSlice], effort: Effort, advance: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Median seconds of one call of each contender. Each round starts with another contender; one round warms up.
+
+    `advance` is called after each round.
+    """
     names = list(slices)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -54,13 +60,17 @@ def interleave(slices: dict[str, TimeSlice], effort: Effort) -> dict[str, float]
         start = number % len(names)
         for name in names[start:] + names[:start]:
             samples[name].append(slices[name](effort.slice_seconds))
+        advance()
     return {name: median(values) for name, values in samples.items()}
 
 
-def sgemm_rate() -> float:
-    """This machine's single precision matrix product at the threads in use, in flop/s: the best of several runs."""
-    size = 1024
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    run = local_slice(lambda: torch.mm(left, right))
-    run(0.05)
-    return 2 * size**3 / min(run(0.05) for _ in range(5))
+@contextlib.contextmanager
+def use_threads(wanted: int | None) -> Generator[int]:
+    """Inside, torch computes with this many threads, None for its own choice; the number that it is."""
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

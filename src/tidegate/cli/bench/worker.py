@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
 
+from tidegate.cli.bench.latency import time_steps
 from tidegate.cli.bench.peers import PEERS, Arrays, Peer
 from tidegate.cli.bench.shapes import Case
 from tidegate.cli.bench.timing import TimeSlice, local_slice
@@ -16,7 +20,9 @@ from tidegate.cli.bench.timing import TimeSlice, local_slice
 # Thread pools keep spinning for some milliseconds after their last task.
 _SETTLE_SECONDS = 0.005
 
-_time_call: TimeSlice | None = None  # in a worker: times the call that was built last
+# In a worker: time the call, and the step, that were built last.
+_time_call: TimeSlice | None = None
+_time_steps_of: Callable[[int], list[int]] | None = None
 
 
 def new_process() -> ProcessPoolExecutor:
@@ -41,6 +47,25 @@ class PeerProcess:
         time.sleep(_SETTLE_SECONDS)
         return taken
 
+    def can_run(self, case: Case) -> bool:
+        """Peers are built from float32 weights."""
+        return case.mode in self.peer.modes and case.dtype == "float32"
+
+    def build_step(self, case: Case, weights: Arrays, frames: Any, threads: int) -> Any:
+        """Build the case's step and run it over the frames (T, ...); the outputs, stacked."""
+        return self._process.submit(_build_step, self.peer.name, case, weights, frames, threads).result()
+
+    def step_slice(self, count: int) -> list[int]:
+        """Time so many steps; the nanoseconds of each."""
+        time.sleep(_SETTLE_SECONDS)
+        taken = self._process.submit(_time_steps, count).result()
+        time.sleep(_SETTLE_SECONDS)
+        return taken
+
+    def failure(self, case: Case, error: Exception) -> str:
+        """A note on it, in a line."""
+        return f"{case}: {self.peer.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
     def close(self) -> None:
         self._process.shutdown(cancel_futures=True)
 
@@ -53,8 +78,7 @@ def installed_peers() -> list[Peer]:
 
 def _build(name: str, case: Case, weights: Arrays, input: Any, threads: int) -> list[Any]:
     global _time_call
-    (peer,) = (peer for peer in PEERS if peer.name == name)
-    call = peer.build(case, weights, input, threads)
+    call = _peer(name).build(case, weights, input, threads)
     _time_call = local_slice(call)
     return [array.copy() for array in call()]
 
@@ -62,3 +86,22 @@ def _build(name: str, case: Case, weights: Arrays, input: Any, threads: int) -> 
 def _time_slice(seconds: float) -> float:
     assert _time_call is not None
     return _time_call(seconds)
+
+
+def _build_step(name: str, case: Case, weights: Arrays, frames: Any, threads: int) -> Any:
+    global _time_steps_of
+    build = _peer(name).build_step
+    assert build is not None
+    step = build(case, weights, threads)
+    _time_steps_of = partial(time_steps, step, list(frames))
+    return import_module("numpy").stack([step(frame) for frame in frames])
+
+
+def _time_steps(count: int) -> list[int]:
+    assert _time_steps_of is not None
+    return _time_steps_of(count)
+
+
+def _peer(name: str) -> Peer:
+    (found,) = (peer for peer in PEERS if peer.name == name)
+    return found

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step without gradients: the short way gives what the long way gives, and takes only what it can run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comparing import CELLS, LAYERS, tensors_in
+from tolerances import assert_close
+
+import tidegate as tg
+from tidegate import dispatch, ops
+from tidegate.kernels import cpu
+
+pytestmark = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+BATCHES = (None, 1, 2, 3, 4, 7, 33, 70)
+SIZES = ((1, 1), (5, 17), (40, 3), (33, 64))
+
+
+@pytest.fixture(autouse=True)
+def _bare():
+    cpu.operators().poison_buffers(True)
+    with torch.no_grad():
+        yield
+    cpu.operators().poison_buffers(False)
+    cpu.operators().use_isa("")
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """How many results each call of the short way gave."""
+    given: list[int] = []
+
+    def counted(*arguments):
+        results = cpu.short_step(*arguments)
+        given.append(len(results))
+        return results
+
+    monkeypatch.setattr(ops.backends, "short_step", lambda: counted)
+    return given
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def module(kind, *sizes, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    made = getattr(tg, kind)(*sizes, dtype=torch.float64, **options)
+    for parameter in made.parameters():
+        parameter.mul_(3)
+    return made.to(dtype)
+
+
+def long_way(made, x, hx):
+    with tg.backend("reference"):
+        return tensors_in(made(x, hx))
+
+
+def assert_same(made, x, hx, answers, states):
+    answers.clear()
+    got = tensors_in(made(x, hx))
+    assert answers == [states], "the short way did not run"
+    wide = made.to(torch.float64)
+    exact = long_way(wide, x.double(), None if hx is None else torch.utils._pytree.tree_map(torch.Tensor.double, hx))
+    made.to(x.dtype)
+    for ours, theirs, oracle in zip(got, long_way(made, x, hx), exact, strict=True):
+        assert ours.shape == oracle.shape
+        assert ours.is_contiguous()
+        assert_close(ours, theirs, oracle, type(made).__name__)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells(kind, given, dtype, answers):
+    for input_size, hidden_size in SIZES:
+        for batch in BATCHES:
+            made = module(kind, input_size, hidden_size, batch != 3, dtype=dtype)
+            rows = () if batch is None else (batch,)
+            h, c = randn(*rows, hidden_size, dtype=dtype), randn(*rows, hidden_size, dtype=dtype)
+            hx = None if not given else (h, c) if kind == "LSTMCell" else h
+            assert_same(made, randn(*rows, input_size, dtype=dtype), hx, answers, 1 + (kind == "LSTMCell"))
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch-first"])
+@pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers(kind, given, batch_first, answers):
+    for layers, (input_size, hidden_size) in enumerate(SIZES, 1):
+        for batch in BATCHES:
+            made = module(kind, input_size, hidden_size, layers, bias=batch != 3, batch_first=batch_first)
+            rows = () if batch is None else (batch,)
+            x = randn(*rows, 1, input_size) if batch_first else randn(1, *rows, input_size)
+            h, c = randn(layers, *rows, hidden_size), randn(layers, *rows, hidden_size)
+            hx = None if not given else (h, c) if kind == "LSTM" else h
+            assert_same(made, x, hx, answers, 2 + (kind == "LSTM"))
+
+
+@pytest.mark.parametrize("isa", cpu.operators().isas().split() if not cpu.availability() else [])
+def test_every_instruction_set(isa, answers):
+    cpu.operators().use_isa(isa)
+    for kind in CELLS:
+        for dtype in DTYPES:
+            for batch in (1, 5):
+                h, c = randn(batch, 37, dtype=dtype), randn(batch, 37, dtype=dtype)
+                hx = (h, c) if kind == "LSTMCell" else h
+                x = randn(batch, 21, dtype=dtype)
+                assert_same(module(kind, 21, 37, dtype=dtype), x, hx, answers, 1 + (kind == "LSTMCell"))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads(threads, answers):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for kind in CELLS:
+            x, h, c = randn(9, 200), randn(9, 260), randn(9, 260)
+            assert_same(
+                module(kind, 200, 260), x, (h, c) if kind == "LSTMCell" else h, answers, 1 + (kind == "LSTMCell")
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_state_given_is_state_kept(answers):
+    """What comes back shares no memory with what went in, nor with one another."""
+    x, h, c = randn(1, 2, 3), randn(1, 2, 4), randn(1, 2, 4)
+    output, (h_n, c_n) = module("LSTM", 3, 4)(x, (h, c))
+    assert answers == [3]
+    assert len({t.data_ptr() for t in (x, h, c, output, h_n, c_n)}) == 6
+    assert torch.equal(output, h_n)
+
+
+LONG = {
+    "a gradient": ("GRUCell", {}, lambda m, x: torch.enable_grad()(m)(x)),
+    "autocast": ("GRUCell", {}, lambda m, x: torch.autocast("cpu", torch.bfloat16)(m)(x)),
+    "torch.func": ("GRUCell", {}, lambda m, x: torch.func.vmap(m)(x)),
+    "a reset before the product": ("GRUCell", {"reset_after": False}, lambda m, x: m(x)),
+    "a projection": ("LSTMCell", {"proj_size": 2}, lambda m, x: m(x)),
+    "peepholes": ("LSTMCell", {"peepholes": True}, lambda m, x: m(x)),
+    "a clip": ("RNNCell", {"clip": 0.5}, lambda m, x: m(x)),
+    "another activation": ("GRUCell", {"activations": ("hard_sigmoid", "tanh")}, lambda m, x: m(x)),
+    "other strides": ("GRUCell", {}, lambda m, x: m(x.t().contiguous().t())),
+    "no rows": ("GRUCell", {}, lambda m, x: m(x[:0])),
+    "lengths": ("GRU", {}, lambda m, x: m(x[None], lengths=[1] * len(x))),
+    "two directions": ("GRU", {"bidirectional": True}, lambda m, x: m(x[None])),
+    "a projected layer": ("LSTM", {"proj_size": 2}, lambda m, x: m(x[None])),
+    "dropout in training": ("GRU", {"num_layers": 2, "dropout": 0.5}, lambda m, x: m(x[None])),
+    "two steps": ("GRU", {}, lambda m, x: m(x[:2, None])),
+}
+
+
+@pytest.mark.parametrize("why", LONG)
+def test_the_long_way(why, answers):
+    kind, options, run = LONG[why]
+    made = module(kind, 6, 4, **options)
+    result = tensors_in(run(made, randn(3, 6)))
+    assert not any(answers), f"{why} went the short way"
+    assert all(tensor.isfinite().all() for tensor in result)
+
+
+@pytest.mark.parametrize(
+    ("kind", "x", "hx", "message"),
+    [
+        ("GRUCell", torch.zeros(2, 7), None, "input has inconsistent input_size: got 7 expected 6"),
+        ("GRUCell", torch.zeros(2, 6), torch.zeros(3, 4), "Input batch size 2 doesn't match hidden0 batch size 3"),
+        ("LSTMCell", torch.zeros(2, 6), (torch.zeros(2, 4), torch.zeros(2, 5)), "hidden1 has inconsistent hidden_size"),
+        ("GRU", torch.zeros(1, 2, 7), None, "input.size.-1. must be equal to input_size. Expected 6, got 7"),
+        ("LSTM", torch.zeros(1, 2, 6), (torch.zeros(1, 2, 4), torch.zeros(1, 3, 4)), r"Expected hidden\[1\] size"),
+        ("GRU", torch.zeros(1, 2, 6), torch.zeros(1, 4), "For batched 3-D input, hx should also be 3-D"),
+        ("GRUCell", torch.zeros(2, 6, device="meta"), None, "device"),
+        ("GRUCell", torch.zeros(2, 6), torch.zeros(2, 4).half(), "dtype"),
+    ],
+)
+def test_errors_are_torchs(kind, x, hx, message, answers):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        module(kind, 6, 4)(x, hx)
+    assert not any(answers)
+
+
+def test_parameters_are_read_at_every_call(answers):
+    cell = module("GRUCell", 5, 6)
+    x, h = randn(2, 5), randn(2, 6)
+    torch.nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+    first = cell(x, h)
+    cell.parametrizations.weight_hh.original0.mul_(2)
+    cell.bias_ih.data.add_(1)
+    second = cell(x, h)
+    assert answers == [1, 1]
+    with tg.backend("reference"):
+        torch.testing.assert_close(cell(x, h), second)
+    assert not torch.allclose(first, second)
+
+
+def test_bare_is_what_it_says():
+    assert dispatch.is_bare()
+    with torch.inference_mode():
+        assert dispatch.is_bare()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not dispatch.is_bare()
+    with torch.enable_grad():
+        assert not dispatch.is_bare()
+    with torch.autograd.forward_ad.dual_level():
+        assert not dispatch.is_bare()
+    seen: list[bool] = []
+    torch.func.vmap(lambda x: seen.append(dispatch.is_bare()) or x)(torch.zeros(2))
+    assert seen == [False]
+    assert tg.explain(tg.GRUCell(3, 4), torch.zeros(2, 3)).backend == "cpu"

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled operators below a stream refuse what would make a kernel read or write outside a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tidegate as tg
+from tidegate.kernels import cpu
+
+pytestmark = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
+
+
+def weights(kind: int = 3, layers: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Of layers with input_size 5 and hidden_size 7."""
+    rows = (4 if kind == 2 else 3) * 7
+    sizes = [((rows, 5 if k == 0 else 7), (rows, 7), (rows,), (rows,)) for k in range(layers)]
+    return [torch.zeros(size, dtype=dtype) for layer in sizes for size in layer]
+
+
+def test_a_step_refuses_what_does_not_fit() -> None:
+    pack, step = cpu.operators().pack.default, cpu.operators().step.default
+    h, c, x = torch.zeros(1, 2, 7), torch.zeros(1, 2, 7), torch.zeros(2, 5)
+    gru, lstm, two = (
+        pack(3, weights(), True, False),
+        pack(2, weights(2), True, False),
+        pack(3, weights(3, 2), True, False),
+    )
+    step(gru, x, h)
+    step(lstm, x, h, c)
+    step(two, x, torch.zeros(2, 2, 7))
+    cases: list[tuple[Any, ...]] = [
+        (gru[1:], x, h),
+        (gru[:-1], x, h),
+        (gru.view(1, -1), x, h),
+        (gru.double(), x, h),
+        (torch.zeros(0), x, h),
+        (torch.zeros_like(gru), x, h),
+        (gru, x[:1], h),
+        (gru, x[0], h),
+        (gru, x.unsqueeze(0), h),
+        (gru, x.double(), h),
+        (gru, x[:, :4], h),
+        (gru, x, h[0]),
+        (gru, x, h.double()),
+        (gru, x, h[:, :, :6]),
+        (gru, x, torch.zeros(2, 2, 7)),
+        (gru, x, torch.zeros(2, 7, 1).permute(2, 0, 1).transpose(1, 2).contiguous()),
+        (gru, x, h, c),
+        (gru, x.half(), h.half()),
+        (lstm, x, h),
+        (lstm, x, h, c[:, :1]),
+        (lstm, x, h, c.double()),
+    ]
+    for number, case in enumerate(cases):
+        with pytest.raises(RuntimeError, match="expected"):
+            pytest.fail(f"case {number} was taken: {step(*case)}")
+
+
+def test_pack_refuses_what_does_not_fit() -> None:
+    pack = cpu.operators().pack.default
+    good = weights()
+    cases: list[tuple[int, list[Tensor], bool, bool]] = [
+        (5, good, True, False),
+        (3, good[:3], True, False),
+        (3, good, True, True),
+        (2, good, True, False),
+        (3, [good[0][:, :4].t(), *good[1:]], True, False),
+        (3, [good[0], good[1].double(), *good[2:]], True, False),
+        (3, [good[0], good[1][:, :6].contiguous(), *good[2:]], True, False),
+        (3, [good[0], good[1][0], *good[2:]], True, False),
+        (3, [*good[:3], good[3][:-1]], True, False),
+        (3, [tensor.half() for tensor in good], True, False),
+        (2, [*weights(2), torch.zeros(6, 7)], True, True),
+    ]
+    for number, case in enumerate(cases):
+        with pytest.raises(RuntimeError, match="expected"):
+            pytest.fail(f"case {number} was taken: {pack(*case)}")
+
+
+def test_weights_packed_for_another_instruction_set_are_refused() -> None:
+    operators = cpu.operators()
+    names = operators.isas().split()
+    stream = tg.GRU(5, 7).stream(1)
+    try:
+        operators.use_isa(names[0])
+        if names[0] != operators.isa() or len(names) == 1:
+            return
+        with pytest.raises(RuntimeError, match="instruction set"):
+            stream.step(torch.zeros(1, 5))
+        stream.refresh()
+        stream.step(torch.zeros(1, 5))
+    finally:
+        operators.use_isa("")
