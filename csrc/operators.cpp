@@ -92,7 +92,7 @@ std::vector<Tensor> forward(int64_t kind, const Tensor& any_input, const Tensor&
                               pointer(c_0), weight_ih.const_data_ptr(), weight_hh.const_data_ptr(), pointer(bias_ih),
                               pointer(bias_hh), pointer(weight_hr), output, results[1].mutable_data_ptr(),
                               c_0 ? results[2].mutable_data_ptr() : nullptr,
-                              saved_columns ? results.back().mutable_data_ptr() : nullptr, saved_columns});
+                              saved_columns ? results.back().mutable_data_ptr() : nullptr, saved_columns, nullptr});
     return results;
 }
 
