@@ -9,7 +9,6 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "checks.h"
@@ -93,119 +92,148 @@ std::vector<Tensor> forward(int64_t kind, const Tensor& any_input, const Tensor&
                               pointer(c_0), weight_ih.const_data_ptr(), weight_hh.const_data_ptr(), pointer(bias_ih),
                               pointer(bias_hh), pointer(weight_hr), output, results[1].mutable_data_ptr(),
                               c_0 ? results[2].mutable_data_ptr() : nullptr,
-                              saved_columns ? results.back().mutable_data_ptr() : nullptr, saved_columns});
+                              saved_columns ? results.back().mutable_data_ptr() : nullptr, saved_columns, nullptr});
     return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& any_output,
-                                                    const Tensor& any_h_0, const Optional& any_c_0,
-                                                    const Tensor& any_weight_hh, const Optional& any_weight_hr,
-                                                    const Optional& any_lengths, const Optional& any_resets,
-                                                    bool reverse, const Optional& any_grad_output,
-                                                    const Optional& any_grad_h_n, const Optional& any_grad_c_n,
-                                                    bool want_h_before) {
-    const Tensor output = dense(any_output), h_0 = dense(any_h_0), weight_hh = dense(any_weight_hh);
-    const Optional c_0 = dense(any_c_0), weight_hr = dense(any_weight_hr), lengths = dense(any_lengths),
-                   resets = dense(any_resets), grad_output = dense(any_grad_output),
-                   grad_h_n = dense(any_grad_h_n), grad_c_n = dense(any_grad_c_n);
-    const Sizes s = check_cell(kind, h_0, c_0, weight_hh, weight_hr);
-    if (output.dim() != 3) fail("output", "three dimensions", std::to_string(output.dim()));
-    const int64_t time = output.size(0);
-    check(output, "output", s.dtype, {time, s.batch, s.projected});
-    const Schedule schedule = schedule_of(lengths, time, s.batch, reverse);
-    int64_t saved_stride = 0;
-    if (saved_gates(s.kind))
-        saved_stride = check_rows(saved, "saved", s.dtype, schedule.total(), saved_gates(s.kind) * s.hidden);
-    if (grad_output) check(*grad_output, "grad_output", s.dtype, {time, s.batch, s.projected});
-    if (grad_h_n) check(*grad_h_n, "grad_h_n", s.dtype, {s.batch, s.projected});
-    if (grad_c_n && !c_0) fail("grad_c_n", "none", "a tensor");
-    if (grad_c_n) check(*grad_c_n, "grad_c_n", s.dtype, {s.batch, s.hidden});
-    const int64_t columns = gradient_columns(s.kind, s.hidden, s.projected, weight_hr.has_value());
-    Tensor dgates = make(s.type, {schedule.total(), columns});
-    Tensor h_before = make(s.type, {want_h_before ? schedule.total() : 0, s.projected});
-    Tensor dh_0 = make(s.type, {s.batch, s.projected});
-    Tensor dc_0 = make(s.type, {c_0 ? s.batch : 0, c_0 ? s.hidden : 0});
-    active_kernels().backward({s.kind, s.type, s.hidden, s.projected,
-                               schedule.rows(check_resets(resets, time, s.batch)), thread_count(), poison,
-                               saved.const_data_ptr(), saved_stride, output.const_data_ptr(), h_0.const_data_ptr(),
-                               pointer(c_0), weight_hh.const_data_ptr(), pointer(weight_hr), pointer(grad_output),
-                               pointer(grad_h_n), pointer(grad_c_n), dgates.mutable_data_ptr(), columns,
-                               want_h_before ? h_before.mutable_data_ptr() : nullptr, dh_0.mutable_data_ptr(),
-                               dc_0.mutable_data_ptr()});
-    return {dgates, h_before, dh_0, dc_0};
-}
+// The gradients that may be asked for beside those of the states, a bit each, in the order of the results.
+enum Wanted : int64_t { input_bit = 1, ih_bit = 2, hh_bit = 4, bias_ih_bit = 8, bias_hh_bit = 16, hr_bit = 32 };
+constexpr int64_t weight_bits = ih_bit | hh_bit | bias_ih_bit | bias_hh_bit | hr_bit;
 
-// The gradient of the input: dgates W_ih, row by row to where the input lies.
-Tensor input_gradient(const Tensor& dgates, const Tensor& any_weight_ih, const Optional& any_lengths, int64_t time,
-                      int64_t batch, bool reverse) {
-    const Tensor weight_ih = dense(any_weight_ih);
-    const Optional lengths = dense(any_lengths);
-    if (weight_ih.dim() != 2) fail("weight_ih", "two dimensions", std::to_string(weight_ih.dim()));
-    const Type type = type_of(weight_ih, "weight_ih");
-    const int64_t depth = weight_ih.size(0), columns = weight_ih.size(1);
-    check(weight_ih, "weight_ih", weight_ih.scalar_type(), {depth, columns});
-    if (batch < 0) fail("batch", "0 or more", std::to_string(batch));
-    const Schedule schedule = schedule_of(lengths, time, batch, reverse);
-    const int64_t stride = check_rows(dgates, "dgates", weight_ih.scalar_type(), schedule.total(), depth);
-    Tensor result = make(type, {time, batch, columns});
+// The gradient at the gates, once the loop is done, and what the products after it multiply it with.
+struct Gates {
+    const Sizes& sizes;
+    const Schedule& schedule;
+    const void* data;
+    int64_t stride, columns;
+    const Optional& multiplied;
+
+    int64_t rows() const { return gates_of(sizes.kind) * sizes.hidden; }
+};
+
+// The gradient of the input: dgates W_ih, row by row to where the input lies. With lengths, dgates is packed.
+Tensor input_gradient(const Gates& gates, const Tensor& weight_ih, int64_t time, bool packed) {
+    const Sizes& s = gates.sizes;
+    const int64_t total = gates.schedule.total(), columns = weight_ih.size(1);
+    Tensor result = make(s.type, {time, s.batch, columns});
     std::vector<int64_t> places;
-    if (lengths) {
-        std::memset(result.mutable_data_ptr(), 0, static_cast<size_t>(result.numel()) * bytes_of(type));
-        places.resize(static_cast<size_t>(schedule.total()));
-        schedule.places(places.data());
+    if (packed) {
+        std::memset(result.mutable_data_ptr(), 0, static_cast<size_t>(result.numel()) * bytes_of(s.type));
+        places.resize(static_cast<size_t>(total));
+        gates.schedule.places(places.data());
     }
-    active_kernels().product({type, thread_count(), schedule.total(), depth, columns, dgates.const_data_ptr(), stride,
-                              weight_ih.const_data_ptr(), lengths ? places.data() : nullptr,
+    active_kernels().product({s.type, thread_count(), poison, total, gates.rows(), columns, gates.data, gates.stride,
+                              weight_ih.const_data_ptr(), packed ? places.data() : nullptr,
                               result.mutable_data_ptr()});
     return result;
 }
 
-// The gradients of weight_ih and weight_hh, empty where not wanted, and the sums of dgates' columns.
-std::tuple<Tensor, Tensor, Tensor> weight_gradients(int64_t kind, const Tensor& dgates, const Tensor& any_input,
-                                                    const Tensor& any_output, const Tensor& any_h_0,
-                                                    const Optional& any_lengths, const Optional& any_resets,
-                                                    int64_t hidden, bool reverse, bool want_ih, bool want_hh) {
-    const Tensor input = whole_rows(any_input), output = dense(any_output), h_0 = dense(any_h_0);
-    const Optional lengths = dense(any_lengths), resets = dense(any_resets);
-    const Type type = type_of(input, "input");
-    const ScalarType dtype = input.scalar_type();
-    if (type == Type::bf16) fail("input", "float32 or float64", "bfloat16");
-    if (h_0.dim() != 2) fail("h_0", "two dimensions", std::to_string(h_0.dim()));
-    const int64_t batch = h_0.size(0), projected = h_0.size(1), element = static_cast<int64_t>(bytes_of(type));
-    check(h_0, "h_0", dtype, {batch, projected});
-    check_input(input, dtype, batch);
-    const int64_t time = input.size(0), input_size = input.size(2);
-    check(output, "output", dtype, {time, batch, projected});
-    const Schedule schedule = schedule_of(lengths, time, batch, reverse);
-    const int64_t rows = gates_of(kind_of(kind)) * hidden;
-    const int64_t stride = check_rows(dgates, "dgates", dtype, schedule.total(), rows);
-    const int64_t columns = dgates.size(1);
-    const size_t total = static_cast<size_t>(schedule.total());
-    Tensor grad_ih = make(type, {want_ih ? rows : 0, input_size});
-    Tensor grad_hh = make(type, {want_hh ? rows : 0, projected});
-    Tensor sums = make(type, {columns});
-    if (total == 0)
-        for (const Tensor* tensor : {&grad_ih, &grad_hh, &sums})
-            std::memset(tensor->mutable_data_ptr(), 0, static_cast<size_t>(tensor->numel() * element));
-    OuterProblem problem = {type, thread_count(), schedule.total(), dgates.const_data_ptr(), stride, columns, 0, {},
-                            sums.mutable_data_ptr()};
-    std::vector<const void*> input_rows(want_ih ? total : 0), h_rows(want_hh ? total : 0);
-    if (want_ih) {
-        schedule.input_rows(static_cast<const char*>(input.const_data_ptr()), input.stride(0) * element,
-                            input.stride(1) * element, input_rows.data());
-        problem.target[problem.targets++] = {input_rows.data(), input_size, rows, columns, grad_ih.mutable_data_ptr()};
+// Appends the gradients of the weights and biases that are wanted, in the order of the bits.
+void add_weight_gradients(std::vector<Tensor>& results, const Gates& gates, const Tensor& input, const Tensor& output,
+                          const Tensor& h_0, const uint8_t* resets, int64_t wanted) {
+    const Sizes& s = gates.sizes;
+    const Kind kind = s.kind;
+    const size_t total = static_cast<size_t>(gates.schedule.total());
+    const int64_t rows = gates.rows(), element = static_cast<int64_t>(bytes_of(s.type));
+    std::vector<char> sums(static_cast<size_t>(gates.columns * element));
+    OuterProblem problem = {s.type, thread_count(), poison, gates.schedule.total(), gates.data, gates.stride,
+                            gates.columns, 0, {}, sums.data()};
+    const auto result = [&](std::initializer_list<int64_t> sizes) {
+        Tensor tensor = make(s.type, sizes);
+        results.push_back(tensor);
+        char* data = static_cast<char*>(tensor.mutable_data_ptr());
+        if (total == 0) std::memset(data, 0, static_cast<size_t>(tensor.numel() * element));
+        return data;
+    };
+    const auto multiply = [&](const std::vector<const void*>& with, int64_t columns, int64_t first, int64_t last,
+                              char* out) {
+        problem.target[problem.targets++] = {with.data(), columns, first, last, out};
+    };
+    std::vector<const void*> input_rows, h_rows, multiplied_rows;
+    for (size_t n = 0; gates.multiplied && n < total; ++n)
+        multiplied_rows.push_back(static_cast<const char*>(gates.multiplied->const_data_ptr()) +
+                                  n * static_cast<size_t>(s.hidden * element));
+    if (wanted & ih_bit) {
+        input_rows.resize(total);
+        gates.schedule.input_rows(static_cast<const char*>(input.const_data_ptr()), input.stride(0) * element,
+                                  input.stride(1) * element, input_rows.data());
+        multiply(input_rows, input.size(2), rows, gates.columns, result({rows, input.size(2)}));
     }
-    if (want_hh) {
-        schedule.h_rows(static_cast<const char*>(output.const_data_ptr()),
-                        static_cast<const char*>(h_0.const_data_ptr()), projected * element,
-                        check_resets(resets, time, batch), h_rows.data());
-        // A GRU's n gate has its own gradient on h's side, in the last columns.
-        const bool own_n = kind_of(kind) == Kind::gru;
-        problem.target[problem.targets++] = {h_rows.data(), projected, own_n ? 2 * hidden : rows,
-                                             own_n ? 3 * hidden : columns, grad_hh.mutable_data_ptr()};
+    if (wanted & hh_bit) {
+        h_rows.resize(total);
+        gates.schedule.h_rows(static_cast<const char*>(output.const_data_ptr()),
+                              static_cast<const char*>(h_0.const_data_ptr()), s.projected * element, resets,
+                              h_rows.data());
+        char* out = result({rows, s.projected});
+        // A GRU's n gate has its own gradient on h's side, in the last columns, or its own rows.
+        const int64_t gap = kind == Kind::gru || kind == Kind::gru_reset_before ? 2 * s.hidden : rows;
+        multiply(h_rows, s.projected, gap, kind == Kind::gru ? 3 * s.hidden : gates.columns, out);
+        if (kind == Kind::gru_reset_before)
+            multiply(multiplied_rows, s.hidden, 0, gap, out + gap * s.projected * element);
     }
+    char* const bias_ih = wanted & bias_ih_bit ? result({rows}) : nullptr;
+    char* const bias_hh = wanted & bias_hh_bit ? result({rows}) : nullptr;
+    if (wanted & hr_bit) multiply(multiplied_rows, s.hidden, 0, rows, result({s.projected, s.hidden}));
     active_kernels().outer(problem);
-    return {grad_ih, grad_hh, sums};
+    const size_t bytes = static_cast<size_t>(rows * element);
+    if (bias_ih) std::memcpy(bias_ih, sums.data(), bytes);
+    if (bias_hh) std::memcpy(bias_hh, sums.data(), bytes);
+    if (bias_hh && kind == Kind::gru)
+        std::memcpy(bias_hh + bytes / 3 * 2, sums.data() + bytes, bytes / 3);
+}
+
+// The gradients of the states, then of what is wanted. In bfloat16 the weights' products are left to the caller: their
+// place is taken by dgates, the h that entered each step, and what the second recurrent matrix multiplied.
+std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& any_output, const Tensor& any_input,
+                             const Tensor& any_h_0, const Optional& any_c_0, const Tensor& any_weight_ih,
+                             const Tensor& any_weight_hh, const Optional& any_weight_hr, const Optional& any_lengths,
+                             const Optional& any_resets, bool reverse, const Optional& any_grad_output,
+                             const Optional& any_grad_h_n, const Optional& any_grad_c_n, int64_t wanted,
+                             bool overwrite) {
+    const Tensor output = dense(any_output), input = whole_rows(any_input), h_0 = dense(any_h_0),
+                 weight_ih = dense(any_weight_ih), weight_hh = dense(any_weight_hh);
+    const Optional c_0 = dense(any_c_0), weight_hr = dense(any_weight_hr), lengths = dense(any_lengths),
+                   resets = dense(any_resets), grad_output = dense(any_grad_output),
+                   grad_h_n = dense(any_grad_h_n), grad_c_n = dense(any_grad_c_n);
+    const Sizes s = check_cell(kind, h_0, c_0, weight_hh, weight_hr);
+    check_input(input, s.dtype, s.batch);
+    const int64_t time = input.size(0);
+    check(weight_ih, "weight_ih", s.dtype, {gates_of(s.kind) * s.hidden, input.size(2)});
+    check(output, "output", s.dtype, {time, s.batch, s.projected});
+    const Schedule schedule = schedule_of(lengths, time, s.batch, reverse);
+    const int64_t total = schedule.total(), saved_columns = saved_gates(s.kind) * s.hidden;
+    const int64_t saved_stride = saved_columns ? check_rows(saved, "saved", s.dtype, total, saved_columns) : 0;
+    if (grad_output) check(*grad_output, "grad_output", s.dtype, {time, s.batch, s.projected});
+    if (grad_h_n) check(*grad_h_n, "grad_h_n", s.dtype, {s.batch, s.projected});
+    if (grad_c_n && !c_0) fail("grad_c_n", "none", "a tensor");
+    if (grad_c_n) check(*grad_c_n, "grad_c_n", s.dtype, {s.batch, s.hidden});
+    const bool products = s.type != Type::bf16;
+    overwrite = overwrite && products && saved_columns && !weight_hr;
+    const int64_t columns = gradient_columns(s.kind, s.hidden, s.projected, weight_hr.has_value());
+    Tensor dgates = overwrite ? saved : make(s.type, {total, columns});
+    const auto make_if = [&](bool wants, int64_t size) {
+        return wants ? Optional(make(s.type, {total, size})) : std::nullopt;
+    };
+    Optional h_before = make_if(!products && wanted & hh_bit, s.projected);
+    Optional multiplied = make_if(wanted & (s.kind == Kind::gru_reset_before ? hh_bit : hr_bit), s.hidden);
+    const Gates gates = {s, schedule, dgates.const_data_ptr(), overwrite ? saved_stride : columns, columns, multiplied};
+    std::vector<Tensor> results = {make(s.type, {s.batch, s.projected})};
+    if (c_0) results.push_back(make(s.type, {s.batch, s.hidden}));
+    const uint8_t* reset_marks = check_resets(resets, time, s.batch);
+    active_kernels().backward({s.kind, s.type, s.hidden, s.projected, schedule.rows(reset_marks), thread_count(),
+                               poison, saved.const_data_ptr(), saved_stride, output.const_data_ptr(),
+                               h_0.const_data_ptr(), pointer(c_0), weight_hh.const_data_ptr(), pointer(weight_hr),
+                               pointer(grad_output), pointer(grad_h_n), pointer(grad_c_n),
+                               dgates.mutable_data_ptr(), gates.stride,
+                               h_before ? h_before->mutable_data_ptr() : nullptr,
+                               multiplied ? multiplied->mutable_data_ptr() : nullptr, results[0].mutable_data_ptr(),
+                               c_0 ? results[1].mutable_data_ptr() : nullptr});
+    if (wanted & input_bit) results.push_back(input_gradient(gates, weight_ih, time, lengths.has_value()));
+    if (!products)
+        for (const Optional& tensor : {Optional(dgates), h_before, multiplied})
+            results.push_back(tensor ? *tensor : make(s.type, {0}));
+    else if (wanted & weight_bits) add_weight_gradients(results, gates, input, output, h_0, reset_marks, wanted);
+    return results;
 }
 
 Tensor activate(const Tensor& x, bool hyperbolic) {
@@ -239,15 +267,9 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
         "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, bool reverse, "
         "bool save) -> Tensor[]");
     m.def(
-        "input_gradient(Tensor dgates, Tensor weight_ih, Tensor? lengths, int time, int batch, bool reverse) "
-        "-> Tensor");
-    m.def(
-        "weight_gradients(int kind, Tensor dgates, Tensor input, Tensor output, Tensor h_0, Tensor? lengths, "
-        "Tensor? resets, int hidden, bool reverse, bool want_ih, bool want_hh) -> (Tensor, Tensor, Tensor)");
-    m.def(
-        "backward(int kind, Tensor saved, Tensor output, Tensor h_0, Tensor? c_0, Tensor weight_hh, "
-        "Tensor? weight_hr, Tensor? lengths, Tensor? resets, bool reverse, Tensor? grad_output, Tensor? grad_h_n, "
-        "Tensor? grad_c_n, bool want_h_before) -> (Tensor, Tensor, Tensor, Tensor)");
+        "backward(int kind, Tensor(a!) saved, Tensor output, Tensor input, Tensor h_0, Tensor? c_0, Tensor weight_ih, "
+        "Tensor weight_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, bool reverse, Tensor? grad_output, "
+        "Tensor? grad_h_n, Tensor? grad_c_n, int wanted, bool overwrite) -> Tensor[]");
     m.def("activate(Tensor x, bool hyperbolic) -> Tensor");
     m.def("isa() -> str");
     m.def("isas() -> str");
@@ -259,8 +281,6 @@ STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CPU, m) {
     m.impl("places", TORCH_BOX(&tidegate::places));
     m.impl("forward", TORCH_BOX(&tidegate::forward));
     m.impl("backward", TORCH_BOX(&tidegate::backward));
-    m.impl("input_gradient", TORCH_BOX(&tidegate::input_gradient));
-    m.impl("weight_gradients", TORCH_BOX(&tidegate::weight_gradients));
     m.impl("activate", TORCH_BOX(&tidegate::activate));
 }
 

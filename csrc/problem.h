@@ -90,9 +90,11 @@ struct BackwardProblem {
     const void* grad_output;     // (T, B, P) or null
     const void* grad_h_n;        // (B, P) or null
     const void* grad_c_n;        // (B, H) or null
-    void* dgates;                // (N, dgates_stride); columns as each cell's header says
-    int64_t dgates_stride;
+    void* dgates;                // (N, dgates_stride); columns as each cell's header says. May be `saved`'s memory,
+    int64_t dgates_stride;       // but for an LSTM with a projection
     void* h_before;              // (N, P): the h that entered each step, or null if nobody asks
+    void* multiplied;            // (N, H): what W_hn multiplied, r h, where the reset comes before the product, or W_hr,
+                                 // o tanh(c'), in a projection; or null if nobody asks
     void* dh_0;                  // (B, P)
     void* dc_0;                  // (B, H), LSTM
 };
@@ -101,6 +103,7 @@ struct BackwardProblem {
 struct ProductProblem {
     Type type;
     int threads;
+    bool poison;
     int64_t count, depth, columns;
     const void* rows;
     int64_t stride;
@@ -119,11 +122,12 @@ struct OuterTarget {
 struct OuterProblem {
     Type type;                   // f32 or f64
     int threads;
+    bool poison;
     int64_t count;               // positions
     const void* d;
     int64_t stride, columns;     // of D
     int targets;
-    OuterTarget target[2];
+    OuterTarget target[3];
     void* sums;                  // (columns): the sums of D's columns
 };
 

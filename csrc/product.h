@@ -34,8 +34,8 @@ void run_product(const ProductProblem& p) {
     constexpr int wide = 2, lanes = width<A>;
     constexpr int64_t block = 48;   // rows that pass over a panel while it is in the nearest cache
     const int64_t stride = padded<A>(p.depth), blocks = ceil_div(p.count, block);
-    const Panels<A, wide> panels(ceil_div(p.columns, wide * lanes), p.depth, false);
-    const Buffer<A> copies(p.threads * block * stride, false);
+    const Panels<A, wide> panels(ceil_div(p.columns, wide * lanes), p.depth, p.poison);
+    const Buffer<A> copies(p.threads * block * stride, p.poison);
     auto body = [&](Crew& crew) {
         for (int64_t panel = crew.begin(panels.count); panel < crew.end(panels.count); ++panel)
             panels.pack_columns(panel, static_cast<const S*>(p.weight), p.columns);
@@ -63,27 +63,32 @@ void run_product(const ProductProblem& p) {
 template <class A>
 class Outer {
     static constexpr int wide = 2, lanes = width<A>, R = Tiles<A, wide>::max_rows;
+    static constexpr int parts = (R + lanes - 1) / lanes;   // vectors that hold a tile's row
     static constexpr int64_t block = 256;
 
 public:
     explicit Outer(const OuterProblem& p)
-        : p_(p), tiles_(ceil_div(p.columns, R)), d_(tiles_ * block * R, false), x_(panels_of(p) * block * wide * lanes, false) {}
+        : p_(p),
+          tiles_(ceil_div(p.columns, R)),
+          rows_(p.count < block ? p.count : block),
+          tile_stride_(padded<A>(rows_ * R + parts * lanes - R)),   // the last row is stored in whole vectors
+          panel_stride_(rows_ * wide * lanes),
+          d_(tiles_ * tile_stride_, p.poison),
+          sums_(tiles_ * parts * lanes, p.poison),
+          x_(all_panels(p) * panel_stride_, p.poison) {}
 
     void run(Crew& crew) const {
         for (int64_t first = 0; first < p_.count && !crew.dismissed(); first += block) {
             const int64_t size = p_.count - first < block ? p_.count - first : block;
-            for (int64_t tile = crew.begin(tiles_); tile < crew.end(tiles_); ++tile) pack_d(tile, first, size);
-            for (int i = 0; i < p_.targets; ++i) {
-                const OuterTarget& target = p_.target[i];
-                const int64_t panels = ceil_div(target.columns, wide * lanes);
-                for (int64_t panel = crew.begin(panels); panel < crew.end(panels); ++panel)
-                    pack_x(target, panel, first, size);
-                crew.wait();
-                for (int64_t panel = 0; panel < panels; ++panel)
-                    for (int64_t tile = crew.begin(tiles_); tile < crew.end(tiles_); ++tile)
-                        add(target, tile, panel, size, first == 0);
-                crew.wait();
-            }
+            pack_d(crew.begin(tiles_), crew.end(tiles_), first, size);
+            A* x = x_ + 0;
+            for (int i = 0; i < p_.targets; x += panels_of(p_.target[i++]) * panel_stride_)
+                pack_x(crew, p_.target[i], x, first, size);
+            crew.wait();
+            x = x_ + 0;
+            for (int i = 0; i < p_.targets; x += panels_of(p_.target[i++]) * panel_stride_)
+                add(crew, p_.target[i], x, size, first == 0);
+            crew.wait();
         }
     }
 
@@ -94,42 +99,63 @@ public:
     }
 
 private:
-    static int64_t panels_of(const OuterProblem& p) {
-        int64_t most = 0;
-        for (int i = 0; i < p.targets; ++i) most = p.target[i].columns > most ? p.target[i].columns : most;
-        return ceil_div(most, wide * lanes);
+    static int64_t panels_of(const OuterTarget& target) { return ceil_div(target.columns, wide * lanes); }
+    static int64_t all_panels(const OuterProblem& p) {
+        int64_t panels = 0;
+        for (int i = 0; i < p.targets; ++i) panels += panels_of(p.target[i]);
+        return panels;
     }
 
-    void pack_d(int64_t tile, int64_t first, int64_t size) const {
-        A* to = d_ + tile * block * R;
-        const int64_t column = tile * R, valid = p_.columns - column < R ? p_.columns - column : R;
-        const A* from = static_cast<const A*>(p_.d) + first * p_.stride + column;
-        A sums[R] = {};
-        for (int64_t n = 0; n < size; ++n, from += p_.stride, to += R)
-            for (int r = 0; r < R; ++r) {
-                to[r] = r < valid ? from[r] : 0;
-                sums[r] += to[r];
-            }
-        A* total = static_cast<A*>(p_.sums) + column;
-        for (int r = 0; r < valid; ++r) total[r] = first == 0 ? sums[r] : total[r] + sums[r];
+    // Row by row, because D's rows are long and lie apart; a vector that runs past its tile is overwritten by the next
+    // row's.
+    void pack_d(int64_t begin, int64_t end, int64_t first, int64_t size) const {
+        const A* from = static_cast<const A*>(p_.d) + first * p_.stride;
+        for (int64_t i = begin * parts * lanes; i < end * parts * lanes; i += lanes) store(sums_ + i, Vec<A>{});
+        for (int64_t n = 0; n < size; ++n, from += p_.stride)
+            for (int64_t tile = begin; tile < end; ++tile)
+                for (int part = 0; part < parts; ++part) {
+                    const int64_t column = tile * R + part * lanes;
+                    const Vec<A> values = column < p_.columns ? load(from + column, p_.columns - column) : Vec<A>{};
+                    A* sums = sums_ + (tile * parts + part) * lanes;
+                    store(d_ + tile * tile_stride_ + n * R + part * lanes, values);
+                    store(sums, load(sums) + values);
+                }
+        for (int64_t tile = begin; tile < end; ++tile) {
+            const int64_t column = tile * R;
+            A* total = static_cast<A*>(p_.sums) + column;
+            const A* sums = sums_ + tile * parts * lanes;
+            for (int r = 0; r < R && column + r < p_.columns; ++r) total[r] = first == 0 ? sums[r] : total[r] + sums[r];
+        }
     }
 
-    void pack_x(const OuterTarget& target, int64_t panel, int64_t first, int64_t size) const {
-        A* to = x_ + panel * block * wide * lanes;
-        for (int64_t n = 0; n < size; ++n) {
-            const A* row = static_cast<const A*>(target.rows[first + n]);
-            for (int c = 0; c < wide; ++c, to += lanes) {
-                const int64_t column = (panel * wide + c) * lanes;
-                store(to, row && column < target.columns ? load(row + column, target.columns - column) : Vec<A>{});
+    void pack_x(const Crew& crew, const OuterTarget& target, A* x, int64_t first, int64_t size) const {
+        const int64_t panels = panels_of(target);
+        for (int64_t panel = crew.begin(panels); panel < crew.end(panels); ++panel) {
+            A* to = x + panel * panel_stride_;
+            for (int64_t n = 0; n < size; ++n) {
+                const A* row = static_cast<const A*>(target.rows[first + n]);
+                for (int c = 0; c < wide; ++c, to += lanes) {
+                    const int64_t column = (panel * wide + c) * lanes;
+                    store(to, row && column < target.columns ? load(row + column, target.columns - column) : Vec<A>{});
+                }
             }
         }
     }
 
-    void add(const OuterTarget& target, int64_t tile, int64_t panel, int64_t size, bool fresh) const {
+    // The tiles that hold rows of the target are shared out evenly: those before its gap and those after it.
+    void add(const Crew& crew, const OuterTarget& target, const A* x, int64_t size, bool fresh) const {
+        const int64_t before = ceil_div(target.skip_first, R), gap_end = target.skip_last / R;
+        const int64_t after = target.skip_last >= p_.columns ? tiles_ : gap_end > before ? gap_end : before;
+        const int64_t count = before + tiles_ - after, panels = panels_of(target);
+        for (int64_t panel = 0; panel < panels; ++panel, x += panel_stride_)
+            for (int64_t i = crew.begin(count); i < crew.end(count); ++i)
+                add(target, i < before ? i : after + i - before, panel, x, size, fresh);
+    }
+
+    void add(const OuterTarget& target, int64_t tile, int64_t panel, const A* x, int64_t size, bool fresh) const {
         const int64_t column = tile * R;
-        if (column >= target.skip_first && column + R <= target.skip_last) return;
         alignas(64) A sums[R * wide * lanes];
-        multiply_block(d_ + tile * block * R, x_ + panel * block * wide * lanes, size, sums);
+        multiply_block(d_ + tile * tile_stride_, x, size, sums);
         for (int r = 0; r < R && column + r < p_.columns; ++r) {
             if (column + r >= target.skip_first && column + r < target.skip_last) continue;
             const int64_t row = column + r < target.skip_first ? column + r
@@ -168,8 +194,8 @@ private:
     }
 
     const OuterProblem& p_;
-    const int64_t tiles_;
-    const Buffer<A> d_, x_;
+    const int64_t tiles_, rows_, tile_stride_, panel_stride_;   // rows_: positions of a block
+    const Buffer<A> d_, sums_, x_;
 };
 
 template <class A>

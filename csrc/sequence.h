@@ -82,10 +82,11 @@ struct Sharing {
     int64_t chunk_steps;   // whose inputs are multiplied at a time
 };
 
-// row_flops: of one row's step, two for every weight.
-inline Sharing share_out(const Rows& rows, double row_flops, int64_t panels, int max_threads) {
-    // Below this many flops, or weights read, a thread costs more to wake, or to meet at a barrier, than it brings.
-    constexpr double wake_flops = 1.5e6, wake_weights = 1.25e5, barrier_flops = 8e4;
+// row_flops: of one row's step, two for every weight. barrier_flops: of a step, below which a thread costs more to meet
+// at a barrier than it brings.
+inline Sharing share_out(const Rows& rows, double row_flops, double barrier_flops, int64_t panels, int max_threads) {
+    // Below this many flops, or weights read, a thread costs more to wake than it brings.
+    constexpr double wake_flops = 1.5e6, wake_weights = 1.25e5;
     constexpr int64_t rows_worth_a_team = 8;
     const double total = row_flops * static_cast<double>(rows.total);
     const int64_t most = rows.steps > 0 ? rows.live[0] : 1;   // rows at once
@@ -138,9 +139,10 @@ inline void prepare(const Cell& cell, const Crew& all, const BackwardProblem&) {
 }
 
 template <class Cell, class Problem, class Loop>
-inline void run_cell(const Problem& problem, Loop loop) {
+inline void run_cell(const Problem& problem, double barrier_flops, Loop loop) {
     const Rows& rows = problem.rows;
-    const Sharing sharing = share_out(rows, Cell::row_flops(problem), Cell::panels_of(problem), problem.threads);
+    const Sharing sharing =
+        share_out(rows, Cell::row_flops(problem), barrier_flops, Cell::panels_of(problem), problem.threads);
     const Cell cell(problem, sharing);
     Buffer<LiveRow> lists(sharing.threads * rows.batch, false);
     auto body = [&](Crew& all, Team& team) {
@@ -154,7 +156,8 @@ inline void run_cell(const Problem& problem, Loop loop) {
 
 template <class Cell>
 inline void run_forward(const ForwardProblem& problem) {
-    run_cell<Cell>(problem, [](const Cell& cell, Team& team, Share& share, int64_t steps) {
+    // About half of a step's flops are the input's, which are multiplied by chunks of steps and not between barriers.
+    run_cell<Cell>(problem, 8e4, [](const Cell& cell, Team& team, Share& share, int64_t steps) {
         int64_t slot = 0, chunk_end = 0;
         for (int64_t step = 0; step < steps && share.live(step) > 0; ++step) {
             if (step == chunk_end) {
@@ -181,7 +184,7 @@ inline int64_t pack_weights(const ForwardProblem& problem) {
 
 template <class Cell>
 inline void run_backward(const BackwardProblem& problem) {
-    run_cell<Cell>(problem, [](const Cell& cell, Team& team, Share& share, int64_t steps) {
+    run_cell<Cell>(problem, 4e4, [](const Cell& cell, Team& team, Share& share, int64_t steps) {
         for (int64_t step = steps - 1; step >= 0; --step) {
             if (share.live(step) == 0) continue;
             share.enter(step);

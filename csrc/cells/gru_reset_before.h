@@ -166,6 +166,7 @@ private:
         const V r = load(this->saved(row.position) + unit, valid);
         const V h = this->h_before(row, unit, valid);
         const V dr = dreset_h * h * r * (1 - r);
+        if (p_.multiplied) store(static_cast<S*>(p_.multiplied) + row.position * hidden_ + unit, r * h, valid);
         S* to = this->dgates(row) + unit;
         store(carry_ + own, load(carry_ + own, valid) + dreset_h * r, valid);
         A* flow = flow_rz_ + row.rank * rz_stride_ + unit;

@@ -200,6 +200,7 @@ private:
         const V df = dc * c_before(row, unit, valid) * f * (1 - f);
         const V dg = dc * i * (1 - g * g);
         const V d_o = dm * tanh_c * o * (1 - o);
+        if (p_.multiplied) store(static_cast<S*>(p_.multiplied) + row.position * hidden_ + unit, o * tanh_c, valid);
         store(carry(row) + unit, dc * f, valid);
         write(flow_[step & 1] + row.rank * flow_stride_ + unit, valid, di, df, dg, d_o);
         write(this->dgates(row) + unit, valid, di, df, dg, d_o);

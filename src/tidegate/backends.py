@@ -21,6 +21,7 @@ from tidegate.errors import UnsupportedError
 from tidegate.kernels import aten, cpu
 
 Gradients = tuple["Tensor | None", ...]
+Backward = Callable[[Call, Tensor, Tensor, "Tensor | None", Gradients, "tuple[bool, ...]", bool], Gradients]
 T = TypeVar("T", Tensor, "Tensor | None")
 
 
@@ -34,8 +35,8 @@ class Backend:
         unsupported_reasons: reasons why it cannot run a call; pure, never raises. It alone steers the choice.
         forward: `(call, save) -> (output, *final states, saved)`, not recording autograd; `saved` is one tensor for
             `backward`, of shape `saved_shape(call)`, empty where `save` is False.
-        backward: `(call, output, saved, grad_output, grad_states, needs) -> gradients`, in the order of
-            `Call.tensors`, None where `needs` is False.
+        backward: `(call, output, saved, grad_output, grad_states, needs, overwrite) -> gradients`, in the order of
+            `Call.tensors`, None where `needs` is False. Where `overwrite`, nobody reads `saved` afterwards.
         saved_shape: from shapes alone.
         checks: it refuses by itself what `checks.check` would, so that a plain call need not be looked at twice.
         prepare_step: `one-step calls of a stack of layers -> step(input (B, I), *states (L, B, .)) -> output`, the
@@ -55,7 +56,7 @@ class Backend:
     availability: Callable[[], list[str]] = list
     composite: Callable[[Call], tuple[Tensor, ...]] | None = None
     forward: Callable[[Call, bool], tuple[Tensor, ...]] | None = None
-    backward: Callable[[Call, Tensor, Tensor, Tensor | None, Gradients, tuple[bool, ...]], Gradients] | None = None
+    backward: Backward | None = None
     saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
     prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
     short_step: Callable[[Cell, Any, Tensor, Any, Sequence[Any], int], Sequence[Tensor]] | None = None
@@ -231,10 +232,11 @@ def run_backward(
     grad_output: Tensor | None,
     grad_states: Gradients,
     needs: tuple[bool, ...],
+    overwrite: bool = False,
 ) -> Gradients:
     """`Backend.backward`, or its stand-in for a composite backend: the forward again, this time recorded."""
     if backend.backward is not None:
-        return backend.backward(call, output, saved, grad_output, grad_states, needs)
+        return backend.backward(call, output, saved, grad_output, grad_states, needs, overwrite)
     assert backend.composite is not None
     with dispatch.recording():
         recorded, wanted = detached(call, needs)

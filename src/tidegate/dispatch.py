@@ -17,6 +17,8 @@ from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # py
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+_autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
+
 
 def is_traced() -> bool:
     """A compiler, an exporter or a dispatch mode is looking: it must see one operator, not what is inside."""
@@ -48,6 +50,16 @@ def is_bare() -> bool:
 def is_forward_mode() -> bool:
     """Tensors may carry tangents."""
     return forward_ad._current_level >= 0
+
+
+def keeps_graph() -> bool:
+    """Inside a backward: the graph may be gone through again, so what it saved must stay as it is."""
+    return _autograd._get_current_graph_task_keep_graph()
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Someone is handed what autograd saves, and may look at it at any time."""
+    return _autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def is_per_example(weights: Iterable[Tensor | None]) -> bool:

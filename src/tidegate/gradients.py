@@ -14,14 +14,16 @@ from tidegate.cells import Call, Cell
 
 
 class Recurrence(torch.autograd.Function):
-    """`apply(cell, backend, *signature.arguments(call)) -> (output, *final states, saved)`."""
+    """`apply(cell, backend, returns_saved, *signature.arguments(call)) -> (output, *final states[, saved])`."""
 
     @staticmethod
-    def forward(ctx: Any, cell: Cell, backend: backends.Backend, *arguments: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, cell: Cell, backend: backends.Backend, returns_saved: bool, *arguments: Any
+    ) -> tuple[Tensor, ...]:
         call, _ = signature.read(cell, arguments)
         count = signature.tensor_count(cell)
-        ctx.needs = tuple(ctx.needs_input_grad[2 : 2 + count])
-        ctx.graph = None
+        ctx.needs = tuple(ctx.needs_input_grad[3 : 3 + count])
+        ctx.graph = ctx.kept_at = None
         if not dispatch.is_plain():
             operator = signature.forward_operator(cell)
             results = dispatch.below_autograd(operator, *arguments, backend.name, True)
@@ -34,26 +36,39 @@ class Recurrence(torch.autograd.Function):
             results = (*(output.detach() for output in outputs), call.input.new_empty(0))
         else:
             results = backends.run_forward(backend, call, save=True)
+            if not returns_saved and not dispatch.has_saved_tensor_hooks():
+                ctx.kept_at = results[-1].data_ptr()
         ctx.save_for_backward(*call.tensors, call.lengths, call.resets, results[0], results[-1])
-        ctx.mark_non_differentiable(results[-1])
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.backend, ctx.constants = cell, backend, arguments[count + 2 :]
+        if not returns_saved:
+            return results[:-1]
+        ctx.mark_non_differentiable(results[-1])
         return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         graph: Any = ctx.graph
         ctx.graph = None
-        gradients = gradients[:-1]
+        gradients = gradients[: 1 + len(ctx.cell.states)]
         if graph is not None and not torch.is_grad_enabled():
             outputs, wanted = graph
             found = backends.graph_gradients(outputs, wanted, gradients, ctx.needs)
+        elif dispatch.is_plain() and not torch.is_grad_enabled():
+            *inputs, output, saved = ctx.saved_tensors
+            call, _ = signature.read(ctx.cell, (*inputs, *ctx.constants))
+            # Nobody sees it again: it is what the forward made, not what a hook unpacked, and the graph is used up.
+            overwrite = saved.data_ptr() == ctx.kept_at and not dispatch.keeps_graph()
+            grad_output, *grad_states = gradients
+            found = backends.run_backward(
+                ctx.backend, call, output, saved, grad_output, tuple(grad_states), ctx.needs, overwrite
+            )
         else:
             *inputs, output, saved = ctx.saved_tensors
             rest = (ctx.backend.name, output, saved, *gradients, list(ctx.needs))
             found = signature.backward_operator(ctx.cell)(*inputs, *ctx.constants, *rest)
             found = tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
-        return (None, None, *found, *(None,) * (2 + len(ctx.constants)))
+        return (None, None, None, *found, *(None,) * (2 + len(ctx.constants)))
 
 
 class Gradient(torch.autograd.Function):

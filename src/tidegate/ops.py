@@ -44,7 +44,7 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     if backend is backends.REFERENCE:
         return reference.forward(call)
     if torch.is_grad_enabled() and _any_requires_grad(call):
-        return gradients.Recurrence.apply(call.cell, backend, *signature.arguments(call))[:-1]
+        return gradients.Recurrence.apply(call.cell, backend, False, *signature.arguments(call))
     return backends.run_forward(backend, call, save=False)[:-1]
 
 
@@ -137,7 +137,7 @@ class _Operators:
             check(call)
             # The backward must be the same backend's: a graph that has one fixes the backend when it is traced.
             backend = backends.select(call, name)
-            return dispatch.apply(gradients.Recurrence, self.cell, backend, *signature.arguments(call))
+            return dispatch.apply(gradients.Recurrence, self.cell, backend, True, *signature.arguments(call))
         if dispatch.is_plain():
             return self.forward(*arguments)
         return dispatch.below_autograd(signature.forward_operator(self.cell), *arguments)

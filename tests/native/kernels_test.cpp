@@ -109,6 +109,19 @@ struct Results {
     std::vector<Values> tensors;
 };
 
+// Whether a second recurrent matrix multiplied something of its own: r h, or o tanh(c).
+bool multiplies_twice(const Recurrence& r) { return r.projects || r.kind == Kind::gru_reset_before; }
+
+Values multiplied_by_definition(const Recurrence& r, const Values& saved, const Values& h_before, int64_t total) {
+    Values result(multiplies_twice(r) ? total * r.hidden : 0);
+    for (size_t i = 0; i < result.size(); ++i) {
+        const int64_t n = i / r.hidden, k = i % r.hidden, row = n * saved_gates(r.kind) * r.hidden + k;
+        result[i] = r.projects ? saved[row + 3 * r.hidden] * std::tanh(saved[row + 4 * r.hidden])
+                               : saved[row] * h_before[i];
+    }
+    return result;
+}
+
 Results run(const Recurrence& r, Type type, const Schedule& schedule, int threads, bool inference) {
     const auto stored = [&](const Values& values) { return Stored(type, values); };
     Stored input = stored(r.input), h_0 = stored(r.h_0), c_0 = stored(r.c_0), weight_ih = stored(r.weight_ih),
@@ -128,11 +141,14 @@ Results run(const Recurrence& r, Type type, const Schedule& schedule, int thread
     if (inference) return {{output.values(), h_n.values(), c_n.values()}};
     const int64_t columns = r.gradient_columns();
     Stored dgates(type, total * columns), h_before(type, total * r.projected), dh_0(type, r.h_0.size()),
-        dc_0(type, r.c_0.size());
-    kernels.backward({r.kind, type, r.hidden, r.projected, schedule.rows(resets), threads, true, saved.data(), kept,
-                      output.data(), h_0.data(), c_0.data(), weight_hh.data(), weight_hr.data(), grad_output.data(),
-                      grad_h_n.data(), grad_c_n.data(), dgates.data(), columns, h_before.data(), dh_0.data(),
-                      dc_0.data()});
+        dc_0(type, r.c_0.size()), multiplied(type, multiplies_twice(r) ? total * r.hidden : 0);
+    const auto backward = [&](void* to, int64_t stride) {
+        kernels.backward({r.kind, type, r.hidden, r.projected, schedule.rows(resets), threads, true, saved.data(),
+                          kept, output.data(), h_0.data(), c_0.data(), weight_hh.data(), weight_hr.data(),
+                          grad_output.data(), grad_h_n.data(), grad_c_n.data(), to, stride, h_before.data(),
+                          multiplied.data(), dh_0.data(), dc_0.data()});
+    };
+    backward(dgates.data(), columns);
     Results results{{output.values(), h_n.values(), c_n.values(), dgates.values(), h_before.values(), dh_0.values(),
                      dc_0.values()}};
 
@@ -142,26 +158,40 @@ Results run(const Recurrence& r, Type type, const Schedule& schedule, int thread
     Stored dinput(type, r.input.size());
     if (total < r.time * r.batch) dinput.clear();
     const int64_t gates = r.gates() * r.hidden;
-    kernels.product({type, threads, total, gates, r.input_size, dgates.data(), columns, weight_ih.data(),
+    kernels.product({type, threads, true, total, gates, r.input_size, dgates.data(), columns, weight_ih.data(),
                      places.data(), dinput.data()});
     results.tensors.push_back(dinput.values());
+    results.tensors.push_back(multiplied.values());
+    results.tensors.push_back(multiplied_by_definition(r, saved.values(), h_before.values(), total));
+    results.tensors.push_back(dgates.values());
+    if (kept > 0 && !r.projects) {   // once more, over what the forward kept
+        backward(saved.data(), kept);
+        const Values over = saved.values();
+        for (int64_t n = 0; n < total; ++n)
+            for (int64_t k = 0; k < columns; ++k) results.tensors.back()[n * columns + k] = over[n * kept + k];
+    }
     if (type == Type::bf16) return results;
-    Stored grad_ih(type, gates * r.input_size), grad_hh(type, gates * r.projected), sums(type, columns);
+    Stored grad_ih(type, gates * r.input_size), grad_hh(type, gates * r.projected), sums(type, columns),
+        grad_hr(type, r.projects ? r.projected * r.hidden : 0);
     if (total == 0)
-        for (Stored* tensor : {&grad_ih, &grad_hh, &sums}) tensor->clear();   // as the operator does
-    std::vector<const void*> x_rows(total), h_rows(total);
+        for (Stored* tensor : {&grad_ih, &grad_hh, &sums, &grad_hr}) tensor->clear();   // as the operator does
+    std::vector<const void*> x_rows(total), h_rows(total), multiplied_rows(total);
     const int64_t element = static_cast<int64_t>(input.size());
     schedule.input_rows(static_cast<const char*>(input.data()), r.batch * r.input_size * element,
                         r.input_size * element, x_rows.data());
     schedule.h_rows(static_cast<const char*>(output.data()), static_cast<const char*>(h_0.data()),
                     r.projected * element, resets, h_rows.data());
-    const bool own_n = r.kind == Kind::gru;
-    kernels.outer({type, threads, total, dgates.data(), columns, columns, 2,
+    for (int64_t n = 0; n < total && multiplies_twice(r); ++n)
+        multiplied_rows[n] = static_cast<char*>(multiplied.data()) + n * r.hidden * element;
+    const int64_t gap = r.gates() == 3 ? 2 * r.hidden : gates;   // where h's side of a GRU's n gate lies elsewhere
+    void* const last = r.projects ? grad_hr.data()
+                                  : static_cast<char*>(grad_hh.data()) + gap * r.projected * element;
+    kernels.outer({type, threads, true, total, dgates.data(), columns, columns, multiplies_twice(r) ? 3 : 2,
                    {{x_rows.data(), r.input_size, gates, columns, grad_ih.data()},
-                    {h_rows.data(), r.projected, own_n ? 2 * r.hidden : gates, own_n ? 3 * r.hidden : columns,
-                     grad_hh.data()}},
+                    {h_rows.data(), r.projected, gap, r.kind == Kind::gru ? 3 * r.hidden : columns, grad_hh.data()},
+                    {multiplied_rows.data(), r.hidden, 0, gap, last}},
                    sums.data()});
-    for (Stored* tensor : {&grad_ih, &grad_hh, &sums}) results.tensors.push_back(tensor->values());
+    for (Stored* tensor : {&grad_ih, &grad_hh, &sums, &grad_hr}) results.tensors.push_back(tensor->values());
     return results;
 }
 
@@ -196,7 +226,8 @@ void check(const std::string& name, const Recurrence& r, Type type, const Schedu
         compare(name + " gradients", {got / size}, {along.loss.slope / size}, allowed);
     }
     Values h_right(total * r.projected), dinput_right(r.input.size()), ih(r.gates() * r.hidden * r.input_size),
-        hh(r.gates() * r.hidden * r.projected), sums(columns);
+        hh(r.gates() * r.hidden * r.projected), sums(columns), hr(r.projects ? r.projected * r.hidden : 0);
+    const Values& multiplied = results.tensors[9];
     const int64_t gates = r.gates() * r.hidden;
     const Values& entered = right.entered;
     for (int64_t n = 0; n < total; ++n) {
@@ -212,16 +243,22 @@ void check(const std::string& name, const Recurrence& r, Type type, const Schedu
             // A GRU's n gate takes the gradient of h's side.
             const bool own_n = r.kind == Kind::gru;
             const int64_t row = own_n && g >= 3 * r.hidden ? g - r.hidden : own_n && g >= 2 * r.hidden ? gates : g;
+            const bool reset = r.kind == Kind::gru_reset_before && g >= 2 * r.hidden;
             for (int64_t k = 0; row < gates && k < r.projected; ++k)
-                hh[row * r.projected + k] += d * entered[place * r.projected + k];
+                hh[row * r.projected + k] += d * (reset ? multiplied[n * r.hidden + k] : entered[place * r.projected + k]);
+            for (int64_t k = 0; g >= gates && k < r.hidden && r.projects; ++k)
+                hr[(g - gates) * r.hidden + k] += d * multiplied[n * r.hidden + k];
         }
     }
     compare(name + " h_before", h_before, h_right, allowed);
     compare(name + " dinput", dinput, dinput_right, allowed);
+    compare(name + " multiplied", results.tensors[8], multiplied, allowed);
+    compare(name + " in place", results.tensors[10], dgates, 0);
     if (type == Type::bf16) return;
-    compare(name + " dweight_ih", results.tensors[8], ih, allowed);
-    compare(name + " dweight_hh", results.tensors[9], hh, allowed);
-    compare(name + " sums", results.tensors[10], sums, allowed);
+    compare(name + " dweight_ih", results.tensors[11], ih, allowed);
+    compare(name + " dweight_hh", results.tensors[12], hh, allowed);
+    compare(name + " sums", results.tensors[13], sums, allowed);
+    compare(name + " dweight_hr", results.tensors[14], hr, allowed);
 }
 
 void check_shape(const Shape& shape, Kind kind, Type type, int most_threads) {

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CPU backend: calls the operators of csrc/ and does the large products around them with torch.
+"""The compiled CPU backend: calls the operators of csrc/, one forward and one backward.
 
-The recurrent product, its pointwise part and the time loop are compiled; the input's product before the loop and the
-weights' gradients after it are torch's. With `lengths`, only the valid rows of the input take part: they are gathered
-into (N, I), N valid steps in all, and everything between is in that packed form.
+Only the weights' gradients in bfloat16 are torch's. With `lengths`, only the valid steps take part, N in all: what is
+kept between the forward and the backward is in that packed form.
 
 Letters as in cells.py. The kept tensor has a row a step and batch row: r z n (W_hn h + b_hn) for a GRU, i f g o c for
 an LSTM; an RNN's backward needs no more than its output.
@@ -27,6 +26,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 _SAVED_GATES = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 5, "gru": 4, "gru_reset_before": 3}
 
+_WANTED = {"input": 1, "weight_ih": 2, "weight_hh": 4, "bias_ih": 8, "bias_hh": 16, "weight_hr": 32}
 # Each kind by its cell and its options' values.
 _KIND_OF = {
     (cell.name, *(cell.default_options | options).values()): kind
@@ -147,80 +147,55 @@ def backward(
     grad_output: Tensor | None,
     grad_states: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
+    overwrite: bool = False,
 ) -> Gradients:
-    """The gradients of `Call.tensors`, in that order, None where not needed."""
-    kind, weights = _kind(call), call.weights
+    """The gradients of `Call.tensors`, in that order, None where not needed. With `overwrite`, `saved` may be lost."""
+    weights = call.weights
     need = dict(zip(("input", *call.cell.states, *weights), needs, strict=True))
     h_0, c_0 = (*call.states, None)[:2]
     grad_h_n, grad_c_n = (*grad_states, None)[:2]
     lengths, resets = _on_cpu(call)
-    ours = kind != "gru_reset_before" and call.input.dtype != torch.bfloat16  # weight_hh's product
-    dgates, h_before, dh_0, dc_0 = operators().backward.default(
-        _KINDS[kind], saved, output, h_0, c_0, weights["weight_hh"], weights.get("weight_hr"), lengths,
-        resets, call.reverse, grad_output, grad_h_n, grad_c_n, need["weight_hh"] and not ours,
+    wanted = [name for name in _WANTED if need.get(name)]
+    found = operators().backward.default(
+        _KINDS[_kind(call)], saved, output, call.input, h_0, c_0, weights["weight_ih"], weights["weight_hh"],
+        weights.get("weight_hr"), lengths, resets, call.reverse, grad_output, grad_h_n, grad_c_n,
+        sum(_WANTED[name] for name in wanted), overwrite,
     )  # fmt: skip
-    grads: dict[str, Tensor | None] = {"h": dh_0, "c": dc_0}
-    if need["input"]:
-        steps, batch = call.input.shape[:2]
-        grads["input"] = operators().input_gradient.default(
-            dgates, weights["weight_ih"], lengths, steps, batch, call.reverse
-        )
-    if any(need[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
-        if call.input.dtype == torch.bfloat16:
-            grad_ih, grad_hh, sums = _bfloat16_products(call, dgates, h_before, lengths, need)
-        else:
-            grad_ih, grad_hh, sums = operators().weight_gradients.default(
-                _KINDS[kind], dgates, call.input, output, h_0, lengths, resets, call.hidden_size,
-                call.reverse, need["weight_ih"], need["weight_hh"] and ours,
-            )  # fmt: skip
-        if need["weight_hh"] and kind == "gru_reset_before":
-            grad_hh = _reset_before_product(call, saved, dgates, h_before)
-        grads["weight_ih"], grads["weight_hh"] = grad_ih, grad_hh
-        grads["bias_ih"], grads["bias_hh"] = _grad_biases(call, kind, sums)
-    if need.get("weight_hr"):
-        grads["weight_hr"] = _grad_weight_hr(call, saved, dgates)
+    if call.input.dtype == torch.bfloat16:
+        *found, dgates, h_before, multiplied = found
+        products = _bfloat16_products(call, dgates, h_before, multiplied, lengths, need)
+        found += [products[name] for name in wanted if name != "input"]
+    grads = dict(zip((*call.cell.states, *wanted), found, strict=True))
     return tuple(grads[name] if needed else None for name, needed in need.items())
 
 
-def _grad_biases(call: Call, kind: str, sums: Tensor) -> tuple[Tensor, Tensor]:
-    hidden_size, columns = call.hidden_size, call.hidden_size * len(call.cell.gates)
-    # Two tensors, so that accumulating into one bias' gradient does not change the other's.
-    grad_ih = sums[:columns].clone()
-    if kind == "gru":
-        return grad_ih, torch.cat((sums[: 2 * hidden_size], sums[columns:]))
-    return grad_ih, grad_ih.clone()
-
-
 def _bfloat16_products(
-    call: Call, dgates: Tensor, h_before: Tensor, lengths: Tensor | None, need: dict[str, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    call: Call, dgates: Tensor, h_before: Tensor, multiplied: Tensor, lengths: Tensor | None, need: dict[str, bool]
+) -> dict[str, Tensor]:
     """torch's, which use the matrix instructions for bfloat16 where there are any."""
     hidden_size, columns = call.hidden_size, call.hidden_size * len(call.cell.gates)
-    grad_ih = grad_hh = None
+    x_side = h_side = dgates[:, :columns]
+    if _kind(call) == "gru":  # the n gate has its own gradient on h's side
+        h_side = torch.cat((dgates[:, : 2 * hidden_size], dgates[:, columns:]), 1)
+    grads: dict[str, Tensor] = {}
     if need["weight_ih"]:
         steps, batch, input_size = call.input.shape
         x = call.input.reshape(steps * batch, input_size)
         if lengths is not None:
             x = x.index_select(0, operators().places.default(lengths, steps, call.reverse))
-        grad_ih = dgates[:, :columns].t() @ x
-    if need["weight_hh"] and h_before.shape[0] == dgates.shape[0]:
-        grad_hh = dgates[:, :columns].t() @ h_before
-        if dgates.shape[1] > columns and call.cell.name == "gru":
-            grad_hh[2 * hidden_size :] = dgates[:, columns:].t() @ h_before
-    return grad_ih, grad_hh, dgates.sum(0)
-
-
-def _reset_before_product(call: Call, saved: Tensor, dgates: Tensor, h_before: Tensor) -> Tensor:
-    hidden_size = call.hidden_size
-    reset_h = saved[: h_before.shape[0], :hidden_size] * h_before  # (N, H)
-    return torch.cat((dgates[:, : 2 * hidden_size].t() @ h_before, dgates[:, 2 * hidden_size :].t() @ reset_h))
-
-
-def _grad_weight_hr(call: Call, saved: Tensor, dgates: Tensor) -> Tensor:
-    hidden_size = call.hidden_size
-    kept = saved[: dgates.shape[0]]
-    before_projection = kept[:, 3 * hidden_size : 4 * hidden_size] * kept[:, 4 * hidden_size :].tanh()  # (N, H)
-    return dgates[:, 4 * hidden_size :].t() @ before_projection
+        grads["weight_ih"] = x_side.t() @ x
+    if need["weight_hh"] and _kind(call) == "gru_reset_before":
+        halves = (h_side[:, : 2 * hidden_size].t() @ h_before, h_side[:, 2 * hidden_size :].t() @ multiplied)
+        grads["weight_hh"] = torch.cat(halves)
+    elif need["weight_hh"]:
+        grads["weight_hh"] = h_side.t() @ h_before
+    if need["bias_ih"]:
+        grads["bias_ih"] = x_side.sum(0)
+    if need["bias_hh"]:
+        grads["bias_hh"] = h_side.sum(0)
+    if need.get("weight_hr"):
+        grads["weight_hr"] = dgates[:, columns:].t() @ multiplied
+    return grads
 
 
 def prepare_step(calls: Sequence[Call]) -> Callable[..., Tensor]:
