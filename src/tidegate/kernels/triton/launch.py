@@ -245,7 +245,7 @@ def run_pointwise(call: Call, x: Tensor, before: tuple[Tensor, ...], keep: bool)
     name = plan.kind_of(call)
     kind = KINDS[name]
     rows, hidden_size = before[0].shape
-    config = plan.Config(min(16, 1 << (rows - 1).bit_length()), 256, 1, 4, 1)
+    config = plan.STEP
     grid = (_tiles(rows, config.block_b), _tiles(hidden_size, config.block_n))
     constants = {
         "ACC": _ACC.get(x.dtype, tl.float32), "BLOCK_B": config.block_b, "BLOCK_N": config.block_n,

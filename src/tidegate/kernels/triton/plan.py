@@ -44,6 +44,9 @@ class Config:
     programs: int = 1
 
 
+STEP = Config(4, 256, 1, 4, 1)  # of one step's pointwise kernel, for any number of rows
+
+
 @dataclass(frozen=True)
 class Device:
     """What a plan has to know of where it runs."""
@@ -178,13 +181,12 @@ def choose(size: Size, device: Device, backward: bool = False) -> Plan:
 
 def config(kernel: str, size: Size, device: Device) -> Config:
     """The block sizes of a kernel that has no reasons against the call."""
-    rows = min(_power(size.batch), 16)
     if device.interpreted:
         # As small as a product may be, so that small tests have several chunks and edges; persistent as one program.
         whole = _power(size.hidden_size) if kernel in ("resident", "persistent") else 16
         return Config(16, whole, 16, 4, 1, 2 if kernel == "per_step" else 1)
     if kernel == "step":
-        return Config(rows, 256, 1, 4, 1)
+        return STEP
     # These keep ptxas, on sm_90, from spilling more than a few registers; what is fastest is to be measured.
     exact = size.dtype is torch.float32 and precision(size.dtype) == "ieee"
     wide = size.dtype.itemsize > 2
