@@ -61,7 +61,8 @@ def grads_for(call: Call) -> tuple[Tensor, ...]:
     """Gradients that arrive at the output and the final states."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((call.input.shape[0], *call.states[0].shape), *(state.shape for state in call.states))
-    return tuple(torch.randn(*size, generator=generator, dtype=torch.float64).to(call.input.dtype) for size in sizes)
+    drawn = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes)
+    return tuple(grad.to(call.input.device, call.input.dtype) for grad in drawn)
 
 
 def expected(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

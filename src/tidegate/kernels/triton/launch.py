@@ -65,17 +65,17 @@ def _properties(index: int) -> plan.Device:
     return plan.Device(False, properties.multi_processor_count, (properties.major, properties.minor))
 
 
-def device_of(call: Call) -> plan.Device:
-    """What a plan has to know of the call's device."""
+def device_on(device: torch.device) -> plan.Device:
+    """What a plan has to know of a device."""
     if INTERPRETED:
         return plan.Device(True)
-    index: Any = call.input.device.index
+    index: Any = device.index
     return _properties(torch.cuda.current_device() if index is None else index)
 
 
 def plan_of(call: Call, backward: bool = False) -> plan.Plan:
     """The kernel that would run `call` or its gradient, its block sizes, and the other kernels' reasons."""
-    return plan.choose(plan.size_of(call), device_of(call), backward)
+    return plan.choose(plan.size_of(call), device_on(call.input.device), backward)
 
 
 @contextlib.contextmanager
