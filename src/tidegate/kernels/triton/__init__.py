@@ -46,13 +46,18 @@ def _missing() -> str | None:
     return None
 
 
+@cache
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
 def availability() -> list[str]:
     """Why this machine cannot run the kernels at all; empty if it can."""
     reasons: list[str] = []
     missing = _missing()
     if missing:
         reasons.append(missing)
-    if not is_interpreted() and not torch.cuda.is_available():
+    if not is_interpreted() and not _has_cuda():
         reasons.append("no CUDA device")
     return reasons
 
@@ -80,8 +85,11 @@ def unsupported_reasons(call: Call) -> list[str]:
             reasons.append(f"{name} is {tensor.layout}")
         elif tensor.dtype is not dtype or tensor.device != input.device:
             reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, unlike input")
-    if input.shape[0] * input.shape[1] * call.hidden_size >= 2**31:
+    # Offsets within a step and within a weight are 32-bit.
+    if max(2, input.shape[0]) * input.shape[1] * call.hidden_size >= 2**31:
         reasons.append("T*B*hidden_size is 2**31 or more")
+    if len(call.cell.gates) * call.hidden_size**2 >= 2**31:
+        reasons.append("weight_hh has 2**31 entries or more")
     return reasons
 
 

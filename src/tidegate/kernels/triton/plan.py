@@ -27,7 +27,7 @@ KERNELS = {
 _RESIDENT = {2: 128, 4: 64, 8: 64}
 # Above this one program takes too long over the weights. To be measured.
 _STREAMED = 256
-# Programs that wait for each other must all be running: one a multiprocessor at most. The interpreter's are none.
+# Programs that wait for each other must all be running: one a multiprocessor at most. The interpreter has none.
 _INTERPRETED_PROCESSORS = 1 << 30
 SPINS = 1 << 24  # looks at the flags, half a microsecond each: then something is wrong
 
