@@ -43,6 +43,7 @@ FEW: list[Case] = [
     ("resident", "gru", fp32, "ieee", 64, 16),
     ("resident", "gru_reset_before", fp16, "ieee", 100, 16),
     ("streamed", "rnn_relu", bf16, "ieee", 256, 16),
+    ("streamed", "lstm", bf16, "ieee", 200, 16),
     ("streamed", "lstm", fp32, "tf32", 256, 16),
     ("streamed", "gru", bf16, "ieee", 256, 16),
     ("streamed", "gru_reset_before", bf16, "ieee", 256, 16),

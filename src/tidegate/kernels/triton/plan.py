@@ -187,17 +187,19 @@ def config(kernel: str, size: Size, device: Device) -> Config:
         return Config(16, whole, 16, 4, 1, 2 if kernel == "per_step" else 1)
     if kernel == "step":
         return STEP
-    # These keep ptxas, on sm_90, from spilling more than a few registers; what is fastest is to be measured.
-    exact = size.dtype is torch.float32 and precision(size.dtype) == "ieee"
+    # These keep ptxas, on sm_90, from spilling more than a few registers; what is fastest is to be measured. Rows that
+    # do not begin at a multiple of 16 entries are loaded one entry at a time, which takes registers.
     wide = size.dtype.itemsize > 2
+    exact = size.dtype is torch.float32 and precision(size.dtype) == "ieee"
+    aligned = size.hidden_size % 16 == 0
     if kernel == "resident":
         block = _power(size.hidden_size)
         return Config(16, block, block, 8 if block > 64 or wide else 4, 1)
+    block_k = 16 if exact or (wide and not aligned) else 32 if wide or not aligned else 64
     if kernel == "streamed":
-        return Config(16, 32 if wide else 64, 16 if exact else 64, 4, 3)
+        return Config(16, 32 if wide or not aligned else 64, block_k, 4, 3)
     shared = _shared_out(size, device) or (16, 16)
-    warps = 8 if shared[0] * shared[1] >= 2048 else 4
-    block_k = 16 if exact else 32 if wide else 64
+    warps = 8 if shared[0] * shared[1] >= 1024 and size.gates > 1 else 4
     return Config(*shared, block_k, warps, 3, -(-size.hidden_size // shared[1]))
 
 
