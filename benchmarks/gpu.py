@@ -31,7 +31,6 @@ import gpu_table
 import torch
 import triton
 
-import tidegate as tg
 from tidegate.kernels import triton as kernels
 
 
@@ -149,7 +148,7 @@ def main() -> int:
         return 0
 
     budget = Budget(options.budget)
-    result: dict[str, Any] = {"facts": facts(), "tidegate": tg.__name__}
+    result: dict[str, Any] = {"facts": facts()}
     print(json.dumps(result["facts"], indent=1))
     print("Numbers against float64, every kernel and cell:")
     flags = ["--dry-run"] if tiny else []
@@ -176,7 +175,7 @@ def main() -> int:
     (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     drawn = bool(result["lines"]) and gpu_table.picture(result["lines"], options.out / "gpu.png")
     print(f"Written: {options.out / 'gpu.json'}{' and gpu.png' if drawn else ''}")
-    wrong = bool(checks["faults"] or checks["crashed"]) or any(
+    wrong = any(checks[what] for what in ("faults", "crashed", "not run")) or any(
         fault for fault in result["captures"].values() if fault != "no CUDA device"
     )
     return 1 if wrong else 0

@@ -106,10 +106,10 @@ def run(programs: int, seed: int, protocol: Protocol) -> list[int]:
     return [memory.main[STEPS % 2 if protocol.two_buffers else 0, unit] for unit in range(programs)]
 
 
-@pytest.mark.parametrize("programs", [1, 2, 3, 8])
-def test_every_schedule_gives_the_sequential_result(programs: int) -> None:
+@pytest.mark.parametrize(("programs", "schedules"), [(1, 20), (2, 200), (3, 200), (8, 40)])
+def test_every_schedule_gives_the_sequential_result(programs: int, schedules: int) -> None:
     right = expected(programs)
-    assert all(run(programs, seed, Protocol()) == right for seed in range(200))
+    assert all(run(programs, seed, Protocol()) == right for seed in range(schedules))
 
 
 @pytest.mark.parametrize("fault", ["two_buffers", "waits", "waits_for_all", "releases", "acquires"])
