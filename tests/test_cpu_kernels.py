@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from calls import VARIANTS
-from cpu_cases import assert_right, cases, computed, grads_for, make_call
+from kernel_cases import assert_right, cases, computed, grads_for, make_call
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -129,7 +129,7 @@ def test_one_cpu_and_two_threads_do_not_hang():
     code = """
 import os, sys, time, torch
 sys.path.insert(0, "tests")
-from cpu_cases import make_call
+from kernel_cases import make_call
 from tidegate.kernels import cpu
 call = make_call("gru", (300, 1, 128, 256), dtype=torch.float32)
 cpu.operators()

@@ -18,7 +18,7 @@ from tidegate import dispatch, reference
 from tidegate.cells import Call, Cell
 from tidegate.checks import check, check_lengths
 from tidegate.errors import UnsupportedError
-from tidegate.kernels import aten, cpu
+from tidegate.kernels import aten, cpu, triton
 
 Gradients = tuple["Tensor | None", ...]
 Backward = Callable[[Call, Tensor, Tensor, "Tensor | None", Gradients, "tuple[bool, ...]", bool], Gradients]
@@ -49,6 +49,7 @@ class Backend:
             one that it can run: whoever asks goes the long way then, which names what is wrong.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             `forward`, `backward` and `saved_shape`.
+        only_named: why it runs only when the user names it, never by itself; "" if it may be chosen.
     """
 
     name: str
@@ -61,8 +62,25 @@ class Backend:
     prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
     short_step: Callable[[Cell, Any, Tensor, Any, Sequence[Any], int], Sequence[Tensor]] | None = None
     checks: bool = False
+    only_named: str = ""
+
+    def choice_reasons(self, call: Call) -> list[str]:
+        """Why `call` does not come here: what it cannot run, else that it has to be named and is not."""
+        reasons = self.unsupported_reasons(call)
+        if not reasons and self.only_named and named() != self.name:
+            reasons = [f"it runs only when named, as in tidegate.backend({self.name!r}): {self.only_named}"]
+        return reasons
 
 
+TRITON = Backend(
+    "triton",
+    triton.unsupported_reasons,
+    triton.availability,
+    forward=triton.forward,
+    backward=triton.backward,
+    saved_shape=triton.saved_shape,
+    only_named="no GPU has timed it yet",
+)
 CPU = Backend(
     "cpu",
     cpu.unsupported_reasons,
@@ -77,7 +95,7 @@ CPU = Backend(
 ATEN = Backend("aten", aten.unsupported_reasons, composite=aten.forward)
 REFERENCE = Backend("reference", reference.unsupported_reasons, composite=reference.forward)
 
-BACKENDS = (CPU, ATEN, REFERENCE)  # the first that fits
+BACKENDS = (TRITON, CPU, ATEN, REFERENCE)  # the first that fits
 BY_NAME = {candidate.name: candidate for candidate in BACKENDS}
 
 
@@ -127,7 +145,8 @@ def select(call: Call, name: str) -> Backend:
     """
     name = demanded(name)
     for candidate in BACKENDS:
-        if name in ("", candidate.name) and not candidate.unsupported_reasons(call):
+        may = candidate.name == name if name else not candidate.only_named
+        if may and not candidate.unsupported_reasons(call):
             if candidate is not CPU and not name and call.input.is_cpu:
                 _tell_what_is_missing()
             return candidate
@@ -135,8 +154,8 @@ def select(call: Call, name: str) -> Backend:
 
 
 def short_step() -> Callable[..., Sequence[Tensor]] | None:
-    """`Backend.short_step` of the backend that is asked first, if it has one."""
-    return BY_NAME[_named].short_step if _named else BACKENDS[0].short_step
+    """`Backend.short_step` of the backend that the user named, if it has one; else of the compiled one."""
+    return BY_NAME[_named].short_step if _named else CPU.short_step
 
 
 def demanded(name: str) -> str:
@@ -153,7 +172,7 @@ def _tell_what_is_missing() -> None:
 
 def reasons(call: Call) -> dict[str, list[str]]:
     """Every backend's reasons, in order of preference."""
-    return {candidate.name: candidate.unsupported_reasons(call) for candidate in BACKENDS}
+    return {candidate.name: candidate.choice_reasons(call) for candidate in BACKENDS}
 
 
 def describe(call: Call) -> str:

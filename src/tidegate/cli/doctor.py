@@ -26,6 +26,8 @@ def run_doctor() -> None:
     table = Table("backend", "here", "why not", title="Backends, the preferred first", title_justify="left")
     for backend in backends.BACKENDS:
         reasons = backend.availability()
-        table.add_row(backend.name, "[red]no[/]" if reasons else "[green]yes[/]", "\n".join(reasons))
+        here = "[red]no[/]" if reasons else "[green]when named[/]" if backend.only_named else "[green]yes[/]"
+        why = reasons + [f"runs only when named: {backend.only_named}"] * bool(backend.only_named)
+        table.add_row(backend.name, here, "\n".join(why))
     console.print(table)
     console.print("The first that can run a call runs it. For one call: print(tidegate.explain(module, x))")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls for the compiled CPU backend, and what they should give: the reference in float64."""
+"""Calls for a backend with kernels of its own, and what they should give: the reference in float64."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import calls
 import torch
@@ -15,8 +16,8 @@ from tidegate.cells import Call
 from tidegate.kernels import cpu
 
 # An error may exceed twice that of the reference in the same dtype by this much of the largest value. bfloat16: the
-# gates that the backward reads are stored in it, where the reference keeps float32.
-FLOORS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+# gates that the backward reads are stored in it, where the reference keeps float32. float16 is three bits finer.
+FLOORS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 
 def make_call(
@@ -60,7 +61,8 @@ def grads_for(call: Call) -> tuple[Tensor, ...]:
     """Gradients that arrive at the output and the final states."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((call.input.shape[0], *call.states[0].shape), *(state.shape for state in call.states))
-    return tuple(torch.randn(*size, generator=generator, dtype=torch.float64).to(call.input.dtype) for size in sizes)
+    drawn = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes)
+    return tuple(grad.to(call.input.device, call.input.dtype) for grad in drawn)
 
 
 def expected(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -78,12 +80,12 @@ def expected(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
     return (*(o.detach() for o in outputs), *(None if t is None else next(got) for t in call.tensors))
 
 
-def computed(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The same by the compiled backend."""
-    *outputs, saved = cpu.forward(call, True)
-    assert saved.shape == cpu.saved_shape(call)
+def computed(call: Call, grads: tuple[Tensor, ...], backend: Any = cpu) -> tuple[Tensor | None, ...]:
+    """The same by a backend's module."""
+    *outputs, saved = backend.forward(call, True)
+    assert saved.shape == backend.saved_shape(call)
     needs = tuple(tensor is not None for tensor in call.tensors)
-    return (*outputs, *cpu.backward(call, outputs[0], saved, grads[0], grads[1:], needs))
+    return (*outputs, *backend.backward(call, outputs[0], saved, grads[0], grads[1:], needs))
 
 
 def names(call: Call) -> list[str]:
@@ -91,10 +93,10 @@ def names(call: Call) -> list[str]:
     return ["output", *finals, "dinput", *(f"d{s}_0" for s in call.cell.states), *(f"d{w}" for w in call.weights)]
 
 
-def assert_right(call: Call, values: tuple[Tensor | None, ...] | None = None) -> None:
+def assert_right(call: Call, values: tuple[Tensor | None, ...] | None = None, backend: Any = cpu) -> None:
     """Every output and gradient of `call` is as good as the reference in its dtype, measured against float64."""
     grads = grads_for(call)
-    values = computed(call, grads) if values is None else values
+    values = computed(call, grads, backend) if values is None else values
     exact = expected(call.to(torch.float64), tuple(grad.double() for grad in grads))
     same_dtype = exact if call.input.dtype == torch.float64 else expected(call, grads)
     for name, value, good, right in zip(names(call), values, same_dtype, exact, strict=True):

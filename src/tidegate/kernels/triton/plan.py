@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel runs a call, with which block sizes, and why not another. Knows no triton: it is asked before any runs.
+
+Every block size is here, so that a benchmark can try others: `using(block_n=32)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tidegate.cells import Call
+
+KERNELS = {
+    "step": "torch's products and one pointwise kernel, for one step",
+    "resident": "K1: the recurrent weights stay in registers and shared memory",
+    "streamed": "K2: they are read from the L2 cache at each step",
+    "persistent": "K3: as K2, by several programs at once that tell each other of each step",
+    "per_step": "K3's programs, launched anew for each step",
+}
+
+# The largest hidden_size whose weights stay resident, by bytes an element.
+_RESIDENT = {2: 128, 4: 64, 8: 64}
+# Above this one program takes too long over the weights. To be measured.
+_STREAMED = 256
+# Programs that wait for each other must all be running: one a multiprocessor at most. The interpreter has none.
+_INTERPRETED_PROCESSORS = 1 << 30
+SPINS = 1 << 24  # looks at the flags, half a microsecond each: then something is wrong
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel cuts up its work. block_k is of the product's inner dimension, programs those that share a tile."""
+
+    block_b: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1
+
+
+STEP = Config(4, 256, 1, 4, 1)  # of one step's pointwise kernel, for any number of rows
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan has to know of where it runs."""
+
+    interpreted: bool
+    processors: int = _INTERPRETED_PROCESSORS
+    capability: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a plan has to know of a call."""
+
+    kind: str
+    gates: int
+    steps: int
+    batch: int
+    hidden_size: int
+    dtype: torch.dtype
+    plain: bool  # neither lengths nor resets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kernel that runs a call, and the others' reasons."""
+
+    kernel: str
+    config: Config
+    reasons: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a benchmark or a test decides in place of `plan`.
+
+    Attributes:
+        kernel: one of KERNELS, or "" for the plan's choice.
+        recompute: the backward computes the gates again, in large products, in place of the forward storing them.
+        precision: of float32 products: "ieee", "tf32" or "tf32x3"; "" asks torch's flags.
+        config: fields of Config to replace.
+    """
+
+    kernel: str = ""
+    recompute: bool = False
+    precision: str = ""
+    config: tuple[tuple[str, int], ...] = ()
+
+
+settings = Settings()
+
+
+@contextlib.contextmanager
+def using(kernel: str = "", recompute: bool = False, precision: str = "", **config: int) -> Generator[None]:
+    """Decide what `Settings` lists for every call inside the block. A call's backward belongs inside it, too.
+
+    Raises:
+        ValueError: no kernel has this name.
+    """
+    global settings
+    if kernel and kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+    before, settings = settings, Settings(kernel, recompute, precision, tuple(config.items()))
+    try:
+        yield
+    finally:
+        settings = before
+
+
+def kind_of(call: Call) -> str:
+    if call.cell.name == "rnn":
+        return f"rnn_{call.options['nonlinearity']}"
+    if call.cell.name == "gru" and not call.options["reset_after"]:
+        return "gru_reset_before"
+    return call.cell.name
+
+
+def size_of(call: Call) -> Size:
+    steps, batch = call.input.shape[:2]
+    plain = call.lengths is None and call.resets is None
+    return Size(kind_of(call), len(call.cell.gates), steps, batch, call.hidden_size, call.input.dtype, plain)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of the recurrent products: tf32 where torch's own products of float32 on a GPU may use it."""
+    if dtype is not torch.float32:
+        return "ieee"
+    if settings.precision:
+        return settings.precision
+    matmul: Any = torch.backends.cuda.matmul
+    return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+
+
+def reasons(kernel: str, size: Size, device: Device) -> list[str]:
+    """Why `kernel` cannot run a call of this size; empty if it can."""
+    found: list[str] = []
+    if kernel == "step" and (size.steps != 1 or not size.plain):
+        found.append("it runs one step without lengths or resets")
+    if kernel == "resident":
+        largest = _RESIDENT[size.dtype.itemsize]
+        if size.hidden_size > largest:
+            found.append(f"the weights of hidden_size {size.hidden_size} do not stay resident, those of {largest} do")
+    if kernel == "persistent":
+        if not device.interpreted and device.capability < (7, 0):
+            found.append("it needs compute capability 7.0")
+        if _shared_out(size, device) is None:
+            found.append(
+                f"the device has {device.processors} multiprocessors: its programs could not all run at once, "
+                "and they wait for each other"
+            )
+    return found
+
+
+def choose(size: Size, device: Device, backward: bool = False) -> Plan:
+    """The kernel that `using` names, or the first that fits.
+
+    Raises:
+        ValueError: the named one cannot run a call of this size; the message says why.
+    """
+    why = {kernel: reasons(kernel, size, device) for kernel in KERNELS}
+    kernel = settings.kernel
+    if backward:
+        why["step"] = ["it has no backward: another kernel runs that"]
+        kernel = "" if kernel == "step" else kernel
+    if not kernel:
+        large = size.hidden_size > _STREAMED
+        order = ("step", "resident", *(("persistent", "streamed") if large else ("streamed",)))
+        kernel = next(name for name in order if not why[name])
+    elif why[kernel]:
+        raise ValueError(f"kernel {kernel!r} cannot run {size}: {'; '.join(why[kernel])}")
+    return Plan(kernel, replace(config(kernel, size, device), **dict(settings.config)), why)
+
+
+def config(kernel: str, size: Size, device: Device) -> Config:
+    """The block sizes of a kernel that has no reasons against the call."""
+    if device.interpreted:
+        # As small as a product may be, so that small tests have several chunks and edges; persistent as one program.
+        whole = _power(size.hidden_size) if kernel in ("resident", "persistent") else 16
+        return Config(16, whole, 16, 4, 1, 2 if kernel == "per_step" else 1)
+    if kernel == "step":
+        return STEP
+    # These keep ptxas, on sm_90, from spilling more than a few registers; what is fastest is to be measured. Rows that
+    # do not begin at a multiple of 16 entries are loaded one entry at a time, which takes registers.
+    wide = size.dtype.itemsize > 2
+    exact = size.dtype is torch.float32 and precision(size.dtype) == "ieee"
+    aligned = size.hidden_size % 16 == 0
+    if kernel == "resident":
+        block = _power(size.hidden_size)
+        return Config(16, block, block, 8 if block > 64 or wide else 4, 1)
+    block_k = 16 if exact or (wide and not aligned) else 32 if wide or not aligned else 64
+    if kernel == "streamed":
+        return Config(16, 32 if wide or not aligned else 64, block_k, 4, 3)
+    shared = _shared_out(size, device) or (16, 16)
+    warps = 8 if shared[0] * shared[1] >= 1024 and size.gates > 1 else 4
+    return Config(*shared, block_k, warps, 3, -(-size.hidden_size // shared[1]))
+
+
+def _shared_out(size: Size, device: Device) -> tuple[int, int] | None:
+    """block_b and block_n of the persistent kernel: the least work a program with all of them running; None if none."""
+    fitting = [
+        (rows * units, rows + size.gates * units, rows, units)
+        for rows in (16, 32, 64, 128)
+        for units in (16, 32, 64)
+        if -(-size.batch // rows) * -(-size.hidden_size // units) <= device.processors
+    ]
+    return min(fitting)[2:] if fitting else None
+
+
+def _power(number: int) -> int:
+    """The least power of two that is `number` or more, and what a product needs, 16, or more."""
+    return max(16, 1 << (number - 1).bit_length()) if number > 0 else 16
