@@ -94,6 +94,12 @@ def recording() -> Generator[None]:
         yield
 
 
+def apply_plain(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply` where `is_plain`: without the look at every argument that torch.func would need."""
+    bound: Any = super(torch.autograd.Function, function)
+    return bound.apply(*arguments)
+
+
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply` at the Autograd key, where torch.func runs one level at a time, as for torch's own operators."""
     bound: Any = super(torch.autograd.Function, function)

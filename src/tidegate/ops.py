@@ -44,7 +44,7 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     if backend is backends.REFERENCE:
         return reference.forward(call)
     if torch.is_grad_enabled() and _any_requires_grad(call):
-        return gradients.Recurrence.apply(call.cell, backend, False, *signature.arguments(call))
+        return dispatch.apply_plain(gradients.Recurrence, call.cell, backend, False, *signature.arguments(call))
     return backends.run_forward(backend, call, save=False)[:-1]
 
 
