@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -131,3 +132,26 @@ def test_aten_refuses_a_projection_that_torch_would_not_recognise() -> None:
     call = call._replace(weights=call.weights | wide, states=(call.states[1], call.states[1]))
     assert backends.ATEN.unsupported_reasons(call) != []
     torch.testing.assert_close(ops.recurrence(call)[1], torch.zeros(3, 2, dtype=torch.float64), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(bool(backends.CPU.availability()), reason=", ".join(backends.CPU.availability()))
+def test_large_bfloat16_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor multiplies bfloat16 and torch's operators can run the call; not where the user decides."""
+    monkeypatch.setattr(backends.cpu, "_has_bfloat16_products", lambda: True)
+    large: dict[str, Any] = {"steps": 2, "batch": 16, "input_size": 3, "hidden_size": 128}
+    call = make_call("lstm", **large, dtype=torch.bfloat16)
+    assert backends.select(call, "").name == "aten"
+    assert backends.select(call, "cpu").name == "cpu"
+    assert "B*hidden_size**2 is 2**18 or more" in backends.reasons(call)["cpu"][0]
+    with tg.backend("cpu"):
+        assert backends.reasons(call)["cpu"] == []
+    kept = [
+        make_call("lstm", **large, dtype=torch.float32),
+        make_call("lstm", **large, dtype=torch.bfloat16, resets=True),
+        make_call("lstm", **large | {"steps": 1}, dtype=torch.bfloat16),
+        make_call("lstm", **large | {"batch": 15}, dtype=torch.bfloat16),
+        make_call("gru", **large, dtype=torch.bfloat16),
+    ]
+    assert [backends.select(call, "").name for call in kept] == ["cpu"] * len(kept)
+    monkeypatch.setattr(backends.cpu, "_has_bfloat16_products", lambda: False)
+    assert backends.select(call, "").name == "cpu"

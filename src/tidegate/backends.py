@@ -49,6 +49,7 @@ class Backend:
             one that it can run: whoever asks goes the long way then, which names what is wrong.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             `forward`, `backward` and `saved_shape`.
+        slower_reasons: why it leaves a call that it can run to the next backend that can, unless it is named; pure.
         only_named: why it runs only when the user names it, never by itself; "" if it may be chosen.
     """
 
@@ -62,14 +63,22 @@ class Backend:
     prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
     short_step: Callable[[Cell, Any, Tensor, Any, Sequence[Any], int], Sequence[Tensor]] | None = None
     checks: bool = False
+    slower_reasons: Callable[[Call], list[str]] | None = None
     only_named: str = ""
 
     def choice_reasons(self, call: Call) -> list[str]:
         """Why `call` does not come here: what it cannot run, else that it has to be named and is not."""
         reasons = self.unsupported_reasons(call)
-        if not reasons and self.only_named and named() != self.name:
-            reasons = [f"it runs only when named, as in tidegate.backend({self.name!r}): {self.only_named}"]
-        return reasons
+        if reasons or named() == self.name:
+            return reasons
+        if self.only_named:
+            return [f"it runs only when named, as in tidegate.backend({self.name!r}): {self.only_named}"]
+        return self.reasons_to_leave(call)
+
+    def reasons_to_leave(self, call: Call) -> list[str]:
+        """`slower_reasons`, if torch's operators can run the call."""
+        slower = self.slower_reasons(call) if self.slower_reasons else []
+        return slower if slower and not ATEN.unsupported_reasons(call) else []
 
 
 TRITON = Backend(
@@ -90,6 +99,7 @@ CPU = Backend(
     saved_shape=cpu.saved_shape,
     prepare_step=cpu.prepare_step,
     short_step=cpu.short_step,
+    slower_reasons=cpu.slower_reasons,
     checks=True,
 )
 ATEN = Backend("aten", aten.unsupported_reasons, composite=aten.forward)
@@ -146,7 +156,7 @@ def select(call: Call, name: str) -> Backend:
     name = demanded(name)
     for candidate in BACKENDS:
         may = candidate.name == name if name else not candidate.only_named
-        if may and not candidate.unsupported_reasons(call):
+        if may and not candidate.unsupported_reasons(call) and (name or not candidate.reasons_to_leave(call)):
             if candidate is not CPU and not name and call.input.is_cpu:
                 _tell_what_is_missing()
             return candidate
