@@ -123,6 +123,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
             print(f"epoch {epoch}: loss {loss.item():.6f}, test accuracy {right:.1%}", flush=True)
     if options.save:
         save(model, optimizer, options.save)
+    dist.barrier()  # nobody hangs up on one who is not done
 
 
 def main() -> None:

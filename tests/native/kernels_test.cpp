@@ -122,23 +122,32 @@ Values multiplied_by_definition(const Recurrence& r, const Values& saved, const 
     return result;
 }
 
-Results run(const Recurrence& r, Type type, const Schedule& schedule, int threads, bool inference) {
+enum class Mode { training, inference, packed };   // packed: inference with weights that were packed before
+
+Results run(const Recurrence& r, Type type, const Schedule& schedule, int threads, Mode mode) {
     const auto stored = [&](const Values& values) { return Stored(type, values); };
     Stored input = stored(r.input), h_0 = stored(r.h_0), c_0 = stored(r.c_0), weight_ih = stored(r.weight_ih),
            weight_hh = stored(r.weight_hh), bias_ih = stored(r.bias_ih), bias_hh = stored(r.bias_hh),
            weight_hr = stored(r.weight_hr), grad_output = stored(r.grad_output), grad_h_n = stored(r.grad_h_n),
            grad_c_n = stored(r.grad_c_n);
     const uint8_t* resets = r.resets.empty() ? nullptr : r.resets.data();
-    const int64_t kept = inference ? 0 : saved_gates(r.kind) * r.hidden, total = schedule.total();
+    const int64_t kept = mode != Mode::training ? 0 : saved_gates(r.kind) * r.hidden, total = schedule.total();
     Stored output(type, r.time * r.batch * r.projected), h_n(type, r.h_0.size()), c_n(type, r.c_0.size());
     Stored saved(type, total * kept);
     if (total < r.time * r.batch) output.clear();
     const Kernels& kernels = active_kernels();
-    kernels.forward({r.kind, type, r.input_size, r.hidden, r.projected, schedule.rows(resets), threads, true,
-                     input.data(), r.batch * r.input_size, r.input_size, h_0.data(), c_0.data(), weight_ih.data(),
-                     weight_hh.data(), bias_ih.data(), bias_hh.data(), weight_hr.data(), output.data(), h_n.data(),
-                     c_n.data(), saved.data(), kept, nullptr});
-    if (inference) return {{output.values(), h_n.values(), c_n.values()}};
+    ForwardProblem forward = {r.kind, type, r.input_size, r.hidden, r.projected, schedule.rows(resets), threads, true,
+                              input.data(), r.batch * r.input_size, r.input_size, h_0.data(), c_0.data(),
+                              weight_ih.data(), weight_hh.data(), bias_ih.data(), bias_hh.data(), weight_hr.data(),
+                              output.data(), h_n.data(), c_n.data(), saved.data(), kept, nullptr};
+    std::vector<double> packed;
+    if (mode == Mode::packed) {
+        packed.resize(static_cast<size_t>(kernels.pack(forward)));   // at most as wide
+        forward.packed = packed.data();
+        kernels.pack(forward);
+    }
+    kernels.forward(forward);
+    if (mode != Mode::training) return {{output.values(), h_n.values(), c_n.values()}};
     const int64_t columns = r.gradient_columns();
     Stored dgates(type, total * columns), h_before(type, total * r.projected), dh_0(type, r.h_0.size()),
         dc_0(type, r.c_0.size()), multiplied(type, multiplies_twice(r) ? total * r.hidden : 0);
@@ -277,8 +286,13 @@ void check_shape(const Shape& shape, Kind kind, Type type, int most_threads) {
                                      std::to_string(shape.hidden) + " type " +
                                      std::to_string(static_cast<int>(type)) + " variant " + std::to_string(variant) +
                                      " threads " + std::to_string(threads);
-            const Results results = run(r, type, schedule, threads, false);
-            const Results inference = run(r, type, schedule, threads, true);
+            const Results results = run(r, type, schedule, threads, Mode::training);
+            const Results inference = run(r, type, schedule, threads, Mode::inference);
+            const Results packed = run(r, type, schedule, threads, Mode::packed);
+            // The same bits, but for one step that keeps nothing, whose sums are taken in another order.
+            for (size_t i = 0; i < packed.tensors.size(); ++i)
+                compare(name + " packed " + std::to_string(i), packed.tensors[i], results.tensors[i],
+                        r.time == 1 ? tolerance(type) : 0);
             if (threads == 1) {
                 check(name, r, type, schedule, results, inference);
                 alone = results;
