@@ -18,15 +18,15 @@ from distributed_worker import MAKERS, double_dataset, one_process, optimizer_of
 from tidegate.cli.demo.training import new_runs, standardised
 from tidegate.data import japanese_vowels
 
-TESTS = Path(__file__).parent
-EXAMPLE = Path(example.__file__)
+WORKER = Path(__file__).parent / "distributed_worker.py"
+EXAMPLES = Path(example.__file__).parent
 SECONDS = 150  # some ten on an idle machine
 
 
 def torchrun(script: Path, *arguments: object) -> str:
     """What the two processes print. A launch that fails, or hangs, fails the test and leaves no process behind."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    path = os.pathsep.join(filter(None, (str(EXAMPLE.parent), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(EXAMPLES), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = subprocess.Popen(
         [*launcher, str(script), *map(str, arguments)],
@@ -49,7 +49,7 @@ def torchrun(script: Path, *arguments: object) -> str:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # it is: one process loads
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_gradients_training_and_checkpoints_are_one_processs(how: str, tmp_path: Path) -> None:
-    assert "all checks passed" in torchrun(TESTS / "distributed_worker.py", how, tmp_path)
+    assert "all checks passed" in torchrun(WORKER, how, tmp_path)
     _one_process_loads(tmp_path / MAKERS[how][-1])
 
 
@@ -72,9 +72,9 @@ def _one_process_loads(folder: Path) -> None:
 def test_the_example_trains_as_the_demo_does(tmp_path: Path) -> None:
     """Two epochs one way, a third from the checkpoint another way: the losses of the demo's runs, in one process."""
     folder = tmp_path / "checkpoint"
-    printed = torchrun(EXAMPLE, "--epochs", 2, "--save", folder)
+    printed = torchrun(WORKER, "example", "--epochs", 2, "--save", folder)
     printed += torchrun(
-        EXAMPLE, "--epochs", 1, "--load", folder, "--wrap", "fsdp", "--layer", "accelerated", "--seed", 1
+        WORKER, "example", "--epochs", 1, "--load", folder, "--wrap", "fsdp", "--layer", "accelerated", "--seed", 1
     )
     losses = [float(loss) for loss in re.findall(r"epoch \d: loss ([\d.]+), test accuracy [\d.]+%", printed)]
 
