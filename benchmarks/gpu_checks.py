@@ -205,6 +205,7 @@ def _compiled(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor,
             run = torch.compile(function, fullgraph=True, **mode)
             for _ in range(3):
                 found = run(*inputs).clone()
+        # The same kernel, captured: only the products around it may be summed in another order.
         if not torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
             return "the results differ"
     except Exception as error:

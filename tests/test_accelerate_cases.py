@@ -32,7 +32,7 @@ def _double_precision() -> Generator[None]:
 
 
 def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)  # float64, sums in another order
 
 
 def swapped_and_twin(module: torch.nn.Module) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # py
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+# torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
 
 
