@@ -78,27 +78,43 @@ void enrol(int64_t, int64_t, void* context) {
 }  // namespace
 
 void Crew::wait_for_others() {
-    const int64_t arrived_at = now();
     ++epoch_;
     // Said before the barrier is reached, so that all members read the same on leaving it.
     if (rank_ == 0 && starved_ >= starved_barriers) posts_[0].last_epoch.store(epoch_, std::memory_order_relaxed);
     posts_[rank_].epoch.store(epoch_, std::memory_order_release);
-    bool yielded = false;
+    int64_t yielded_at = 0;
     for (int other = 0; other < size_; ++other) {
         const std::atomic<uint32_t>& theirs = posts_[other].epoch;
         for (int spins = 0; static_cast<int32_t>(theirs.load(std::memory_order_acquire) - epoch_) < 0; ++spins) {
             if (spins < spins_before_yield) {
                 pause();
-            } else {
-                sched_yield();
-                yielded = true;
+                continue;
             }
+            if (yielded_at == 0) yielded_at = now();
+            sched_yield();
         }
     }
-    const int64_t worked = arrived_at - left_at_;
-    left_at_ = yielded || left_at_ == 0 ? now() : arrived_at;
-    if (yielded && epoch_ > 1 && left_at_ - arrived_at > 2 * worked + starving) ++starved_;
+    if (yielded_at || epoch_ == 1) judge_wait(yielded_at);
     if (posts_[0].last_epoch.load(std::memory_order_relaxed) == epoch_) size_ = rank_ == 0 ? 1 : 0;
+}
+
+// Looking at a clock costs as much as a barrier, so it is looked at where a thread yielded, and its own work is taken
+// for what a barrier took on the average since it was looked at before.
+void Crew::judge_wait(int64_t yielded_at) {
+    const int64_t left_at = now();
+    if (yielded_at && judged_epoch_) {
+        const int64_t worked = (yielded_at - judged_at_) / (epoch_ - judged_epoch_);
+        if (left_at - yielded_at > 2 * worked + starving) ++starved_;
+    }
+    judged_at_ = left_at;
+    judged_epoch_ = epoch_;
+}
+
+void wait_until(const std::atomic<int64_t>& counter, int64_t value) {
+    for (int spins = 0; counter.load(std::memory_order_acquire) < value; ++spins) {
+        if (spins < spins_before_yield) pause();
+        else sched_yield();
+    }
 }
 
 void set_parallel_for(ParallelFor function) { parallel_for = function; }

@@ -42,12 +42,14 @@ public:
 
 private:
     void wait_for_others();
+    void judge_wait(int64_t yielded_at);
 
     Post* posts_;
     int rank_, size_;
     uint32_t epoch_ = 0;
-    int starved_ = 0;        // barriers at which others kept the first member waiting far beyond its own work
-    int64_t left_at_ = 0;    // when this thread left its last barrier
+    int starved_ = 0;             // barriers at which others kept this thread waiting far beyond its own work
+    int64_t judged_at_ = 0;       // when, leaving a barrier, it last looked at the clock
+    uint32_t judged_epoch_ = 0;   // which barrier that was
 };
 
 // A crew cut into teams that share no rows: team `index` of `count`, of which this thread is one member.
@@ -67,6 +69,9 @@ void run_crew(int wanted, int64_t patience, Work work, void* context);
 
 // Cuts `all` into `count` teams, 1 <= count <= all.size().
 Team make_team(const Crew& all, Post* team_posts, int count);
+
+// Waits until `counter` is at least `value`: spins, then yields.
+void wait_until(const std::atomic<int64_t>& counter, int64_t value);
 
 // The threads worth starting: never more than the CPUs that this process may run on.
 int available_cpus();

@@ -8,23 +8,35 @@
 namespace tidegate::TIDEGATE_ISA {
 namespace {
 
-template <class S>
-void forward_as(const ForwardProblem& problem) {
+// Whether the weights are better read where they lie.
+bool is_one_step(const ForwardProblem& problem) {
     const Rows& rows = problem.rows;
-    if (!problem.packed && rows.time == 1 && rows.total == rows.batch && !rows.resets && !problem.saved &&
-        fits_step(problem.kind, problem.weight_hr)) {
-        run_step<S>({problem.kind, problem.type, problem.threads, rows.batch, problem.input_size, problem.hidden,
-                     problem.input, problem.input_batch_stride, problem.h_0, problem.c_0, problem.weight_ih,
-                     problem.weight_hh, problem.bias_ih, problem.bias_hh, problem.h_n, problem.c_n});
-        if (problem.output != problem.h_n) std::memcpy(problem.output, problem.h_n, static_cast<size_t>(rows.batch * problem.hidden) * sizeof(S));
+    return !problem.packed && rows.time == 1 && rows.total == rows.batch && !rows.resets && !problem.saved &&
+           fits_step(problem.kind, problem.weight_hr);
+}
+
+template <class S>
+void forward_one_step(const ForwardProblem& p) {
+    run_step<S>({p.kind, p.type, p.threads, p.rows.batch, p.input_size, p.hidden, p.input, p.input_batch_stride, p.h_0,
+                 p.c_0, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh, p.h_n, p.c_n});
+    if (p.output == p.h_n) return;
+    for (int64_t row = 0; row < p.rows.batch; ++row)
+        std::memcpy(static_cast<S*>(p.output) + row * p.output_stride, static_cast<const S*>(p.h_n) + row * p.hidden,
+                    static_cast<size_t>(p.hidden) * sizeof(S));
+}
+
+template <class S>
+void forward_as(const ForwardProblem* problems, int count, bool stacked) {
+    if (is_one_step(problems[0])) {
+        for (int i = 0; i < count; ++i) forward_one_step<S>(problems[i]);
         return;
     }
-    switch (problem.kind) {
-        case Kind::rnn_tanh: return run_forward<ElmanForward<S, TanhUnit>>(problem);
-        case Kind::rnn_relu: return run_forward<ElmanForward<S, ReluUnit>>(problem);
-        case Kind::lstm: return run_forward<LstmForward<S>>(problem);
-        case Kind::gru: return run_forward<GruForward<S>>(problem);
-        case Kind::gru_reset_before: return run_forward<GruResetBeforeForward<S>>(problem);
+    switch (problems[0].kind) {
+        case Kind::rnn_tanh: return run_forwards<ElmanForward<S, TanhUnit>>(problems, count, stacked);
+        case Kind::rnn_relu: return run_forwards<ElmanForward<S, ReluUnit>>(problems, count, stacked);
+        case Kind::lstm: return run_forwards<LstmForward<S>>(problems, count, stacked);
+        case Kind::gru: return run_forwards<GruForward<S>>(problems, count, stacked);
+        case Kind::gru_reset_before: return run_forwards<GruResetBeforeForward<S>>(problems, count, stacked);
     }
 }
 
@@ -60,11 +72,11 @@ void activate_as(bool hyperbolic, const void* in, void* out, int64_t count) {
     }
 }
 
-void forward(const ForwardProblem& problem) {
-    switch (problem.type) {
-        case Type::f32: return forward_as<float>(problem);
-        case Type::f64: return forward_as<double>(problem);
-        case Type::bf16: return forward_as<bf16>(problem);
+void forward(const ForwardProblem* problems, int count, bool stacked) {
+    switch (problems[0].type) {
+        case Type::f32: return forward_as<float>(problems, count, stacked);
+        case Type::f64: return forward_as<double>(problems, count, stacked);
+        case Type::bf16: return forward_as<bf16>(problems, count, stacked);
     }
 }
 

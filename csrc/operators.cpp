@@ -86,13 +86,14 @@ std::vector<Tensor> forward(int64_t kind, const Tensor& any_input, const Tensor&
         const int64_t row = saved_columns * bytes_of(s.type);
         std::memset(kept + schedule.total() * row, 0, static_cast<size_t>(padding * row));
     }
-    active_kernels().forward({s.kind, s.type, input_size, s.hidden, s.projected,
-                              schedule.rows(check_resets(resets, time, s.batch)), thread_count(), poison,
-                              input.const_data_ptr(), input.stride(0), input.stride(1), h_0.const_data_ptr(),
-                              pointer(c_0), weight_ih.const_data_ptr(), weight_hh.const_data_ptr(), pointer(bias_ih),
-                              pointer(bias_hh), pointer(weight_hr), output, results[1].mutable_data_ptr(),
-                              c_0 ? results[2].mutable_data_ptr() : nullptr,
-                              saved_columns ? results.back().mutable_data_ptr() : nullptr, saved_columns, nullptr});
+    const ForwardProblem problem = {
+        s.kind, s.type, input_size, s.hidden, s.projected, schedule.rows(check_resets(resets, time, s.batch)),
+        thread_count(), poison, input.const_data_ptr(), input.stride(0), input.stride(1), h_0.const_data_ptr(),
+        pointer(c_0), weight_ih.const_data_ptr(), weight_hh.const_data_ptr(), pointer(bias_ih), pointer(bias_hh),
+        pointer(weight_hr), output, s.projected, results[1].mutable_data_ptr(),
+        c_0 ? results[2].mutable_data_ptr() : nullptr, saved_columns ? results.back().mutable_data_ptr() : nullptr,
+        saved_columns, nullptr};
+    active_kernels().forward(&problem, 1, false);
     return results;
 }
 

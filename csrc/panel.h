@@ -7,11 +7,11 @@
 // number of rows or threads.
 #pragma once
 
-#include <new>
 #include <utility>
 
 #include "crew.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
@@ -21,14 +21,11 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class A>
 class Buffer {
 public:
-    Buffer(int64_t count, bool poison) : size_(count) {
-        if (count == 0) return;
-        data_ = static_cast<A*>(::operator new(static_cast<size_t>(count) * sizeof(A), std::align_val_t{64}));
-        if (poison) std::memset(static_cast<void*>(data_), 0xff, static_cast<size_t>(count) * sizeof(A));
+    Buffer(int64_t count, bool poison)
+        : data_(static_cast<A*>(take_workspace(static_cast<size_t>(count) * sizeof(A)))), size_(count) {
+        if (poison && data_) std::memset(static_cast<void*>(data_), 0xff, static_cast<size_t>(count) * sizeof(A));
     }
-    ~Buffer() {
-        if (data_) ::operator delete(data_, std::align_val_t{64});
-    }
+    ~Buffer() { give_workspace_back(data_); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
 
@@ -37,8 +34,8 @@ public:
     int64_t size() const { return size_; }
 
 private:
-    A* data_ = nullptr;
-    int64_t size_;
+    A* const data_;
+    const int64_t size_;
 };
 
 // A row length in memory: whole vectors, and an odd number of cache lines so that rows do not fall on one set.

@@ -45,7 +45,8 @@ struct ForwardProblem {
     const void* bias_ih;         // (G*H) or null
     const void* bias_hh;         // (G*H) or null
     const void* weight_hr;       // (P, H) or null
-    void* output;                // (T, B, P)
+    void* output;                // (T, B, P), its rows `output_stride` apart
+    int64_t output_stride;
     void* h_n;
     void* c_n;
     void* saved;                 // what the backward needs, a row a position; or null
@@ -131,11 +132,16 @@ struct OuterProblem {
     void* sums;                  // (columns): the sums of D's columns
 };
 
+// More rows at once keep all threads busy by themselves: problems run one after another.
+constexpr int64_t few_rows = 16;
+
 // One instruction set's kernels.
 struct Kernels {
     const char* name;
     int vector_bytes;   // which says how packed weights are laid out
-    void (*forward)(const ForwardProblem&);
+    // Problems of one kind, type, batch and number of steps, together where that is quicker. `stacked`: the input of
+    // each is the output of the one before, and all lie in memory of their own.
+    void (*forward)(const ForwardProblem*, int count, bool stacked);
     int64_t (*pack)(const ForwardProblem&);   // into `packed` unless it is null; returns the elements, of the computed type
     void (*step)(const StepProblem&);   // what `fits_step`
     void (*backward)(const BackwardProblem&);

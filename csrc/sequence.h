@@ -2,6 +2,9 @@
 // The time loop: which rows a thread has, which are live at a step, and what surrounds one step of a cell.
 #pragma once
 
+#include <atomic>
+#include <deque>
+
 #include "panel.h"
 #include "problem.h"
 
@@ -82,32 +85,40 @@ struct Sharing {
     int64_t chunk_steps;   // whose inputs are multiplied at a time
 };
 
+// Below this many flops, or weights read, a thread costs more to wake than it brings.
+inline int64_t threads_worth_waking(double flops, double weights, int max_threads) {
+    constexpr double wake_flops = 1.5e6, wake_weights = 1.25e5;
+    const double worth = flops / wake_flops > weights / wake_weights ? flops / wake_flops : weights / wake_weights;
+    return worth < 1 ? 1 : worth > max_threads ? max_threads : static_cast<int64_t>(worth);
+}
+
+// Rows at once.
+inline int64_t most_rows(const Rows& rows) { return rows.steps > 0 ? rows.live[0] : 1; }
+
+// Nanoseconds: a quarter of the time alone at 100 GFLOP/s.
+inline int64_t patience_for(double flops) { return flops / 400 < 20000 ? 20000 : static_cast<int64_t>(flops / 400); }
+
 // row_flops: of one row's step, two for every weight. barrier_flops: of a step, below which a thread costs more to meet
 // at a barrier than it brings.
 inline Sharing share_out(const Rows& rows, double row_flops, double barrier_flops, int64_t panels, int max_threads) {
-    // Below this many flops, or weights read, a thread costs more to wake than it brings.
-    constexpr double wake_flops = 1.5e6, wake_weights = 1.25e5;
     constexpr int64_t rows_worth_a_team = 8;
     const double total = row_flops * static_cast<double>(rows.total);
-    const int64_t most = rows.steps > 0 ? rows.live[0] : 1;   // rows at once
-    const double read = row_flops / 2 * static_cast<double>(rows.steps);
-    int64_t threads = static_cast<int64_t>(total / wake_flops > read / wake_weights ? total / wake_flops : read / wake_weights);
-    threads = threads < 1 ? 1 : threads > max_threads ? max_threads : threads;
+    const int64_t most = most_rows(rows);
+    int64_t threads = threads_worth_waking(total, row_flops / 2 * static_cast<double>(rows.steps), max_threads);
     int64_t teams = most / rows_worth_a_team;
     teams = teams < 1 ? 1 : teams > threads ? threads : teams;
-    const double team_flops = row_flops * static_cast<double>(most) / static_cast<double>(teams);
+    // Where rows can be shared instead, which needs no barrier, a thread has to bring more.
+    const double team_flops = row_flops * static_cast<double>(most) / static_cast<double>(teams) / (most > 1 ? 3 : 1);
     int64_t size = threads / teams, useful = static_cast<int64_t>(team_flops / barrier_flops);
     useful = useful > panels ? panels : useful;
     size = useful < 1 ? 1 : size > useful ? useful : size;
     // Too little a step to share panels: share rows, even if few.
     if (size == 1) teams = most < threads ? most : threads;
     threads = size * teams;
-    const int64_t patience = static_cast<int64_t>(total / 100.0 / 4);   // a quarter of the time alone at 100 GFLOP/s
     // Enough rows to use the weights many times for each read, few enough to stay in the cache until they are used.
     constexpr int64_t chunk_rows = 64;
     const int64_t chunk_steps = chunk_rows / ceil_div(most < 1 ? 1 : most, teams);
-    return {static_cast<int>(threads), static_cast<int>(teams), patience < 20000 ? 20000 : patience,
-            chunk_steps < 1 ? 1 : chunk_steps};
+    return {static_cast<int>(threads), static_cast<int>(teams), patience_for(total), chunk_steps < 1 ? 1 : chunk_steps};
 }
 
 // Runs `body(all, team)` on every thread of a crew.
@@ -154,23 +165,121 @@ inline void run_cell(const Problem& problem, double barrier_flops, Loop loop) {
     run_shared(sharing, body);
 }
 
+// The steps first .. last - 1, their inputs multiplied at once.
+template <class Cell>
+inline void run_chunk(const Cell& cell, Team& team, Share& share, int64_t first, int64_t last) {
+    cell.multiply_input(team, share, first, last);
+    int64_t slot = cell.first_slot(team);
+    for (int64_t step = first; step < last && share.live(step) > 0 && !team.crew.dismissed(); ++step) {
+        share.enter(step, slot);
+        slot += share.live(step);
+        cell.step(team.crew, share, step);
+    }
+}
+
+// About half of a step's flops are the input's, which are multiplied by chunks of steps and not between barriers.
+constexpr double forward_barrier_flops = 2.4e4, backward_barrier_flops = 1.2e4;
+
 template <class Cell>
 inline void run_forward(const ForwardProblem& problem) {
-    // About half of a step's flops are the input's, which are multiplied by chunks of steps and not between barriers.
-    run_cell<Cell>(problem, 8e4, [](const Cell& cell, Team& team, Share& share, int64_t steps) {
-        int64_t slot = 0, chunk_end = 0;
-        for (int64_t step = 0; step < steps && share.live(step) > 0; ++step) {
-            if (step == chunk_end) {
-                chunk_end = step + cell.chunk_steps() < steps ? step + cell.chunk_steps() : steps;
-                cell.multiply_input(team, share, step, chunk_end);
-                slot = cell.first_slot(team);
-            }
-            share.enter(step, slot);
-            slot += share.live(step);
-            cell.step(team.crew, share, step);
-            if (team.crew.dismissed()) return;
-        }
+    run_cell<Cell>(problem, forward_barrier_flops, [](const Cell& cell, Team& team, Share& share, int64_t steps) {
+        const int64_t chunk = cell.chunk_steps();
+        for (int64_t first = 0; first < steps && share.live(first) > 0 && !team.crew.dismissed(); first += chunk)
+            run_chunk(cell, team, share, first, first + chunk < steps ? first + chunk : steps);
     });
+}
+
+// Several problems side by side, each on threads of its own: the directions of a layer, or a stack of layers, each of
+// which follows the one below it by chunks of steps. The threads of one problem meet at a barrier as ever; those of two
+// meet only where one waits for its input.
+template <class Cell>
+class SideBySide {
+public:
+    SideBySide(const ForwardProblem* problems, int count, bool stacked)
+        : problems_(problems), count_(count), stacked_(stacked) {
+        const Rows& rows = problems[0].rows;
+        const int64_t most = most_rows(rows), panels = Cell::panels_of(problems[0]);
+        if (count < 2 || most > few_rows) return;
+        chunk_steps_ = stacked ? (most < 4 ? 16 / most : 4) : ceil_div(64, most);
+        chunks_ = ceil_div(rows.steps, chunk_steps_);
+        double largest = 0, one_by_one = 0;
+        for (int i = 0; i < count; ++i) {
+            const double row_flops = Cell::row_flops(problems[i]);
+            const Sharing alone = share_out(rows, row_flops, forward_barrier_flops, panels, problems[i].threads);
+            flops_ += row_flops * static_cast<double>(rows.total);
+            largest = row_flops > largest ? row_flops : largest;
+            one_by_one += cost(row_flops * static_cast<double>(most) / alone.teams, alone.threads / alone.teams);
+        }
+        const double weights = flops_ / static_cast<double>(2 * rows.total) * static_cast<double>(rows.steps);
+        const int64_t threads = threads_worth_waking(flops_, weights, problems[0].threads);
+        const int64_t groups = threads < count ? threads : count;
+        const int64_t size = threads / groups < panels ? threads / groups : panels;
+        // The last group of a stack begins when the first has done so many chunks.
+        const double wait = stacked ? static_cast<double>(groups - 1) / static_cast<double>(chunks_) : 0;
+        const double together = (static_cast<double>(ceil_div(count, groups)) + wait) *
+                                cost(largest * static_cast<double>(most), size);
+        // What they save beside the barriers, measured: rows that stay together use each weight that is read oftener.
+        const double saving = most > 1 ? 1.15 : 1;
+        if (groups < 2 || together > saving * one_by_one) return;
+        groups_ = static_cast<int>(groups);
+        threads_ = static_cast<int>(groups * size);
+    }
+
+    bool pays() const { return groups_ > 1; }
+
+    void run() const {
+        const Rows& rows = problems_[0].rows;
+        std::deque<Stage> stages;
+        for (int i = 0; i < count_; ++i) stages.emplace_back(problems_[i], Sharing{threads_, 1, 0, chunk_steps_});
+        Buffer<LiveRow> lists(threads_ * rows.batch, false);
+        auto body = [&](Crew& all, Team& group) {
+            for (int i = group.index; i < count_; i += group.count) prepare(stages[i].cell, group.crew, problems_[i]);
+            group.crew.wait();
+            Team team = {group.crew, 0, 1};
+            const int64_t waves = chunks_ + (stacked_ ? count_ - 1 : 0);
+            // A layer is a chunk behind the one below it, so that nobody waits for a chunk that its own group owes.
+            for (int64_t wave = 0; wave < waves; ++wave)
+                for (int i = group.index; i < count_; i += group.count) {
+                    const int64_t chunk = stacked_ ? wave - i : wave;
+                    if (chunk < 0 || chunk >= chunks_) continue;
+                    if (stacked_ && i > 0) wait_until(stages[i - 1].chunks_done, chunk + 1);
+                    Share share(problems_[i].rows, team, lists + all.rank() * rows.batch);
+                    const int64_t first = chunk * chunk_steps_, last = first + chunk_steps_;
+                    run_chunk(stages[i].cell, team, share, first, last < rows.steps ? last : rows.steps);
+                    if (team.crew.dismissed()) return;
+                    if (team.crew.rank() == 0) stages[i].chunks_done.store(chunk + 1, std::memory_order_release);
+                }
+        };
+        run_shared({threads_, groups_, patience_for(flops_), chunk_steps_}, body);
+    }
+
+private:
+    static constexpr double meeting = 2e4;   // flops that could be done while threads meet at a barrier
+
+    struct Stage {
+        Stage(const ForwardProblem& problem, const Sharing& sharing) : cell(problem, sharing) {}
+        const Cell cell;
+        std::atomic<int64_t> chunks_done{0};
+    };
+
+    static double cost(double flops, int64_t threads) {
+        return flops / static_cast<double>(threads) + (threads > 1 ? meeting : 0);
+    }
+
+    const ForwardProblem* const problems_;
+    const int count_;
+    const bool stacked_;
+    int64_t chunk_steps_ = 1, chunks_ = 0;
+    double flops_ = 0;
+    int threads_ = 1, groups_ = 1;
+};
+
+// problems: of one kind, type, batch and number of steps; `stacked`: the input of each is the output of the one before.
+template <class Cell>
+inline void run_forwards(const ForwardProblem* problems, int count, bool stacked) {
+    const SideBySide<Cell> side_by_side(problems, count, stacked);
+    if (side_by_side.pays()) return side_by_side.run();
+    for (int i = 0; i < count; ++i) run_forward<Cell>(problems[i]);
 }
 
 // Packs a forward's weights into problem.packed, unless that is null. Returns how many elements they are.
@@ -184,7 +293,7 @@ inline int64_t pack_weights(const ForwardProblem& problem) {
 
 template <class Cell>
 inline void run_backward(const BackwardProblem& problem) {
-    run_cell<Cell>(problem, 4e4, [](const Cell& cell, Team& team, Share& share, int64_t steps) {
+    run_cell<Cell>(problem, backward_barrier_flops, [](const Cell& cell, Team& team, Share& share, int64_t steps) {
         for (int64_t step = steps - 1; step >= 0; --step) {
             if (share.live(step) == 0) continue;
             share.enter(step);

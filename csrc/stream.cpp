@@ -105,7 +105,7 @@ void run(const Layout& layout, Type type, int64_t batch, const char* weights, co
     problem.kind = static_cast<Kind>(layout.kind);
     problem.type = type;
     problem.hidden = layout.hidden;
-    problem.projected = layout.projected;
+    problem.projected = problem.output_stride = layout.projected;
     problem.rows = schedule.rows(nullptr);
     problem.threads = thread_count();
     problem.poison = poison;
@@ -123,7 +123,7 @@ void run(const Layout& layout, Type type, int64_t batch, const char* weights, co
             problem.c_n = c + layer * c_bytes;
         }
         problem.packed = const_cast<char*>(weights);
-        active_kernels().forward(problem);
+        active_kernels().forward(&problem, 1, false);
         weights += (layer == 0 ? layout.first : layout.other) * computed_bytes(type);
     }
 }

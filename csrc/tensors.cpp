@@ -21,26 +21,32 @@ int32_t dtype_code(Type type) {
                                : aoti_torch_dtype_bfloat16();
 }
 
-}  // namespace
-
-size_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::f64 ? 8 : 2; }
-
-Tensor make(int32_t dtype, size_t element, const int64_t* sizes, int64_t dims) {
-    int64_t strides[3] = {1, 1, 1}, total = 1;
-    for (int64_t i = dims; i-- > 0;) {
-        strides[i] = total;
-        total *= sizes[i];
-    }
+Tensor make(int32_t dtype, size_t element, const int64_t* sizes, const int64_t* strides, int64_t dims) {
     AtenTensorHandle handle;
     if (aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) !=
         AOTI_TORCH_SUCCESS)
         throw std::runtime_error("tidegate: out of memory for " + text(sizes, static_cast<size_t>(dims)));
     Tensor tensor(handle);
-    if (poison && total > 0) std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(total) * element);
+    const size_t bytes = static_cast<size_t>(tensor.numel()) * element;
+    if (poison && bytes) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
     return tensor;
 }
 
+}  // namespace
+
+size_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::f64 ? 8 : 2; }
+
+Tensor make(int32_t dtype, size_t element, const int64_t* sizes, int64_t dims) {
+    int64_t strides[3] = {1, 1, 1};
+    for (int64_t i = dims - 1; i-- > 0;) strides[i] = strides[i + 1] * sizes[i + 1];
+    return make(dtype, element, sizes, strides, dims);
+}
+
 Tensor make(Type type, const int64_t* sizes, int64_t dims) { return make(dtype_code(type), bytes_of(type), sizes, dims); }
+
+Tensor make(Type type, const int64_t* sizes, const int64_t* strides, int64_t dims) {
+    return make(dtype_code(type), bytes_of(type), sizes, strides, dims);
+}
 
 Tensor make(Type type, std::initializer_list<int64_t> sizes) {
     return make(type, sizes.begin(), static_cast<int64_t>(sizes.size()));

@@ -97,7 +97,7 @@ protected:
     const A* h_before(int64_t step, int64_t rank) const { return h_[step & 1] + rank * h_stride_; }
 
     void write_h(const LiveRow& row, int64_t step, int64_t unit, int64_t valid, V h) const {
-        store(static_cast<S*>(p_.output) + row.place * projected_ + unit, h, valid);
+        store(static_cast<S*>(p_.output) + row.place * p_.output_stride + unit, h, valid);
         store(h_[(step + 1) & 1] + row.rank * h_stride_ + unit, row.cut_next ? V{} : h, valid);
         if (row.last) store(static_cast<S*>(p_.h_n) + row.row * projected_ + unit, h, valid);
     }

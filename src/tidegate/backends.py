@@ -9,13 +9,13 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tidegate import dispatch, reference
-from tidegate.cells import Call, Cell
+from tidegate.cells import Call
 from tidegate.checks import check, check_lengths
 from tidegate.errors import UnsupportedError
 from tidegate.kernels import aten, cpu, triton
@@ -41,12 +41,14 @@ class Backend:
         checks: it refuses by itself what `checks.check` would, so that a plain call need not be looked at twice.
         prepare_step: `one-step calls of a stack of layers -> step(input (B, I), *states (L, B, .)) -> output`, the
             weights laid out once, the states replaced in place, all or none; None where `run_forward` is as quick.
-        short_step: `(cell, options, input, states, weights, layers) -> results`: one step without gradients, at once.
-            With `layers` 0 of a cell: input (B, I) or (I,), states (B, H) or (H,), results the new states. Else of so
-            many layers: input (1, B, I), (B, 1, I) or (1, I), states (L, B, H) or (L, H), results output and final
-            states. `options` are values in the cell's order; `states` is what the user gave, empty for zeros; `weights`
-            each layer's weight_ih, weight_hh and biases, None for absent ones. No results where the call is not plainly
-            one that it can run: whoever asks goes the long way then, which names what is wrong.
+        short_step: `(cell, options, input, states, weights) -> new states`: a cell's step without gradients, at once.
+            Input (B, I) or (I,), states (B, H) or (H,). `options` are values in the cell's order; `states` is what the
+            user gave, empty for zeros; `weights` are weight_ih, weight_hh and the biases, None for absent ones. No
+            results where the call is not plainly one that it can run: whoever asks goes the long way then, which names
+            what is wrong.
+        short_layers: `(cell, options, input, states, weights, layers, bidirectional, reverse, batch_first, lengths) ->
+            (output, *final states)`, likewise: all layers and directions at once. Input (T, B, I), with batch_first
+            (B, T, I), or (T, I); states (L*D, B, .) or (L*D, .); `weights` in torch.nn's flat order.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             `forward`, `backward` and `saved_shape`.
         slower_reasons: why it leaves a call that it can run to the next backend that can, unless it is named; pure.
@@ -61,7 +63,8 @@ class Backend:
     backward: Backward | None = None
     saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
     prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
-    short_step: Callable[[Cell, Any, Tensor, Any, Sequence[Any], int], Sequence[Tensor]] | None = None
+    short_step: Callable[..., Sequence[Tensor]] | None = None
+    short_layers: Callable[..., Sequence[Tensor]] | None = None
     checks: bool = False
     slower_reasons: Callable[[Call], list[str]] | None = None
     only_named: str = ""
@@ -99,6 +102,7 @@ CPU = Backend(
     saved_shape=cpu.saved_shape,
     prepare_step=cpu.prepare_step,
     short_step=cpu.short_step,
+    short_layers=cpu.short_layers,
     slower_reasons=cpu.slower_reasons,
     checks=True,
 )
@@ -163,9 +167,9 @@ def select(call: Call, name: str) -> Backend:
     raise UnsupportedError(_refusal(call, name))
 
 
-def short_step() -> Callable[..., Sequence[Tensor]] | None:
-    """`Backend.short_step` of the backend that the user named, if it has one; else of the compiled one."""
-    return BY_NAME[_named].short_step if _named else CPU.short_step
+def short() -> Backend:
+    """The backend whose `short_step` and `short_layers` are asked: the named one, else the compiled one."""
+    return BY_NAME[_named] if _named else CPU
 
 
 def demanded(name: str) -> str:

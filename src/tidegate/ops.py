@@ -9,7 +9,7 @@ modes it calls the operator, whose registrations say what each of those needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,9 +48,9 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     return backends.run_forward(backend, call, save=False)[:-1]
 
 
-def short_step() -> Callable[..., Sequence[Tensor]] | None:
-    """The door's short way: `backends.Backend.short_step` where nothing records a call, traces or transforms it."""
-    return backends.short_step() if dispatch.is_bare() and not _observers else None
+def short_way() -> backends.Backend | None:
+    """Whose `short_step` and `short_layers` to ask; None where something records a call, traces or transforms it."""
+    return backends.short() if dispatch.is_bare() and not _observers else None
 
 
 def _in_other_modes(call: Call) -> tuple[Tensor, ...]:

@@ -139,14 +139,14 @@ Results run(const Recurrence& r, Type type, const Schedule& schedule, int thread
     ForwardProblem forward = {r.kind, type, r.input_size, r.hidden, r.projected, schedule.rows(resets), threads, true,
                               input.data(), r.batch * r.input_size, r.input_size, h_0.data(), c_0.data(),
                               weight_ih.data(), weight_hh.data(), bias_ih.data(), bias_hh.data(), weight_hr.data(),
-                              output.data(), h_n.data(), c_n.data(), saved.data(), kept, nullptr};
+                              output.data(), r.projected, h_n.data(), c_n.data(), saved.data(), kept, nullptr};
     std::vector<double> packed;
     if (mode == Mode::packed) {
         packed.resize(static_cast<size_t>(kernels.pack(forward)));   // at most as wide
         forward.packed = packed.data();
         kernels.pack(forward);
     }
-    kernels.forward(forward);
+    kernels.forward(&forward, 1, false);
     if (mode != Mode::training) return {{output.values(), h_n.values(), c_n.values()}};
     const int64_t columns = r.gradient_columns();
     Stored dgates(type, total * columns), h_before(type, total * r.projected), dh_0(type, r.h_0.size()),
@@ -306,6 +306,71 @@ void check_shape(const Shape& shape, Kind kind, Type type, int most_threads) {
     }
 }
 
+// One of several problems that run together, and the memory that it reads and writes.
+struct Member {
+    Member(const Recurrence& r, Type type, const Schedule& schedule)
+        : recurrence(r), schedule(schedule), input(type, r.input), h_0(type, r.h_0), c_0(type, r.c_0),
+          weight_ih(type, r.weight_ih), weight_hh(type, r.weight_hh), bias_ih(type, r.bias_ih),
+          bias_hh(type, r.bias_hh), weight_hr(type, r.weight_hr), h_n(type, r.h_0.size()), c_n(type, r.c_0.size()) {}
+
+    ForwardProblem problem(Type type, int threads, void* from, void* to, int64_t output_stride) {
+        const Recurrence& r = recurrence;
+        return {r.kind, type, r.input_size, r.hidden, r.projected, schedule.rows(nullptr), threads, true,
+                from ? from : input.data(), r.batch * r.input_size, r.input_size, h_0.data(), c_0.data(),
+                weight_ih.data(), weight_hh.data(), bias_ih.data(), bias_hh.data(), weight_hr.data(), to,
+                output_stride, h_n.data(), c_n.data(), nullptr, 0, nullptr};
+    }
+
+    const Recurrence recurrence;
+    const Schedule schedule;
+    Stored input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h_n, c_n;
+};
+
+// A stack of layers, or the two directions of one, at once and one by one: the same bits.
+void check_together(const Shape& shape, Kind kind, Type type, int count, bool stacked, bool has_lengths, int most_threads) {
+    const int64_t projected = shape.projects ? (shape.hidden + 1) / 2 : shape.hidden;
+    std::vector<Member> members;
+    for (int i = 0; i < count; ++i) {
+        const bool reverse = !stacked && i == 1;
+        const Recurrence r(kind, type == Type::bf16, shape.time, shape.batch,
+                           stacked && i > 0 ? projected : shape.input_size, shape.hidden, projected, has_lengths, false,
+                           reverse, i != 1);
+        members.emplace_back(r, type, has_lengths ? Schedule(r.time, r.batch, reverse, r.lengths.data())
+                                                  : Schedule(r.time, r.batch, reverse));
+    }
+    const int64_t width = stacked ? projected : count * projected;
+    const auto run = [&](int threads, bool together) {
+        std::vector<Stored> outputs(static_cast<size_t>(stacked ? count : 1),
+                                    Stored(type, static_cast<size_t>(shape.time * shape.batch * width)));
+        for (Stored& output : outputs) output.clear();
+        std::vector<ForwardProblem> problems;
+        for (int i = 0; i < count; ++i) {
+            void* from = stacked && i > 0 ? outputs[static_cast<size_t>(i - 1)].data() : nullptr;
+            char* to = static_cast<char*>(outputs[static_cast<size_t>(stacked ? i : 0)].data());
+            if (!stacked) to += i * projected * static_cast<int64_t>(outputs[0].size());
+            problems.push_back(members[static_cast<size_t>(i)].problem(type, threads, from, to, width));
+        }
+        if (together) active_kernels().forward(problems.data(), count, stacked);
+        else
+            for (const ForwardProblem& problem : problems) active_kernels().forward(&problem, 1, false);
+        Results results;
+        for (const Stored& output : outputs) results.tensors.push_back(output.values());
+        for (Member& member : members)
+            for (Stored* state : {&member.h_n, &member.c_n}) results.tensors.push_back(state->values());
+        return results;
+    };
+    const Results alone = run(1, false);
+    for (int threads = 1; threads <= most_threads; ++threads) {
+        const Results results = run(threads, true);
+        for (size_t i = 0; i < results.tensors.size(); ++i)
+            compare(std::string(active_kernels().name) + " " + kind_names[static_cast<int>(kind)] + " together " +
+                        std::to_string(count) + (stacked ? " stacked" : "") + (has_lengths ? " lengths" : "") +
+                        " B" + std::to_string(shape.batch) + " threads " + std::to_string(threads) + " tensor " +
+                        std::to_string(i),
+                    results.tensors[i], alone.tensors[i], 0);
+    }
+}
+
 void check_activations() {
     for (int hyperbolic = 0; hyperbolic < 2; ++hyperbolic) {
         std::vector<float> in, out;
@@ -351,7 +416,15 @@ int main(int count, char** names) {
                 }
                 check_shape({40, 1, 64, 128, projects}, kind, Type::f32, 4);   // units split, a barrier a step
                 check_shape({9, 40, 33, 65, projects}, kind, Type::f32, 4);    // rows split, then both
+                for (const bool has_lengths : {false, true})
+                    for (const Type type : {Type::f32, Type::bf16}) {
+                        check_together({70, 1, 64, 96, projects}, kind, type, 2, false, has_lengths, 5);
+                        check_together({70, 1, 64, 96, projects}, kind, type, 3, true, has_lengths, 5);
+                        check_together({50, 5, 33, 65, projects}, kind, type, 4, true, has_lengths, 5);
+                        check_together({9, 40, 33, 65, projects}, kind, type, 2, false, has_lengths, 2);
+                    }
                 set_parallel_for(serial_for);
+                check_together({70, 1, 64, 96, projects}, kind, Type::f32, 3, true, false, 3);
                 check_shape({9, 20, 33, 65, projects}, kind, Type::f32, 3);
                 set_parallel_for(parallel_for);
             }

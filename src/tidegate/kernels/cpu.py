@@ -38,7 +38,7 @@ _KIND_OF = {
         (GRU, {"reset_after": False}, "gru_reset_before"),
     )
 }
-_ABSENT = torch.empty(0)
+_ABSENT = torch.empty(0, 0, 0, 0)  # a state or bias that is not given: no such tensor has four dimensions
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -243,26 +243,49 @@ def prepare_step(calls: Sequence[Call]) -> Callable[..., Tensor]:
 
 
 def short_step(
-    cell: Cell, options: Any, input: Tensor, states: Any, weights: Sequence[Any], layers: int
+    cell: Cell, options: Any, input: Tensor, states: Sequence[Any], weights: Sequence[Any]
 ) -> Sequence[Tensor]:
-    """`backends.Backend.short_step`: the operators check for themselves, and answer nothing to what is not for them."""
-    kind = _KIND_OF.get((cell.name, *options))
-    if kind is None or _missing() or len(states) not in (0, len(cell.states)):
-        return ()
-    h, c = (*states, _ABSENT, _ABSENT)[:2]
-    if not isinstance(h, Tensor) or not isinstance(c, Tensor):
-        return ()
-    cell_step, layer_step = _short_steps()
-    if layers:
-        return layer_step(_KINDS[kind], input, h, c, [weight for weight in weights if weight is not None], layers)
+    """`backends.Backend.short_step`: the operator checks for itself, and answers nothing to what is not for it."""
+    kind, h, c = _read_short(cell, options, states)
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     if bias_ih is None and bias_hh is None:
         bias_ih = bias_hh = _ABSENT
-    if bias_ih is None or bias_hh is None:
+    if kind is None or bias_ih is None or bias_hh is None:
         return ()
-    return cell_step(_KINDS[kind], input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+    return _short_ways()[0](kind, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+
+
+def short_layers(
+    cell: Cell,
+    options: Any,
+    input: Tensor,
+    states: Sequence[Any],
+    weights: Sequence[Any],
+    layers: int,
+    bidirectional: bool,
+    reverse: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+) -> Sequence[Tensor]:
+    """`backends.Backend.short_layers`, as `short_step`."""
+    kind, h, c = _read_short(cell, options, states)
+    if kind is None:
+        return ()
+    found = [weight for weight in weights if weight is not None]
+    return _short_ways()[1](kind, input, h, c, found, layers, bidirectional, reverse, batch_first, lengths)
+
+
+def _read_short(cell: Cell, options: Any, states: Sequence[Any]) -> tuple[int | None, Any, Any]:
+    """The operators' number of a kind, and its states; None for what they do not run."""
+    kind = _KIND_OF.get((cell.name, *options))
+    h, c = (*states, _ABSENT, _ABSENT)[:2]
+    if kind is None or _missing() or len(states) not in (0, len(cell.states)):
+        return None, h, c
+    if not isinstance(h, Tensor) or not isinstance(c, Tensor):
+        return None, h, c
+    return _KINDS[kind], h, c
 
 
 @cache
-def _short_steps() -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
-    return operators().cell_step.default, operators().layer_step.default
+def _short_ways() -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
+    return operators().cell_step.default, operators().layers.default

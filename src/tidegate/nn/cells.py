@@ -7,12 +7,13 @@ Letters: B rows, I input_size, H hidden_size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tidegate import cells
+from tidegate import cells, ops
 from tidegate.cells import Call, Options, Weights
 from tidegate.nn import autocast
 from tidegate.nn.initialization import initialize
@@ -86,6 +87,13 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
     def _torch_name(self) -> str:
         return f"{self.cell.name.upper()}Cell"
 
+    def _short_step(self, input: Any, hx: Any) -> Sequence[Tensor]:
+        """The new states at once, or nothing."""
+        backend = ops.short_way()
+        if backend is None or backend.short_step is None or type(input) is not Tensor:
+            return ()
+        return self._call_shortly(backend.short_step, input, hx, self._weight_names)
+
     def _check_sizes(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
         """In the words of torch's own cells."""
         if input.size(1) != self.input_size:
@@ -113,7 +121,7 @@ class _OneStateCell(RecurrentCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
-        if stepped := self._short_step(input, hx, self._weight_names, 0):
+        if stepped := self._short_step(input, hx):
             return stepped[0]
         self._check_rank(input)
         states = None if hx is None else read_states(self.cell, hx)
@@ -232,7 +240,7 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
-        if not self._extra_weights and (stepped := self._short_step(input, hx, self._weight_names, 0)):
+        if not self._extra_weights and (stepped := self._short_step(input, hx)):
             return stepped[0], stepped[1]
         self._check_rank(input)
         states = None if hx is None else read_states(self.cell, hx)

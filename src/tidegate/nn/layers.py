@@ -8,13 +8,14 @@ D 2 if bidirectional, else 1. Row l * D + d of a state belongs to layer l, direc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tidegate import cells, sequences
+from tidegate import cells, ops, sequences
 from tidegate.cells import Call, Cell, Weights
 from tidegate.nn import autocast
 from tidegate.nn.initialization import initialize
@@ -105,10 +106,8 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 tensors, ValueError naming the argument.
             UnsupportedError: the backend that `tidegate.backend` names cannot run this call.
         """
-        if lengths is None and resets is None and self._is_one_step(input):
-            stepped = self._short_step(input, hx, self._flat_weights_names, self.num_layers)
-            if stepped:
-                return stepped[0], _one_or_tuple(tuple(stepped[1:]))
+        if resets is None and (found := self._short_way(input, hx, lengths)):
+            return found[0], _one_or_tuple(tuple(found[1:]))
         batch, batch_sizes, data = self._read(input, lengths, resets)
         packed = input if isinstance(input, PackedSequence) else None
         unbatched = isinstance(input, Tensor) and input.dim() == 2
@@ -123,14 +122,17 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         finals = self._permuted(finals, packed and packed.unsorted_indices)
         return batch.restore(output), _one_or_tuple(finals)
 
-    def _is_one_step(self, input: Any) -> bool:
-        """Whether `_short_step` may be asked: one step of a tensor, through layers whose methods are torch.nn's."""
-        if not isinstance(input, Tensor) or self.bidirectional or type(self) not in (RNN, LSTM, GRU):
-            return False
-        dims, time = input.dim(), 1 if self.batch_first else 0
-        if dims not in (2, 3) or input.size(0 if dims == 2 else time) != 1:
-            return False
-        return not (self.dropout and self.training and self.num_layers > 1)
+    def _short_way(self, input: Any, hx: Any, lengths: Any) -> Sequence[Tensor]:
+        """Output and final states at once, for a tensor through layers whose methods are torch.nn's; or nothing."""
+        backend = ops.short_way()
+        if backend is None or backend.short_layers is None or type(self) not in (RNN, LSTM, GRU):
+            return ()
+        if type(input) is not Tensor or input.is_nested or not (lengths is None or type(lengths) is Tensor):
+            return ()
+        if self.dropout and self.training and self.num_layers > 1:
+            return ()
+        form = (self.num_layers, self.bidirectional, self.reverse, self.batch_first, lengths)
+        return self._call_shortly(backend.short_layers, input, hx, self._flat_weights_names, *form)
 
     def _read(self, input: Any, lengths: Any, resets: Any) -> tuple[Sequences, Tensor | None, Tensor]:
         """The input as Sequences, its batch sizes if packed, and the tensor that torch.nn's checks look at."""

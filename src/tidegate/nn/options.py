@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tidegate import activations, ops
+from tidegate import activations
 from tidegate.cells import CELLS, Cell, Options
 from tidegate.nn import initialization
 
@@ -32,18 +32,17 @@ class Extended(torch.nn.Module):
     def _options(self) -> Options:
         return {name: getattr(self, name) for name in self.cell.options}
 
-    def _short_step(self, input: Any, states: Any, names: Sequence[str], layers: int) -> Sequence[Tensor]:
-        """`backends.Backend.short_step` on the tensors of these names; nothing if the call has to go the long way."""
-        run = ops.short_step()
-        if run is None or not isinstance(input, Tensor):
-            return ()
+    def _call_shortly(
+        self, run: Callable[..., Sequence[Tensor]], input: Tensor, states: Any, names: Sequence[str], *rest: Any
+    ) -> Sequence[Tensor]:
+        """`backends.Backend.short_step` or `short_layers` on the tensors of these names."""
         if states is None:
             states = ()
         elif not isinstance(states, tuple):
             states = (states,)
         found = self._parameters  # looked up first: a module's own attribute access costs as much as a small step
         weights = [found[name] if name in found else getattr(self, name, None) for name in names]
-        return run(self.cell, _values[self.cell.name](self), input, states, weights, layers)
+        return run(self.cell, _values[self.cell.name](self), input, states, weights, *rest)
 
     def _extended_repr(self) -> str:
         """The options that are not torch.nn's, as the constructor takes them."""

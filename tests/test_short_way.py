@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step without gradients: the short way gives what the long way gives, and takes only what it can run."""
+"""A call without gradients: the short way gives what the long way gives, and takes only what it can run."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from comparing import CELLS, LAYERS, tensors_in
 from tolerances import assert_close
 
 import tidegate as tg
-from tidegate import dispatch, ops
+from tidegate import backends, dispatch
 from tidegate.kernels import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
@@ -33,12 +35,18 @@ def answers(monkeypatch):
     """How many results each call of the short way gave."""
     given: list[int] = []
 
-    def counted(*arguments):
-        results = cpu.short_step(*arguments)
-        given.append(len(results))
-        return results
+    def counted(run):
+        def call(*arguments):
+            results = run(*arguments)
+            given.append(len(results))
+            return results
 
-    monkeypatch.setattr(ops.backends, "short_step", lambda: counted)
+        return call
+
+    asked = dataclasses.replace(
+        backends.CPU, short_step=counted(cpu.short_step), short_layers=counted(cpu.short_layers)
+    )
+    monkeypatch.setattr(backends, "short", lambda: asked)
     return given
 
 
@@ -88,7 +96,7 @@ def test_cells(kind, given, dtype, answers):
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch-first"])
 @pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_layers(kind, given, batch_first, answers):
+def test_one_step_of_layers(kind, given, batch_first, answers):
     for layers, (input_size, hidden_size) in enumerate(SIZES, 1):
         for batch in BATCHES:
             made = module(kind, input_size, hidden_size, layers, bias=batch != 3, batch_first=batch_first)
@@ -97,6 +105,65 @@ def test_layers(kind, given, batch_first, answers):
             h, c = randn(layers, *rows, hidden_size), randn(layers, *rows, hidden_size)
             hx = None if not given else (h, c) if kind == "LSTM" else h
             assert_same(made, x, hx, answers, 2 + (kind == "LSTM"))
+
+
+FORMS = {
+    "one layer": ((9, 33), {}),
+    "two directions": ((9, 33), {"bidirectional": True}),
+    "a stack": ((9, 33, 4), {}),
+    "a reversed stack": ((40, 17, 3), {"reverse": True}),
+    "a stack of two directions": ((9, 17, 3), {"bidirectional": True}),
+    "no bias": ((9, 17, 2), {"bias": False}),
+    "one unit": ((1, 1, 3), {"bidirectional": True}),
+}
+OPTIONS = {
+    "RNN": [{}, {"nonlinearity": "relu"}],
+    "LSTM": [{}, {"proj_size": 3}],
+    "GRU": [{}, {"reset_after": False}],
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_sequences(kind, form, threads, answers):
+    """Layers and directions side by side or one by one, at any thread count: to the bit what the long way gives."""
+    sizes, options = FORMS[form]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for extra in OPTIONS[kind]:
+            if extra.get("proj_size", 0) >= sizes[1]:
+                continue
+            for batch_first, dtype in ((False, torch.float32), (True, torch.float64)):
+                made = module(kind, *sizes, dtype=dtype, batch_first=batch_first, **options, **extra)
+                for batch, steps in ((None, 40), (1, 33), (3, 70), (16, 9), (17, 2), (40, 5)):
+                    for lengths in (None,) if batch is None else (None, torch.randint(0, steps + 1, (batch,))):
+                        assert_like_the_long_way(made, batch, steps, lengths, dtype, answers)
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_like_the_long_way(made, batch, steps, lengths, dtype, answers):
+    rows = () if batch is None else (batch,)
+    shape = (*rows, steps, made.input_size) if made.batch_first else (steps, *rows, made.input_size)
+    x = randn(*shape, dtype=dtype)
+    for given in (True, False):
+        depth = made.num_layers * (1 + made.bidirectional)
+        h = randn(depth, *rows, made.proj_size or made.hidden_size, dtype=dtype)
+        c = randn(depth, *rows, made.hidden_size, dtype=dtype)
+        hx = None if not given else (h, c) if made.mode == "LSTM" else h
+        answers.clear()
+        got = tensors_in(made(x, hx, lengths=lengths))
+        assert answers == [2 + (made.mode == "LSTM")], "the short way did not run"
+        with torch.enable_grad():
+            expected = tensors_in(made(x, hx, lengths=lengths))
+        with tg.backend("reference"):
+            reference = tensors_in(made(x, hx, lengths=lengths))
+        for ours, long, right in zip(got, expected, reference, strict=True):
+            assert ours.stride() == long.stride()
+            assert torch.equal(ours, long)
+            torch.testing.assert_close(ours, right, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("isa", cpu.operators().isas().split() if not cpu.availability() else [])
@@ -145,11 +212,13 @@ LONG = {
     "another activation": ("GRUCell", {"activations": ("hard_sigmoid", "tanh")}, lambda m, x: m(x)),
     "other strides": ("GRUCell", {}, lambda m, x: m(x.t().contiguous().t())),
     "no rows": ("GRUCell", {}, lambda m, x: m(x[:0])),
-    "lengths": ("GRU", {}, lambda m, x: m(x[None], lengths=[1] * len(x))),
-    "two directions": ("GRU", {"bidirectional": True}, lambda m, x: m(x[None])),
-    "a projected layer": ("LSTM", {"proj_size": 2}, lambda m, x: m(x[None])),
+    "lengths that are not int64": ("GRU", {}, lambda m, x: m(x[None], lengths=[1] * len(x))),
+    "resets": ("GRU", {}, lambda m, x: m(x[None], resets=torch.zeros(1, len(x), dtype=torch.bool))),
+    "bfloat16 over several steps": ("GRU", {}, lambda m, x: m.bfloat16()(x[:2, None].bfloat16())),
+    "a layer's peepholes": ("LSTM", {"peepholes": True}, lambda m, x: m(x[None])),
+    "a list": ("GRU", {}, lambda m, x: m([x])),
+    "a packed sequence": ("GRU", {}, lambda m, x: m(torch.nn.utils.rnn.pack_sequence([x]))),
     "dropout in training": ("GRU", {"num_layers": 2, "dropout": 0.5}, lambda m, x: m(x[None])),
-    "two steps": ("GRU", {}, lambda m, x: m(x[:2, None])),
 }
 
 
@@ -171,6 +240,9 @@ def test_the_long_way(why, answers):
         ("GRU", torch.zeros(1, 2, 7), None, "input.size.-1. must be equal to input_size. Expected 6, got 7"),
         ("LSTM", torch.zeros(1, 2, 6), (torch.zeros(1, 2, 4), torch.zeros(1, 3, 4)), r"Expected hidden\[1\] size"),
         ("GRU", torch.zeros(1, 2, 6), torch.zeros(1, 4), "For batched 3-D input, hx should also be 3-D"),
+        ("GRU", torch.zeros(3, 2, 6), torch.zeros(0, 2, 4), r"Expected hidden size \(1, 2, 4\), got \[0, 2, 4\]"),
+        ("GRU", torch.zeros(0, 2, 6), None, "Expected sequence length to be larger than 0"),
+        ("GRUCell", torch.zeros(6), torch.zeros(0), "hidden0 has inconsistent hidden_size"),
         ("GRUCell", torch.zeros(2, 6, device="meta"), None, "device"),
         ("GRUCell", torch.zeros(2, 6), torch.zeros(2, 4).half(), "dtype"),
     ],
@@ -209,3 +281,9 @@ def test_bare_is_what_it_says():
     torch.func.vmap(lambda x: seen.append(dispatch.is_bare()) or x)(torch.zeros(2))
     assert seen == [False]
     assert tg.explain(tg.GRUCell(3, 4), torch.zeros(2, 3)).backend == "cpu"
+
+
+def test_lengths_are_refused_by_name(answers):
+    with pytest.raises(ValueError, match="lengths"):
+        module("GRU", 6, 4)(torch.zeros(3, 2, 6), lengths=torch.tensor([4, 1]))
+    assert not any(answers)

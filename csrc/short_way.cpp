@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+// A cell's step and a stack of layers without gradients, in one call each: few arguments for calls so short that their
+// overhead counts, and all layers and directions at once for those that can run side by side.
+//
+// It answers only what it can at once: whole tensors of one dtype on the CPU whose sizes agree. To anything else it
+// answers with no tensor, and the caller goes the long way, which copies what must be copied and names what is wrong.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "checks.h"
+#include "isa.h"
+#include "tensors.h"
+
+namespace tidegate {
+namespace {
+
+struct Stack {
+    Kind kind;
+    Type type;
+    int32_t dtype;                  // torch's code
+    int64_t layers, directions, time, batch, input_size, hidden, projected;
+    bool biased, projects;
+    const Tensor* const* weights;   // of each layer's directions: weight_ih, weight_hh, if biased bias_ih and bias_hh,
+                                    // if projects weight_hr
+
+    int64_t width() const { return directions * projected; }
+};
+
+// What a stack reads and writes; h_0 to c_n are (L*D, B, .), c_0 and c_n null but for an LSTM.
+struct Memory {
+    const char* input;
+    int64_t time_stride, batch_stride;
+    const char *h_0, *c_0;
+    char *output, *h_n, *c_n;
+};
+
+// The shim's own calls: torch::stable::Tensor asks the same through conversions that cost as much as the answers.
+int32_t dtype_of(const Tensor& tensor) {
+    int32_t dtype = -1;
+    aoti_torch_get_dtype(tensor.get(), &dtype);
+    return dtype;
+}
+
+bool fits(const Tensor& tensor, int32_t dtype, const int64_t* expected, int64_t dims) {
+    int32_t device = -1;
+    int64_t* sizes = nullptr;
+    if (tensor.dim() != dims || aoti_torch_get_sizes(tensor.get(), &sizes) != AOTI_TORCH_SUCCESS) return false;
+    aoti_torch_get_device_type(tensor.get(), &device);
+    return std::equal(expected, expected + dims, sizes) && dtype_of(tensor) == dtype &&
+           device == aoti_torch_device_type_cpu() && tensor.is_contiguous();
+}
+
+bool weights_fit(const Stack& s) {
+    const Tensor* const* w = s.weights;
+    const int64_t rows = gates_of(s.kind) * s.hidden;
+    const int64_t of_hh[2] = {rows, s.projected}, of_hr[2] = {s.projected, s.hidden};
+    for (int64_t k = 0; k < s.layers * s.directions; ++k) {
+        const int64_t of_ih[2] = {rows, k < s.directions ? s.input_size : s.width()};
+        if (!fits(**w++, s.dtype, of_ih, 2) || !fits(**w++, s.dtype, of_hh, 2)) return false;
+        if (s.biased && (!fits(**w++, s.dtype, of_ih, 1) || !fits(**w++, s.dtype, of_ih, 1))) return false;
+        if (s.projects && !fits(**w++, s.dtype, of_hr, 2)) return false;
+    }
+    return true;
+}
+
+// Reads what weights there are from their number, and all sizes but the time. False if they do not agree.
+bool read_weights(Stack& s, int64_t count) {
+    const int64_t cells = s.layers * s.directions, each = count / cells;
+    if (each * cells != count || each < 2 || each > 5) return false;
+    s.biased = each >= 4;
+    s.projects = each % 2;
+    if (s.projects && s.kind != Kind::lstm) return false;
+    if (s.weights[0]->dim() != 2 || s.weights[1]->dim() != 2) return false;
+    s.hidden = s.weights[1]->size(0) / gates_of(s.kind);
+    s.projected = s.weights[1]->size(1);
+    return s.hidden > 0 && s.projected > 0 && (s.projects || s.projected == s.hidden) && weights_fit(s);
+}
+
+bool read_type(Stack& s, const Tensor& input) {
+    s.dtype = dtype_of(input);
+    if (s.dtype == aoti_torch_dtype_float32()) s.type = Type::f32;
+    else if (s.dtype == aoti_torch_dtype_float64()) s.type = Type::f64;
+    else if (s.dtype == aoti_torch_dtype_bfloat16()) s.type = Type::bf16;
+    else return false;
+    return input.is_cpu();
+}
+
+void run_one_step(const Stack& s, const Memory& m) {
+    const Tensor* const* w = s.weights;
+    const auto next = [&] { return (*w++)->const_data_ptr(); };
+    const int64_t bytes = s.batch * s.hidden * static_cast<int64_t>(bytes_of(s.type));
+    StepProblem problem = {};
+    problem.kind = s.kind;
+    problem.type = s.type;
+    problem.threads = thread_count();
+    problem.batch = s.batch;
+    problem.hidden = s.hidden;
+    for (int64_t layer = 0; layer < s.layers; ++layer) {
+        problem.input = layer == 0 ? m.input : m.h_n + (layer - 1) * bytes;
+        problem.input_size = layer == 0 ? s.input_size : s.hidden;
+        problem.input_stride = layer == 0 ? m.batch_stride : s.hidden;
+        problem.h_0 = m.h_0 + layer * bytes;
+        problem.h = m.h_n + layer * bytes;
+        if (m.c_0) {
+            problem.c_0 = m.c_0 + layer * bytes;
+            problem.c = m.c_n + layer * bytes;
+        }
+        problem.weight_ih = next();
+        problem.weight_hh = next();
+        problem.bias_ih = s.biased ? next() : nullptr;
+        problem.bias_hh = s.biased ? next() : nullptr;
+        active_kernels().step(problem);
+    }
+    if (m.output) std::memcpy(m.output, m.h_n + (s.layers - 1) * bytes, static_cast<size_t>(bytes));
+}
+
+// schedules: of each direction.
+void run_layers(const Stack& s, const Memory& m, const Schedule* schedules) {
+    const Tensor* const* w = s.weights;
+    const auto next = [&] { return (*w++)->const_data_ptr(); };
+    const int64_t element = static_cast<int64_t>(bytes_of(s.type));
+    // Layers may follow one another by some steps, if all that lies between them stays.
+    const bool stacked = s.directions == 1 && s.batch <= few_rows;
+    std::vector<Tensor> between;
+    for (int64_t layer = 1; layer < s.layers && (stacked || layer <= 2); ++layer)
+        between.push_back(make(s.type, {s.time, s.batch, s.width()}));
+    std::vector<ForwardProblem> problems;
+    ForwardProblem p = {};
+    p.kind = s.kind;
+    p.type = s.type;
+    p.input = m.input;
+    p.input_size = s.input_size;
+    p.input_time_stride = m.time_stride;
+    p.input_batch_stride = m.batch_stride;
+    p.hidden = s.hidden;
+    p.projected = s.projected;
+    p.output_stride = s.width();
+    p.threads = thread_count();
+    p.poison = poison;
+    for (int64_t layer = 0; layer < s.layers; ++layer) {
+        const bool is_last = layer == s.layers - 1;
+        const size_t place = static_cast<size_t>(stacked ? layer : layer % 2);
+        char* output = is_last ? m.output : static_cast<char*>(between[place].mutable_data_ptr());
+        for (int64_t direction = 0; direction < s.directions; ++direction) {
+            const int64_t k = layer * s.directions + direction;
+            const int64_t h_bytes = s.batch * s.projected * element, c_bytes = s.batch * s.hidden * element;
+            p.rows = schedules[direction].rows(nullptr);
+            p.h_0 = m.h_0 + k * h_bytes;
+            p.h_n = m.h_n + k * h_bytes;
+            p.c_0 = m.c_0 ? m.c_0 + k * c_bytes : nullptr;
+            p.c_n = m.c_0 ? m.c_n + k * c_bytes : nullptr;
+            p.weight_ih = next();
+            p.weight_hh = next();
+            p.bias_ih = s.biased ? next() : nullptr;
+            p.bias_hh = s.biased ? next() : nullptr;
+            p.weight_hr = s.projects ? next() : nullptr;
+            p.output = output + direction * s.projected * element;
+            problems.push_back(p);
+        }
+        p.input = output;
+        p.input_size = p.input_batch_stride = s.width();
+        p.input_time_stride = s.batch * s.width();
+    }
+    const int together = static_cast<int>(stacked ? s.layers : s.directions);
+    for (size_t first = 0; first < problems.size(); first += static_cast<size_t>(together))
+        active_kernels().forward(&problems[first], together, stacked);
+}
+
+// An absent state or bias: no such tensor has four dimensions.
+bool is_absent(const Tensor& tensor) { return tensor.dim() == 4 && tensor.numel() == 0; }
+
+// The initial states, zeros if absent, and where they lie.
+class States {
+public:
+    States(const Stack& s, const Tensor& h, const Tensor& c)
+        : given_(!is_absent(h)),
+          zeros_(given_ ? 0 : static_cast<size_t>(s.layers * s.directions * s.batch * std::max(s.hidden, s.projected))),
+          h_0(pointer(h)),
+          c_0(s.kind == Kind::lstm ? pointer(c) : nullptr) {}
+
+    static bool fit(const Stack& s, const Tensor& h, const Tensor& c, bool is_cell, bool batched) {
+        int64_t sizes[3];
+        if (is_absent(h)) return true;
+        if (!fits(h, s.dtype, sizes, shape(s, s.projected, is_cell, batched, sizes))) return false;
+        return s.kind != Kind::lstm || fits(c, s.dtype, sizes, shape(s, s.hidden, is_cell, batched, sizes));
+    }
+
+    // L*D but for a cell, B if batched, columns. Returns how many dimensions that is.
+    static int64_t shape(const Stack& s, int64_t columns, bool is_cell, bool batched, int64_t* sizes) {
+        int64_t dims = 0;
+        if (!is_cell) sizes[dims++] = s.layers * s.directions;
+        if (batched) sizes[dims++] = s.batch;
+        sizes[dims++] = columns;
+        return dims;
+    }
+
+    static void append(std::vector<Tensor>& results, const Stack& s, bool is_cell, bool batched) {
+        int64_t sizes[3];
+        results.push_back(make(s.type, sizes, shape(s, s.projected, is_cell, batched, sizes)));
+        if (s.kind == Kind::lstm) results.push_back(make(s.type, sizes, shape(s, s.hidden, is_cell, batched, sizes)));
+    }
+
+private:
+    const char* pointer(const Tensor& state) const {
+        return given_ ? static_cast<const char*>(state.const_data_ptr()) : reinterpret_cast<const char*>(zeros_.data());
+    }
+
+    const bool given_;
+    const std::vector<double> zeros_;
+
+public:
+    const char* const h_0;
+    const char* const c_0;
+};
+
+// input (T, B, I), batch_first (B, T, I), or (T, I); h and c (L*D, B, .) or (L*D, .); returns output, h_n and c_n.
+std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, const Tensor& c,
+                           const std::vector<Tensor>& weights, int64_t layers, bool bidirectional, bool reverse,
+                           bool batch_first, const Optional& lengths) {
+    std::vector<const Tensor*> pointers;
+    for (const Tensor& weight : weights) pointers.push_back(&weight);
+    Stack s = {};
+    s.kind = static_cast<Kind>(kind);
+    s.layers = layers;
+    s.directions = 1 + bidirectional;
+    s.weights = pointers.data();
+    const int64_t dims = input.dim();
+    const bool batched = dims == 3;
+    if ((!batched && dims != 2) || layers < 1 || !read_type(s, input)) return {};
+    const int64_t time_dim = batched && batch_first, batch_dim = !batch_first;
+    s.time = input.size(time_dim);
+    s.batch = batched ? input.size(batch_dim) : 1;
+    s.input_size = input.size(dims - 1);
+    if (s.time == 0 || s.batch == 0 || s.input_size == 0) return {};
+    if ((input.stride(dims - 1) != 1 && s.input_size > 1) || (s.type == Type::bf16 && s.time > 1)) return {};
+    if (!read_weights(s, static_cast<int64_t>(weights.size())) || !States::fit(s, h, c, false, batched)) return {};
+    const int64_t* row_lengths = nullptr;
+    if (lengths) {
+        if (!batched || !fits(*lengths, aoti_torch_dtype_int64(), &s.batch, 1)) return {};
+        row_lengths = static_cast<const int64_t*>(lengths->const_data_ptr());
+        if (std::any_of(row_lengths, row_lengths + s.batch, [&](int64_t n) { return n < 0 || n > s.time; })) return {};
+    }
+
+    std::vector<Tensor> results;
+    results.reserve(3);
+    const int64_t width = s.width(), sizes[3] = {input.size(0), batched ? input.size(1) : width, width};
+    const int64_t time_first[3] = {batched ? s.batch * width : width, batched ? width : 1, 1};
+    const int64_t rows_first[3] = {width, s.batch * width, 1};
+    results.push_back(make(s.type, sizes, batched && batch_first ? rows_first : time_first, dims));
+    States::append(results, s, false, batched);
+    const States states(s, h, c);
+    const Memory memory = {static_cast<const char*>(input.const_data_ptr()),
+                           input.stride(time_dim),
+                           batched ? input.stride(batch_dim) : s.input_size,
+                           states.h_0,
+                           states.c_0,
+                           static_cast<char*>(results[0].mutable_data_ptr()),
+                           static_cast<char*>(results[1].mutable_data_ptr()),
+                           states.c_0 ? static_cast<char*>(results[2].mutable_data_ptr()) : nullptr};
+    if (s.time == 1 && !bidirectional && !lengths && fits_step(s.kind, s.projects)) {
+        run_one_step(s, memory);
+        return results;
+    }
+    const auto schedule = [&](bool backwards) {
+        return lengths ? Schedule(s.time, s.batch, backwards, row_lengths) : Schedule(s.time, s.batch, backwards);
+    };
+    const Schedule schedules[2] = {schedule(reverse), bidirectional ? schedule(true) : Schedule(0, 0, true)};
+    if (schedules[0].total() < s.time * s.batch)   // 0 past each row's length
+        std::memset(memory.output, 0, static_cast<size_t>(s.time * s.batch * width) * bytes_of(s.type));
+    run_layers(s, memory, schedules);
+    return results;
+}
+
+// input (B, I) or (I), h and c (B, H) or (H); returns h' and c'. Without a list, which costs as much to hand over as a
+// small cell to compute.
+std::vector<Tensor> cell_step(int64_t kind, const Tensor& input, const Tensor& h, const Tensor& c,
+                              const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
+                              const Tensor& bias_hh) {
+    const Tensor* const weights[] = {&weight_ih, &weight_hh, &bias_ih, &bias_hh};
+    Stack s = {};
+    s.kind = static_cast<Kind>(kind);
+    s.layers = s.directions = s.time = 1;
+    s.weights = weights;
+    const int64_t dims = input.dim();
+    const bool batched = dims == 2;
+    if ((!batched && dims != 1) || !fits_step(s.kind, false)) return {};
+    if (!read_type(s, input) || !input.is_contiguous()) return {};
+    s.input_size = input.size(dims - 1);
+    s.batch = batched ? input.size(0) : 1;
+    if (s.batch == 0 || s.input_size == 0) return {};
+    if (!read_weights(s, is_absent(bias_ih) ? 2 : 4) || !States::fit(s, h, c, true, batched)) return {};
+
+    std::vector<Tensor> results;
+    results.reserve(2);
+    States::append(results, s, true, batched);
+    const States states(s, h, c);
+    run_one_step(s, {static_cast<const char*>(input.const_data_ptr()), 0, s.input_size, states.h_0, states.c_0, nullptr,
+                     static_cast<char*>(results[0].mutable_data_ptr()),
+                     states.c_0 ? static_cast<char*>(results[1].mutable_data_ptr()) : nullptr});
+    return results;
+}
+
+}  // namespace
+}  // namespace tidegate
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tidegate_cpu, m) {
+    m.def(
+        "layers(int kind, Tensor input, Tensor h, Tensor c, Tensor[] weights, int layers, bool bidirectional, "
+        "bool reverse, bool batch_first, Tensor? lengths) -> Tensor[]");
+    m.def(
+        "cell_step(int kind, Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, "
+        "Tensor bias_hh) -> Tensor[]");
+}
+
+// Whatever the device: it is one of the things that are looked at.
+STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CompositeExplicitAutograd, m) {
+    m.impl("layers", TORCH_BOX(&tidegate::layers));
+    m.impl("cell_step", TORCH_BOX(&tidegate::cell_step));
+}

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// The memory that a call's buffers lie in. Each calling thread keeps it for its next call: memory that is fresh from
+// the system costs a page fault every 4 KiB, which for packed weights can be as much as all the arithmetic of a call.
+#pragma once
+
+#include <cstddef>
+
+namespace tidegate {
+
+// Memory aligned to a cache line, for this thread's call in hand; null for no bytes.
+void* take_workspace(size_t bytes);
+
+// Gives it back, in any order. Once all is back, the thread keeps one block of what its largest call took, if that is
+// not more than `kept_workspace` bytes.
+void give_workspace_back(void* memory);
+
+constexpr size_t kept_workspace = size_t{64} << 20;
+
+}  // namespace tidegate
