@@ -27,6 +27,15 @@ constexpr int spins_before_yield = 1000;
 constexpr int starved_barriers = 2;
 constexpr int64_t starving = 100'000;
 
+int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+// How long one such meeting, which costs some milliseconds, speaks against the next.
+constexpr int64_t crowded_for = 200'000'000;
+std::atomic<int64_t> crowded_until{0};
+
 struct Enrolment {
     std::atomic<int> joined{0};    // members so far; `closed` is added once nobody else may join
     std::atomic<int> size{0};      // set when enrolment closes
@@ -40,10 +49,7 @@ struct Enrolment {
     static constexpr int closed = 1 << 16;
 };
 
-int64_t now() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
+void note_crowding(int64_t time) { crowded_until.store(time + crowded_for, std::memory_order_relaxed); }
 
 // The first member closes the enrolment: when all have come, or when its patience ends.
 int close_enrolment(Enrolment& enrolment) {
@@ -104,17 +110,30 @@ void Crew::judge_wait(int64_t yielded_at) {
     const int64_t left_at = now();
     if (yielded_at && judged_epoch_) {
         const int64_t worked = (yielded_at - judged_at_) / (epoch_ - judged_epoch_);
-        if (left_at - yielded_at > 2 * worked + starving) ++starved_;
+        if (left_at - yielded_at > 2 * worked + starving && ++starved_ == starved_barriers) note_crowding(left_at);
     }
     judged_at_ = left_at;
     judged_epoch_ = epoch_;
 }
 
-void wait_until(const std::atomic<int64_t>& counter, int64_t value) {
+void wait_until(const std::atomic<int64_t>& counter, int64_t value, int64_t expected) {
+    int64_t yielded_at = 0;
     for (int spins = 0; counter.load(std::memory_order_acquire) < value; ++spins) {
-        if (spins < spins_before_yield) pause();
-        else sched_yield();
+        if (spins < spins_before_yield) {
+            pause();
+            continue;
+        }
+        if (yielded_at == 0) yielded_at = now();
+        sched_yield();
     }
+    if (yielded_at == 0) return;
+    const int64_t ended_at = now();
+    if (ended_at - yielded_at > 2 * expected + starving) note_crowding(ended_at);
+}
+
+bool is_crowded() {
+    const int64_t until = crowded_until.load(std::memory_order_relaxed);
+    return until && now() < until;
 }
 
 void set_parallel_for(ParallelFor function) { parallel_for = function; }

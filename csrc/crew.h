@@ -70,8 +70,13 @@ void run_crew(int wanted, int64_t patience, Work work, void* context);
 // Cuts `all` into `count` teams, 1 <= count <= all.size().
 Team make_team(const Crew& all, Post* team_posts, int count);
 
-// Waits until `counter` is at least `value`: spins, then yields.
-void wait_until(const std::atomic<int64_t>& counter, int64_t value);
+// Waits until `counter` is at least `value`: spins, then yields. Whoever counts is expected to need `expected`
+// nanoseconds at most; where it takes far longer, the processor is crowded.
+void wait_until(const std::atomic<int64_t>& counter, int64_t value, int64_t expected);
+
+// Whether threads that met lately had to wait for one another far beyond their work, because other processes took the
+// processor. For a while, threads that would have to meet are better not started.
+bool is_crowded();
 
 // The threads worth starting: never more than the CPUs that this process may run on.
 int available_cpus();

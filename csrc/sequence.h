@@ -112,6 +112,7 @@ inline Sharing share_out(const Rows& rows, double row_flops, double barrier_flop
     int64_t size = threads / teams, useful = static_cast<int64_t>(team_flops / barrier_flops);
     useful = useful > panels ? panels : useful;
     size = useful < 1 ? 1 : size > useful ? useful : size;
+    if (size > 1 && is_crowded()) size = 1;
     // Too little a step to share panels: share rows, even if few.
     if (size == 1) teams = most < threads ? most : threads;
     threads = size * teams;
@@ -220,7 +221,7 @@ public:
                                 cost(largest * static_cast<double>(most), size);
         // What they save beside the barriers, measured: rows that stay together use each weight that is read oftener.
         const double saving = most > 1 ? 1.15 : 1;
-        if (groups < 2 || together > saving * one_by_one) return;
+        if (groups < 2 || together > saving * one_by_one || is_crowded()) return;
         groups_ = static_cast<int>(groups);
         threads_ = static_cast<int>(groups * size);
     }
@@ -242,7 +243,7 @@ public:
                 for (int i = group.index; i < count_; i += group.count) {
                     const int64_t chunk = stacked_ ? wave - i : wave;
                     if (chunk < 0 || chunk >= chunks_) continue;
-                    if (stacked_ && i > 0) wait_until(stages[i - 1].chunks_done, chunk + 1);
+                    if (stacked_ && i > 0) wait_until(stages[i - 1].chunks_done, chunk + 1, patience_for(flops_) / chunks_);
                     Share share(problems_[i].rows, team, lists + all.rank() * rows.batch);
                     const int64_t first = chunk * chunk_steps_, last = first + chunk_steps_;
                     run_chunk(stages[i].cell, team, share, first, last < rows.steps ? last : rows.steps);
