@@ -236,11 +236,23 @@ def write_json(
     return save_json(path, document)
 
 
+def recorded_command(arguments: list[str]) -> str:
+    """The command for someone else to repeat: without --out, a path of this machine that no figure depends on."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--out":
+            next(rest, None)
+        elif not argument.startswith("--out="):
+            kept.append(argument)
+    return shlex.join(["tidegate", *kept])
+
+
 def describe_run(load: float | None) -> dict[str, Any]:
     """When, how and where; `load` is how many other processes ran before."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["tidegate", *sys.argv[1:]]),
+        "command": recorded_command(sys.argv[1:]),
         "machine": describe_machine(),
         "packages": {package: package_version(package) for package in OPTIONAL_PACKAGES},
         "load_before": load,
