@@ -188,9 +188,10 @@ def print_streams(console: Console, results: list[StreamResult]) -> None:
                 sessions = f"{result.sessions_per_core(name):.0f}"
                 table.add_row("" if position else result.case.label, name, *figures, ratio, sessions)
         print_table(console, table)
-    latencies = [latency for result in results for latency in result.latencies.values()]
+    steps = sorted({latency.steps for result in results for latency in result.latencies.values()})
+    fewer = f" ({steps[0]:,} at least of a contender whose steps are long)" if len(steps) > 1 else ""
     console.print(
-        f"Latencies: microseconds of one step with its Python call, percentiles over {latencies[0].steps} steps, the "
+        f"Latencies: microseconds of one step with its Python call, percentiles over {steps[-1]:,} steps{fewer}, the "
         f"clock's own {max(result.clock_seconds for result in results) * 1e9:.0f} ns subtracted. Ratio: median "
         "against torch.nn's. Sessions/core: B * 10 ms / p50 / threads: rows that a core can advance by a step in each "
         "10 ms frame if it does nothing else.",

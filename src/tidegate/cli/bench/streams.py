@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from tidegate.cli.bench.worker import PeerProcess
 FRAME_SECONDS = 0.01
 _FRAMES = 64
 _SLICE_STEPS = 1000
+# A contender whose steps are long gets fewer, or torch.nn's LSTM alone would take most of the bench's time.
+_LONG_SECONDS = 20.0
+_ENOUGH_STEPS = 10_000  # ten of them are above p99.9
 
 StepSlice = Callable[[int], list[int]]
 """Times so many steps; returns the nanoseconds of each."""
@@ -60,7 +64,7 @@ def measure_stream(
     """Check every contender's steps against torch.nn over the whole sequence, then time them slice by slice in turn.
 
     Args:
-        steps: how many to time of each contender.
+        steps: how many to time of tidegate; of any other as many, or fewer, `_quota`, if its steps are long.
         advance: told the share of the work done since it was told last.
 
     Raises:
@@ -145,12 +149,22 @@ def _interleave(slices: dict[str, StepSlice], steps: int, advance: Callable[[flo
     """The nanoseconds of every step of each contender. Each round starts with another contender; one round warms up."""
     names = list(slices)
     samples: dict[str, list[int]] = {name: [] for name in names}
-    for name in names:
-        slices[name](min(steps, _SLICE_STEPS))
+    quotas = {name: _quota(name, slices[name](min(steps, _SLICE_STEPS)), steps) for name in names}
     for number, done in enumerate(range(0, steps, _SLICE_STEPS)):
         count = min(_SLICE_STEPS, steps - done)
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            samples[name] += slices[name](count)
+            # Its quota, spread evenly over the rounds.
+            due = (done + count) * quotas[name] // steps - len(samples[name])
+            if due:
+                samples[name] += slices[name](due)
         advance(count / steps)
     return samples
+
+
+def _quota(name: str, warm_up: list[int], steps: int) -> int:
+    """How many steps of a contender are timed: all of tidegate's, of another what takes _LONG_SECONDS or is enough."""
+    if name == "tidegate":
+        return steps
+    in_time = int(_LONG_SECONDS * 1e9 / median(warm_up))
+    return min(steps, max(_ENOUGH_STEPS, in_time))
