@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from statistics import median
+from math import ceil
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def measure_stream(
     """Check every contender's steps against torch.nn over the whole sequence, then time them slice by slice in turn.
 
     Args:
-        steps: how many to time of tidegate; of any other as many, or fewer, `_quota`, if its steps are long.
+        steps: how many to time of tidegate; of any other as many, or fewer if its steps are long: `_allowed`.
         advance: told the share of the work done since it was told last.
 
     Raises:
@@ -149,22 +150,18 @@ def _interleave(slices: dict[str, StepSlice], steps: int, advance: Callable[[flo
     """The nanoseconds of every step of each contender. Each round starts with another contender; one round warms up."""
     names = list(slices)
     samples: dict[str, list[int]] = {name: [] for name in names}
-    quotas = {name: _quota(name, slices[name](min(steps, _SLICE_STEPS)), steps) for name in names}
+    latest = {name: slices[name](min(steps, _SLICE_STEPS)) for name in names}
     for number, done in enumerate(range(0, steps, _SLICE_STEPS)):
         count = min(_SLICE_STEPS, steps - done)
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            # Its quota, spread evenly over the rounds.
-            due = (done + count) * quotas[name] // steps - len(samples[name])
-            if due:
-                samples[name] += slices[name](due)
+            latest[name] = slices[name](count if name == "tidegate" else _allowed(count, steps, latest[name]))
+            samples[name] += latest[name]
         advance(count / steps)
     return samples
 
 
-def _quota(name: str, warm_up: list[int], steps: int) -> int:
-    """How many steps of a contender are timed: all of tidegate's, of another what takes _LONG_SECONDS or is enough."""
-    if name == "tidegate":
-        return steps
-    in_time = int(_LONG_SECONDS * 1e9 / median(warm_up))
-    return min(steps, max(_ENOUGH_STEPS, in_time))
+def _allowed(count: int, steps: int, latest: list[int]) -> int:
+    """How many of a round's `count` steps another contender takes; `latest` are its last ones, in nanoseconds."""
+    in_time = _LONG_SECONDS * 1e9 / fmean(latest)
+    return min(count, ceil(count / steps * max(_ENOUGH_STEPS, in_time)))
