@@ -56,10 +56,11 @@ def test_deepar() -> None:
     assert type(theirs.predictor.prediction_net.model.rnn) is torch.nn.LSTM
     assert type(ours.predictor.prediction_net.model.rnn) is tg.LSTM
     assert len(ours.losses) == 2
-    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-5)
+    # Ten seeds, and three without AVX-512, needed 1.3e-7 (a float32's last place), 7e-7, and 1.1e-6 beside rtol.
+    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=2.5e-7)
     assert_weights_agree(ours.predictor.prediction_net, theirs.predictor.prediction_net, tolerance=1e-6)
-    # Samples of magnitude 10, drawn step after step from what was drawn before.
-    np.testing.assert_allclose(ours.forecasts, theirs.forecasts, rtol=0, atol=1e-3)
+    # Samples mostly near 10, heavy tails to 300; each hour is drawn from what was drawn for the hour before.
+    np.testing.assert_allclose(ours.forecasts, theirs.forecasts, rtol=1e-6, atol=2.5e-6)
 
 
 def test_speaker_encoder() -> None:
