@@ -295,6 +295,24 @@ def test_a_process_that_has_not_imported_tidegate_loads_it(tmp_path: Path) -> No
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("tidegate")
 
 
+@pytest.mark.filterwarnings("ignore:torch.*quantiz.* deprecated")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "GRUCell"])
+def test_what_goes_by_torchs_classes_needs_restore_first(kind: str) -> None:
+    """As docs/faster-models.md says of quantization, which passes over what it does not know, and of TorchScript."""
+    model = torch.nn.Sequential(getattr(torch.nn, kind)(5, 6)).float()
+    x = torch.randn(4, 3, 5, dtype=torch.float32)[: 1 if kind == "GRUCell" else 4].squeeze(0)
+    expected = torch.ao.quantization.quantize_dynamic(model)
+    tg.accelerate(model)
+    assert type(torch.ao.quantization.quantize_dynamic(model)[0]) is getattr(tg, kind)
+    with pytest.raises(Exception, match=r"Compiled functions|aren't supported"):  # two types without a common one
+        torch.jit.script(model)
+    tg.restore(model)
+    quantized = torch.ao.quantization.quantize_dynamic(model)
+    assert type(quantized[0]) is type(expected[0]) is not getattr(torch.nn, kind)
+    torch.testing.assert_close(quantized(x), expected(x), rtol=0, atol=0)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=0, atol=0)
+
+
 def test_a_traced_graph_a_recomputed_segment_and_a_module_without_data() -> None:
     class Tagger(torch.nn.Module):
         def __init__(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_streams_give_table_json_and_picture(tmp_path: Path, dtype: str) -> None
     )
     result = run(*options, "--no-peers", "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    for text in ("GRU, one step of a stream", "RNN, one step", "B2 I4 H5 2 layers", "p99.9", "over 1500 steps"):
+    for text in ("GRU, one step of a stream", "RNN, one step", "B2 I4 H5 2 layers", "p99.9", "over 1,500 steps"):
         assert text in result.output
     assert (tmp_path / "stream.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "bench.png").exists()
@@ -136,6 +137,25 @@ def test_a_peer_is_timed_in_its_own_process_and_in_float32_alone() -> None:
         assert not peers[0].can_run(Case("gru", "train", Shape(1, 1, 4, 5), 1, False))
     finally:
         peers[0].close()
+
+
+def test_who_takes_long_is_timed_for_fewer_steps_and_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_ENOUGH_STEPS", 1200)
+    monkeypatch.setattr(streams, "_LONG_SECONDS", 0.001)
+    took = {"torch.nn": 10**6, "tidegate": 10**5, "onnxruntime": 500}
+    asked: dict[str, list[int]] = {name: [] for name in took}
+
+    def run_slice(name: str, count: int) -> list[int]:
+        asked[name].append(count)
+        return [took[name]] * count
+
+    samples = streams._interleave({name: partial(run_slice, name) for name in took}, 3500, lambda _: None)
+    assert {name: len(taken) for name, taken in samples.items()} == {
+        "torch.nn": 3 * 343 + 172,  # enough, though they take longer than was set
+        "tidegate": 3500,
+        "onnxruntime": 3 * 572 + 286,  # what fits into the time
+    }
+    assert asked["torch.nn"] == [1000, 343, 343, 343, 172]
 
 
 def test_percentiles_are_steps_that_were_taken() -> None:

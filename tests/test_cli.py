@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,21 @@ def test_bench_writes_table_json_and_picture(tmp_path: Path) -> None:
         assert set(entry["seconds"]) == {"torch.nn", "tidegate"}
         assert min(entry["seconds"].values()) > 0
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("by_sign", [False, True], ids=["--out FOLDER", "--out=FOLDER"])
+def test_bench_keeps_the_output_folder_out_of_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_sign: bool
+) -> None:
+    options = ["--mode", "infer", "--kind", "rnn", "--shape", "2,3,4,5"]
+    out = [f"--out={tmp_path}"] if by_sign else ["--out", str(tmp_path)]
+    arguments = ["bench", *options, *out, "--quick"]
+    monkeypatch.setattr(sys, "argv", ["anywhere/tidegate", *arguments])
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "bench.json").read_text()
+    assert json.loads(text)["command"] == "tidegate bench --mode infer --kind rnn --shape 2,3,4,5 --quick"
+    assert str(tmp_path) not in text
 
 
 def test_bench_runs_layers_in_both_directions(tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream equals the sequence, whatever comes and goes while it runs."""
+"""A stream's steps are the layer's over the whole sequence: every layer, form, dtype and backend."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from stream_layers import LAYERS, as_tuple, close, every_layer, unchanged
 from torch.nn.utils import parametrizations
 
 import tidegate as tg
@@ -18,31 +17,8 @@ from tidegate import backends
 from tidegate.backends import backend
 from tidegate.kernels import cpu
 
-LAYERS: dict[str, Callable[..., Any]] = {
-    "rnn-tanh": lambda *sizes, **options: tg.RNN(*sizes, **options),
-    "rnn-relu": lambda *sizes, **options: tg.RNN(*sizes, nonlinearity="relu", **options),
-    "lstm": lambda *sizes, **options: tg.LSTM(*sizes, **options),
-    "lstm-proj": lambda *sizes, **options: tg.LSTM(*sizes, proj_size=3, **options),
-    "gru": lambda *sizes, **options: tg.GRU(*sizes, **options),
-    "gru-reset-before": lambda *sizes, **options: tg.GRU(*sizes, reset_after=False, **options),
-}
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
-every_layer = pytest.mark.parametrize("name", LAYERS)
 needs_compiled = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
-
-
-def as_tuple(state: Any) -> tuple[Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)
-
-
-def close(a: Any, b: Any, floor: float = 1e-6) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=floor)
-
-
-def unchanged(stream: tg.Stream, before: Any, rows: int) -> None:
-    assert stream.rows == rows
-    for now, then in zip(as_tuple(stream.state), as_tuple(before), strict=True):
-        assert torch.equal(now, then)
 
 
 @every_layer
@@ -167,11 +143,6 @@ def test_what_is_beyond_torch(make: Callable[[], Any]) -> None:
             close(stream.step(x_t), output[0] if layered else state[0])
 
 
-def test_bidirectional_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match="reverse direction begins at a sequence's last step"):
-        tg.GRU(5, 7, bidirectional=True).stream(1)
-
-
 def test_it_records_nothing_and_drops_nothing() -> None:
     layer = tg.GRU(5, 7, 2, dropout=0.5).train()
     x = torch.randn(1, 5)
@@ -243,195 +214,3 @@ def test_the_weights_are_those_of_the_moment_until_refresh() -> None:
     close(stream.step(x), expected)
     twin.step(x)
     assert not torch.allclose(twin.step(x), expected)
-
-
-def test_refresh_refuses_other_sizes() -> None:
-    layer = tg.GRU(5, 7)
-    stream = layer.stream(1)
-    layer.weight_ih_l0 = torch.nn.Parameter(torch.randn(21, 6))
-    with pytest.raises(ValueError, match="refresh: expected input of 5"):
-        stream.refresh()
-    stream.step(torch.randn(1, 5))
-
-
-def test_the_state_is_a_copy_both_ways() -> None:
-    layer = tg.LSTM(5, 7)
-    stream = layer.stream(2)
-    stream.step(torch.randn(2, 5))
-    h, c = stream.state
-    before = stream.state
-    h.zero_()
-    c.zero_()
-    unchanged(stream, before, 2)
-    mine = (torch.randn(1, 2, 7), torch.randn(1, 2, 7))
-    stream.state = mine
-    kept = stream.state
-    mine[0].zero_()
-    output = stream.step(torch.randn(2, 5))
-    assert not torch.equal(as_tuple(stream.state)[0], kept[0])
-    output.zero_()
-    assert as_tuple(stream.state)[0].abs().sum() > 0
-
-
-def test_rows_come_and_go() -> None:
-    layer = tg.GRU(5, 7, 2)
-    x = torch.randn(4, 5)
-    stream = layer.stream(0)
-    assert stream.step(torch.empty(0, 5)).shape == (0, 7)
-    assert stream.steps(torch.empty(3, 0, 5)).shape == (3, 0, 7)
-    assert stream.add_rows(2) == range(2)
-    stream.step(x[:2])
-    assert stream.add_rows(torch.ones(2, 1, 7)) == range(2, 3)
-    before = stream.state
-    stream.remove_rows(1)
-    assert torch.equal(stream.state, before[:, [0, 2]])
-    stream.remove_rows(torch.tensor([True, False]))
-    assert torch.equal(stream.state, torch.ones(2, 1, 7))
-    assert stream.add_rows(0) == range(1, 1)
-    stream.add_rows()
-    stream.reset(torch.tensor([0]))
-    assert torch.equal(stream.state, torch.zeros(2, 2, 7))
-    stream.remove_rows([1, 0, 1])
-    assert stream.rows == 0
-
-
-def test_reset_forgets_even_nan() -> None:
-    stream = tg.LSTM(5, 7).stream(2)
-    stream.step(torch.full((2, 5), torch.nan))
-    stream.reset(1)
-    h, c = stream.state
-    assert h[:, 0].isnan().all()
-    assert torch.equal(h[:, 1], torch.zeros(1, 7))
-    assert torch.equal(c[:, 1], torch.zeros(1, 7))
-
-
-WRONG: dict[str, tuple[Callable[[tg.Stream], Any], str]] = {
-    "rows": (
-        lambda s: s.step(torch.randn(2, 5)),
-        r"input: expected \(batch_size, input_size\) = \(3, 5\), got \(2, 5\)",
-    ),
-    "features": (lambda s: s.step(torch.randn(3, 4)), r"input: expected .*, got \(3, 4\)"),
-    "rank": (lambda s: s.step(torch.randn(5)), r"input: expected .*, got \(5,\)"),
-    "dtype": (lambda s: s.step(torch.randn(3, 5).double()), r"input: .*float32, got torch\.float64"),
-    "device": (lambda s: s.step(torch.empty(3, 5, device="meta")), "input: .*device cpu, got meta"),
-    "kind": (lambda s: s.step([1.0]), "input: expected a tensor .*, got list"),
-    "chunk": (lambda s: s.steps(torch.randn(3, 5)), "input: expected a tensor .*, got 2 dimensions"),
-    "chunk-rows": (lambda s: s.steps(torch.randn(4, 2, 5)), r"input: expected .* = \(4, 3, 5\), got \(4, 2, 5\)"),
-    "chunk-dtype": (lambda s: s.steps(torch.randn(4, 3, 5).double()), r"input: .*got torch\.float64"),
-    "state-count": (lambda s: setattr(s, "state", torch.randn(2, 3, 7)), r"state: expected \(h, c\), got Tensor"),
-    "state-rows": (
-        lambda s: setattr(s, "state", (torch.randn(2, 3, 7), torch.randn(2, 2, 7))),
-        r"state: expected c .* = \(2, 3, 7\), got \(2, 2, 7\)",
-    ),
-    "state-dtype": (
-        lambda s: setattr(s, "state", (torch.randn(2, 3, 7), torch.randn(2, 3, 7).double())),
-        r"state: expected c of torch\.float32, got torch\.float64",
-    ),
-    "state-rank": (lambda s: setattr(s, "state", (torch.randn(3, 7),) * 2), "state: expected a tensor of 3 dimensions"),
-    "added-rows": (
-        lambda s: s.add_rows((torch.randn(2, 2, 7), torch.randn(2, 1, 7))),
-        r"rows: expected c .* = \(2, 2, 7\), got \(2, 1, 7\)",
-    ),
-    "added-negative": (lambda s: s.add_rows(-1), "rows: expected how many to add"),
-    "reset-row": (lambda s: s.reset(3), r"rows: expected numbers in 0\.\.2, got 3"),
-    "removed-row": (lambda s: s.remove_rows([0, -1]), r"rows: expected numbers in 0\.\.2, got -1"),
-    "removed-mask": (lambda s: s.remove_rows(torch.tensor([True])), "rows: expected integers, or a bool mask"),
-    "removed-float": (lambda s: s.remove_rows([0.5]), "rows: expected integers"),
-    "loaded": (lambda s: s.load(tg.GRU(5, 7, 2).stream(3).save()), "source: expected cell 'lstm', got 'gru'"),
-    "loaded-form": (lambda s: s.load(tg.LSTM(5, 7, 2).stream().save()), "source: expected batched True, got False"),
-    "loaded-sizes": (lambda s: s.load(tg.LSTM(5, 7).stream(3).save()), r"source: expected h .* = \(2, 3, 7\)"),
-    "loaded-other": (lambda s: s.load({"a": 1}), "source: expected format"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_leave_the_state_alone(case: str) -> None:
-    act, message = WRONG[case]
-    stream = tg.LSTM(5, 7, 2).stream(3)
-    stream.step(torch.randn(3, 5))
-    before = stream.state
-    with pytest.raises(ValueError, match=message):
-        act(stream)
-    unchanged(stream, before, 3)
-    stream.step(torch.randn(3, 5))
-
-
-def test_wrong_ways_to_make_one() -> None:
-    layer = tg.GRU(5, 7)
-    with pytest.raises(ValueError, match="batch_size: expected an integer"):
-        layer.stream(-1)
-    with pytest.raises(ValueError, match=r"state: expected h .* = \(1, 2, 7\), got \(1, 3, 7\)"):
-        layer.stream(2, torch.zeros(1, 3, 7))
-    with pytest.raises(ValueError, match=r"state: expected h of torch\.float32"):
-        layer.stream(2, torch.zeros(1, 2, 7, dtype=torch.float64))
-
-
-def test_a_failure_in_mid_step_leaves_the_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with backend("reference"):
-        stream = tg.LSTM(5, 7, 3).stream(2)
-    stream.step(torch.randn(2, 5))
-    before, count = stream.state, 0
-    run = backends.run_forward
-
-    def fail_at_the_last_layer(*arguments: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 3:
-            raise RuntimeError("planted")
-        return run(*arguments, **options)
-
-    monkeypatch.setattr(backends, "run_forward", fail_at_the_last_layer)
-    for act in (lambda: stream.step(torch.randn(2, 5)), lambda: stream.steps(torch.randn(4, 2, 5))):
-        count = 0
-        with pytest.raises(RuntimeError, match="planted"):
-            act()
-        unchanged(stream, before, 2)
-
-
-@every_layer
-@pytest.mark.parametrize("by_file", [True, False], ids=["file", "dictionary"])
-def test_save_and_load(name: str, by_file: bool, tmp_path: Path) -> None:
-    layer = LAYERS[name](5, 7, 2)
-    x = torch.randn(5, 3, 5)
-    stream = layer.stream(3)
-    stream.steps(x[:2])
-    saved: Any = stream.save(tmp_path / "state.pt") if by_file else stream.save()
-    expected = [stream.step(x_t) for x_t in x[2:]]
-    other = layer.stream(1)
-    other.load(tmp_path / "state.pt" if by_file else saved)
-    assert other.rows == 3
-    assert all(torch.equal(other.step(x_t), y) for x_t, y in zip(x[2:], expected, strict=True))
-
-
-def test_clones_go_their_own_ways() -> None:
-    stream = tg.LSTM(5, 7).stream(2)
-    x = torch.randn(3, 2, 5)
-    stream.step(x[0])
-    clone = stream.clone()
-    expected = stream.step(x[1])
-    clone.add_rows()
-    clone.remove_rows(2)
-    assert torch.equal(clone.step(x[1]), expected)
-    clone.reset()
-    assert stream.rows == 2
-    assert as_tuple(stream.state)[0].abs().sum() > 0
-
-
-@pytest.mark.slow
-def test_a_million_steps_with_sessions_coming_and_going() -> None:
-    """The first row stays all the time: no drift against its sequence run whole, and no memory is kept."""
-    torch.manual_seed(0)
-    layer = tg.GRU(4, 8)
-    x = torch.randn(1_000_000, 4)
-    stream = layer.stream(1)
-    guests = torch.randn(7, 4)
-    sizes: list[int] = []
-    with torch.inference_mode():
-        for t, x_t in enumerate(x.unbind()):
-            if t % 1000 == 0:
-                stream.remove_rows(range(1, stream.rows))
-                stream.add_rows(t // 1000 % 7)
-                sizes.append(int(Path("/proc/self/statm").read_text().split()[1]))
-            output = stream.step(torch.cat((x_t.unsqueeze(0), guests[: stream.rows - 1])))
-        close(output[0], layer(x)[0][-1])
-    assert max(sizes[100:]) - sizes[100] < 1000, "pages of 4 KiB"

@@ -42,10 +42,14 @@ def look(**changes: Any) -> AbstractContextManager[None]:
     return matplotlib.rc_context(settings)
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `columns` axes beside one another, in inches; call inside `look()`."""
+def new_figure(width: float, height: float, columns: int = 1, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `columns` axes beside one another, in inches; call inside `look()`.
+
+    `shared`: all have the scales of the first, and only the first names its rows.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    axes: list[Axes] = list(figure.subplots(1, columns, sharex=shared, sharey=shared, squeeze=False)[0])
+    return figure, axes
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -188,9 +188,10 @@ def print_streams(console: Console, results: list[StreamResult]) -> None:
                 sessions = f"{result.sessions_per_core(name):.0f}"
                 table.add_row("" if position else result.case.label, name, *figures, ratio, sessions)
         print_table(console, table)
-    latencies = [latency for result in results for latency in result.latencies.values()]
+    steps = sorted({latency.steps for result in results for latency in result.latencies.values()})
+    fewer = f" ({steps[0]:,} at least of a contender whose steps are long)" if len(steps) > 1 else ""
     console.print(
-        f"Latencies: microseconds of one step with its Python call, percentiles over {latencies[0].steps} steps, the "
+        f"Latencies: microseconds of one step with its Python call, percentiles over {steps[-1]:,} steps{fewer}, the "
         f"clock's own {max(result.clock_seconds for result in results) * 1e9:.0f} ns subtracted. Ratio: median "
         "against torch.nn's. Sessions/core: B * 10 ms / p50 / threads: rows that a core can advance by a step in each "
         "10 ms frame if it does nothing else.",
@@ -236,11 +237,23 @@ def write_json(
     return save_json(path, document)
 
 
+def recorded_command(arguments: list[str]) -> str:
+    """The command for someone else to repeat: without --out, a path of this machine that no figure depends on."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--out":
+            next(rest, None)
+        elif not argument.startswith("--out="):
+            kept.append(argument)
+    return shlex.join(["tidegate", *kept])
+
+
 def describe_run(load: float | None) -> dict[str, Any]:
     """When, how and where; `load` is how many other processes ran before."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["tidegate", *sys.argv[1:]]),
+        "command": recorded_command(sys.argv[1:]),
         "machine": describe_machine(),
         "packages": {package: package_version(package) for package in OPTIONAL_PACKAGES},
         "load_before": load,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import ceil
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from tidegate.cli.bench.worker import PeerProcess
 FRAME_SECONDS = 0.01
 _FRAMES = 64
 _SLICE_STEPS = 1000
+# A contender whose steps are long gets fewer, or torch.nn's LSTM alone would take most of the bench's time.
+_LONG_SECONDS = 20.0
+_ENOUGH_STEPS = 10_000  # ten of them are above p99.9
 
 StepSlice = Callable[[int], list[int]]
 """Times so many steps; returns the nanoseconds of each."""
@@ -60,7 +65,7 @@ def measure_stream(
     """Check every contender's steps against torch.nn over the whole sequence, then time them slice by slice in turn.
 
     Args:
-        steps: how many to time of each contender.
+        steps: how many to time of tidegate; of any other as many, or fewer if its steps are long: `_allowed`.
         advance: told the share of the work done since it was told last.
 
     Raises:
@@ -145,12 +150,18 @@ def _interleave(slices: dict[str, StepSlice], steps: int, advance: Callable[[flo
     """The nanoseconds of every step of each contender. Each round starts with another contender; one round warms up."""
     names = list(slices)
     samples: dict[str, list[int]] = {name: [] for name in names}
-    for name in names:
-        slices[name](min(steps, _SLICE_STEPS))
+    latest = {name: slices[name](min(steps, _SLICE_STEPS)) for name in names}
     for number, done in enumerate(range(0, steps, _SLICE_STEPS)):
         count = min(_SLICE_STEPS, steps - done)
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            samples[name] += slices[name](count)
+            latest[name] = slices[name](count if name == "tidegate" else _allowed(count, steps, latest[name]))
+            samples[name] += latest[name]
         advance(count / steps)
     return samples
+
+
+def _allowed(count: int, steps: int, latest: list[int]) -> int:
+    """How many of a round's `count` steps another contender takes; `latest` are its last ones, in nanoseconds."""
+    in_time = _LONG_SECONDS * 1e9 / fmean(latest)
+    return min(count, ceil(count / steps * max(_ENOUGH_STEPS, in_time)))

@@ -49,7 +49,7 @@ def _train(runs: tuple[Run, Run], dataset: Dataset, epochs: int, console: Consol
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=epochs, loss=float("nan"))

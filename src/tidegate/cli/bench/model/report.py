@@ -60,9 +60,9 @@ def sentences(result: ModelResult) -> list[str]:
         )
     ]
     agreement = result.agreement
-    what = "outputs" if result.mode == "infer" else "outputs and gradients"
+    what = f"tensor{'s' * (agreement.results != 1)} of outputs{' and gradients' * (result.mode == 'train')}"
     lines.append(
-        f"Results: {agreement.results} tensors of {what}, at most {agreement.difference:.1e} apart "
+        f"Results: {agreement.results} {what}, at most {agreement.difference:.1e} apart "
         f"({agreement.allowed:.0e} allowed), in units of a tensor's largest value where that is above 1."
     )
     if agreement.own > 0:
