@@ -138,3 +138,17 @@ def test_export_with_lengths() -> None:
     program = torch.export.export(layer, (x,), {"lengths": lengths}, dynamic_shapes=dims)
     x, lengths = torch.rand(9, 3, 3, dtype=torch.float64), torch.tensor([0, 9, 4])
     torch.testing.assert_close(program.module()(x, lengths=lengths), layer(x, lengths=lengths), rtol=0, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated", "ignore:Converting a tensor to a Python boolean")
+@pytest.mark.parametrize("records", [False, True], ids=["bare", "recording"])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_jit_trace(kind, records):
+    """One registered operator for each layer and direction, at any length and batch; the tracer's own check passes."""
+    layer = getattr(tg, kind)(4, 5, num_layers=2, bidirectional=True)
+    with torch.set_grad_enabled(records):
+        traced = torch.jit.trace(layer, torch.randn(3, 2, 4))
+        x = torch.randn(7, 6, 4)
+        torch.testing.assert_close(traced(x), layer(x), rtol=0, atol=0)
+    assert str(traced.graph).count(f"tidegate::{layer.cell.name}(") == 4
+    assert len(list(traced.parameters())) == 16

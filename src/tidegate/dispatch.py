@@ -22,8 +22,8 @@ _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
 
 
 def is_traced() -> bool:
-    """A compiler, an exporter or a dispatch mode is looking: it must see one operator, not what is inside."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    """A compiler, exporter, tracer or dispatch mode is looking: it must see one operator, not what is inside."""
+    return torch.compiler.is_compiling() or _C._is_tracing() or _get_current_dispatch_mode() is not None
 
 
 def is_transformed() -> bool:
@@ -37,11 +37,12 @@ def is_plain() -> bool:
 
 
 def is_bare() -> bool:
-    """Plain, and nothing is recorded or recast either: no gradient, no tangent, no autocast."""
+    """Plain, and nothing is recorded or recast either: no gradient, no tangent, no trace, no autocast."""
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or _C._is_any_autocast_enabled()
+        or _C._is_tracing()
         or _C._len_torch_dispatch_stack()
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
