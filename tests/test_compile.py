@@ -140,7 +140,7 @@ def test_export_with_lengths() -> None:
     torch.testing.assert_close(program.module()(x, lengths=lengths), layer(x, lengths=lengths), rtol=0, atol=1e-14)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated", "ignore:Converting a tensor to a Python boolean")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated", "ignore:Converting a tensor to a Python bool")
 @pytest.mark.parametrize("records", [False, True], ids=["bare", "recording"])
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_jit_trace(kind, records):
