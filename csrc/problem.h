@@ -134,9 +134,9 @@ struct OuterProblem {
 // One instruction set's kernels.
 struct Kernels {
     const char* name;
-    int vector_bytes;   // which says how packed weights are laid out
+    int32_t (*layout)(Type);   // of packed weights: the same number, the same layout
     void (*forward)(const ForwardProblem&);
-    int64_t (*pack)(const ForwardProblem&);   // into `packed` unless it is null; returns the elements, of the computed type
+    int64_t (*pack)(const ForwardProblem&);   // into `packed` unless it is null; returns the words, of the computed type
     void (*step)(const StepProblem&);   // what `fits_step`
     void (*backward)(const BackwardProblem&);
     void (*product)(const ProductProblem&);

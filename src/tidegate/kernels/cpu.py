@@ -213,7 +213,8 @@ def _bfloat16_products(
     if need["bias_ih"]:
         grads["bias_ih"] = x_side.sum(0)
     if need["bias_hh"]:
-        grads["bias_hh"] = h_side.sum(0)
+        same = need["bias_ih"] and h_side is x_side
+        grads["bias_hh"] = grads["bias_ih"].clone() if same else h_side.sum(0)
     if need.get("weight_hr"):
         grads["weight_hr"] = dgates[:, columns:].t() @ multiplied
     return grads
