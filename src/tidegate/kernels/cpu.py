@@ -97,11 +97,11 @@ def unsupported_reasons(call: Call) -> list[str]:
 def slower_reasons(call: Call) -> list[str]:
     """Why torch's own operators, where they can run `call`, are the quicker; empty if they are not known to be.
 
-    Large products in bfloat16, where the processor multiplies matrices (AMX): torch's use that, the kernels its vectors.
-    No such processor has timed them; from these sizes on torch was the quicker on Zen 4 while its products ran at twice
-    the kernels' rate. On Zen 4 both run at the rate of the same instructions now, and nothing is left to torch. Measured
-    2026-11-24, from 2**18 on: LSTM 0.96x to 1.2x torch.nn in inference and 0.96x to 8x in training, GRU and RNN 1.07x
-    to 8x.
+    Large products in bfloat16, where the processor multiplies matrices (AMX): torch's use that, the kernels its
+    vectors. No such processor has timed them; from these sizes on torch was the quicker on Zen 4 while its products ran
+    at twice the kernels' rate. On Zen 4 both use the same instructions now, and nothing is left to torch. Measured
+    2026-11-24, from B*H*H = 2**18 on: LSTM 0.96x to 1.5x torch.nn in inference and 0.95x to 8x in training, about even
+    from 2**21 on at B >= 32; GRU and RNN 1.07x to 8x.
     """
     steps, batch = call.input.shape[:2]
     if call.input.dtype is not torch.bfloat16 or steps == 1 or not _multiplies_matrices():
