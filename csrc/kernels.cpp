@@ -126,11 +126,23 @@ void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t cou
     }
 }
 
+template <class S>
+constexpr int32_t layout_of = vector_bytes * 16 + static_cast<int32_t>(sizeof(factor<S>));
+
+int32_t layout(Type type) {
+    switch (type) {
+        case Type::f32: return layout_of<float>;
+        case Type::f64: return layout_of<double>;
+        case Type::bf16: return layout_of<bf16>;
+    }
+    return 0;
+}
+
 #define TIDEGATE_TEXT(name) #name
 #define TIDEGATE_NAME(name) TIDEGATE_TEXT(name)
 
 }  // namespace
 
-const Kernels kernels = {TIDEGATE_NAME(TIDEGATE_ISA), vector_bytes, forward, pack, step, backward, product, outer, activate};
+const Kernels kernels = {TIDEGATE_NAME(TIDEGATE_ISA), layout, forward, pack, step, backward, product, outer, activate};
 
 }  // namespace tidegate::TIDEGATE_ISA

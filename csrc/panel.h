@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packed weights and the register-tiled product that reads them.
 //
-// A panel holds columns of a product, C vectors wide, depth-major: [depth][C][lane]. For a gated cell the C vectors are
+// A panel holds columns of a product, C vectors wide, depth-major: [depth][C][lane], or, where a lane of the sums takes
+// two factors at a time, [depth / 2][C][lane][2], an odd depth ending in zeros. For a gated cell the C vectors are
 // the gates of one vector of hidden units, so that all that a unit needs comes out of one tile.
 // Each sum runs over the depth in order in one accumulator, whatever the tile: a row's bits do not depend on the
 // number of rows or threads.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "crew.h"
@@ -45,35 +47,41 @@ constexpr int64_t padded(int64_t columns) {
     return (ceil_div(columns, line) | 1) * line;
 }
 
-template <class A, int C>
+template <class F, int C>
 class Panels {
+    using A = computed<F>;
+    static constexpr int in_word = factors_in_word<F>;
+
 public:
     static constexpr int lanes = width<A>;
     static constexpr int columns = C * lanes;   // of one panel
 
-    // In memory of their own, or in `memory` of size(count, depth) elements.
+    // In memory of their own, or in `memory` of size(count, depth) words.
     Panels(int64_t count, int64_t depth, bool poison, A* memory = nullptr)
         : count(count),
           depth(depth),
+          stride(ceil_div(depth, in_word) * columns),
           own_(memory ? 0 : size(count, depth), poison),
           weights_(memory ? memory : own_ + 0),
-          bias_(weights_ + count * depth * columns) {}
+          bias_(weights_ + count * stride) {}
 
-    static constexpr int64_t size(int64_t count, int64_t depth) { return count * (depth + 1) * columns; }
+    static constexpr int64_t size(int64_t count, int64_t depth) {
+        return count * (ceil_div(depth, in_word) + 1) * columns;
+    }
 
-    A* at(int64_t panel) const { return weights_ + panel * depth * columns; }
+    A* at(int64_t panel) const { return weights_ + panel * stride; }
     const A* bias_at(int64_t panel) const { return bias_ + panel * columns; }
 
     // Panel vector c takes rows first .. first + valid - 1 of a row-major (rows, depth) matrix as its columns.
     template <class S>
     void pack_rows(int64_t panel, int c, const S* matrix, int64_t first, int64_t valid) const {
         A* to = at(panel) + c * lanes;
-        for (int64_t k = 0; k < depth; k += lanes) {
+        for (int64_t k = 0; k < depth; k += lanes * in_word) {
             Vec<A> block[lanes] = {};
             for (int lane = 0; lane < lanes && lane < valid; ++lane)
-                block[lane] = load(matrix + (first + lane) * depth + k, depth - k);
+                block[lane] = load_words<F>(matrix + (first + lane) * depth + k, depth - k);
             transpose<A>(block);
-            for (int i = 0; i < lanes && k + i < depth; ++i) store(to + (k + i) * columns, block[i]);
+            for (int i = 0; i < lanes && k + i * in_word < depth; ++i, to += columns) store(to, block[i]);
         }
     }
 
@@ -82,10 +90,14 @@ public:
     void pack_columns(int64_t panel, const S* matrix, int64_t all_columns) const {
         A* to = at(panel);
         const int64_t first = panel * columns;
-        for (int64_t k = 0; k < depth; ++k)
+        const auto row = [&](int64_t k, int64_t column) {
+            if (k >= depth || column >= all_columns) return Vec<A>{};
+            return load(matrix + k * all_columns + column, all_columns - column);
+        };
+        for (int64_t k = 0; k < depth; k += in_word)
             for (int c = 0; c < C; ++c, to += lanes) {
                 const int64_t column = first + c * lanes;
-                store(to, column < all_columns ? load(matrix + k * all_columns + column, all_columns - column) : Vec<A>{});
+                store(to, make_words<F>(row(k, column), row(k + in_word - 1, column)));
             }
         clear_bias(panel);
     }
@@ -102,7 +114,7 @@ public:
         for (int c = 0; c < C; ++c) store(bias_ + panel * columns + c * lanes, Vec<A>{});
     }
 
-    const int64_t count, depth;
+    const int64_t count, depth, stride;   // stride: from a panel to the next
 
 private:
     const Buffer<A> own_;
@@ -111,10 +123,11 @@ private:
 };
 
 // sums[r][m][c] = bias + rows[r] . panel m's vector c, for R rows and M panels.
-template <class A, int R, int M, int C>
-void tile(const A* rows, int64_t row_stride, const A* panel, int64_t panel_stride, const A* bias, int64_t depth,
-          A* sums) {
-    constexpr int lanes = width<A>;
+template <class F, int R, int M, int C>
+void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t panel_stride, const computed<F>* bias,
+          int64_t depth, computed<F>* sums) {
+    using A = computed<F>;
+    constexpr int lanes = width<A>, in_word = factors_in_word<F>;
     Vec<A> acc[R][M][C];
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
@@ -122,22 +135,27 @@ void tile(const A* rows, int64_t row_stride, const A* panel, int64_t panel_strid
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 24
             for (int c = 0; c < C; ++c) acc[r][m][c] = load(bias + (m * C + c) * lanes);
-    for (int64_t k = 0; k < depth; ++k)
+    const auto add = [&](int64_t word, auto splat_factors) [[gnu::always_inline]] {
 #pragma GCC unroll 24
         for (int m = 0; m < M; ++m) {
             Vec<A> w[C];
 #pragma GCC unroll 24
             for (int c = 0; c < C; ++c) {
-                const A* from = panel + m * panel_stride + (k * C + c) * lanes;
+                const A* from = panel + m * panel_stride + (word * C + c) * lanes;
                 w[c] = load(from);
             }
 #pragma GCC unroll 24
             for (int r = 0; r < R; ++r) {
-                const Vec<A> x = splat<A>(rows[r * row_stride + k]);
+                const Vec<A> x = splat_factors(rows + r * row_stride + word * in_word);
 #pragma GCC unroll 24
-                for (int c = 0; c < C; ++c) acc[r][m][c] += x * w[c];
+                for (int c = 0; c < C; ++c) acc[r][m][c] = add_products<F>(acc[r][m][c], x, w[c]);
             }
         }
+    };
+    const int64_t words = depth / in_word;
+    for (int64_t word = 0; word < words; ++word) add(word, splat_word<F>);
+    // Whatever lies behind a row may be a NaN, which a weight of zero does not stop.
+    if (depth % in_word) add(words, splat_first<F>);
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
@@ -146,9 +164,10 @@ void tile(const A* rows, int64_t row_stride, const A* panel, int64_t panel_strid
             for (int c = 0; c < C; ++c) store(sums + ((r * M + m) * C + c) * lanes, acc[r][m][c]);
 }
 
-template <class A, int C>
+template <class F, int C>
 struct Tiles {
-    using Function = void (*)(const A*, int64_t, const A*, int64_t, const A*, int64_t, A*);
+    using A = computed<F>;
+    using Function = void (*)(const F*, int64_t, const A*, int64_t, const A*, int64_t, A*);
 
     // One register for x and C for the weights; the rest accumulate.
     static constexpr int budget = vector_registers == 32 ? 24 : 12;
@@ -162,15 +181,15 @@ struct Tiles {
     template <int R>
     static Function with_panels(int panels) {
         if constexpr (panels_for(R) >= 4) {
-            if (panels == 4) return tile<A, R, 4, C>;
+            if (panels == 4) return tile<F, R, 4, C>;
         }
         if constexpr (panels_for(R) >= 3) {
-            if (panels == 3) return tile<A, R, 3, C>;
+            if (panels == 3) return tile<F, R, 3, C>;
         }
         if constexpr (panels_for(R) >= 2) {
-            if (panels == 2) return tile<A, R, 2, C>;
+            if (panels == 2) return tile<F, R, 2, C>;
         }
-        return tile<A, R, 1, C>;
+        return tile<F, R, 1, C>;
     }
     template <int R = 1>
     static Function find(int rows, int panels) {
@@ -181,12 +200,22 @@ struct Tiles {
     }
 };
 
+// Copies values of a row in memory as factors of a product.
+template <class F, class S>
+inline void copy_factors(F* to, const S* from, int64_t count) {
+    constexpr int lanes = width<computed<F>>;
+    if constexpr (std::is_same_v<F, S>) std::memcpy(to, from, static_cast<size_t>(count) * sizeof(F));
+    else
+        for (int64_t k = 0; k < count; k += lanes) store(to + k, load(from + k, count - k), count - k);
+}
+
 // Calls each(row, panel, sums) with sums[C][lane] = bias + rows[row] . panel, for all rows and panels begin .. end - 1.
 // A panel stays in the nearest cache while the rows pass over it.
-template <class A, int C, class Each>
-inline void multiply(const A* rows, int64_t row_stride, int64_t count, const Panels<A, C>& panels, int64_t begin,
+template <class F, int C, class Each>
+inline void multiply(const F* rows, int64_t row_stride, int64_t count, const Panels<F, C>& panels, int64_t begin,
                      int64_t end, Each&& each) {
-    using T = Tiles<A, C>;
+    using A = computed<F>;
+    using T = Tiles<F, C>;
     if (count == 0 || begin >= end) return;
     alignas(64) A sums[T::budget * width<A>];
     const int64_t tiles = ceil_div(count, T::max_rows);
@@ -197,8 +226,8 @@ inline void multiply(const A* rows, int64_t row_stride, int64_t count, const Pan
             const int64_t first = count * i / tiles;
             const int size = static_cast<int>(count * (i + 1) / tiles - first);
             const auto run = T::find(size, group);
-            run(rows + first * row_stride, row_stride, panels.at(panel), panels.depth * panels.columns,
-                panels.bias_at(panel), panels.depth, sums);
+            run(rows + first * row_stride, row_stride, panels.at(panel), panels.stride, panels.bias_at(panel),
+                panels.depth, sums);
             for (int r = 0; r < size; ++r)
                 for (int m = 0; m < group; ++m) each(first + r, panel + m, sums + (r * group + m) * panels.columns);
         }
@@ -207,10 +236,10 @@ inline void multiply(const A* rows, int64_t row_stride, int64_t count, const Pan
 }
 
 // The same with every sum zero: for rows that have no step before this one.
-template <class A, int C, class Each>
-inline void no_product(int64_t first, int64_t last, const Panels<A, C>& panels, int64_t begin, int64_t end,
+template <class F, int C, class Each>
+inline void no_product(int64_t first, int64_t last, const Panels<F, C>& panels, int64_t begin, int64_t end,
                        Each&& each) {
-    alignas(64) const A zeros[C * width<A>] = {};
+    alignas(64) const computed<F> zeros[Panels<F, C>::columns] = {};
     for (int64_t row = first; row < last; ++row)
         for (int64_t panel = begin; panel < end; ++panel) each(row, panel, zeros);
     (void)panels;

@@ -138,11 +138,11 @@ constexpr int64_t few_rows = 16;
 // One instruction set's kernels.
 struct Kernels {
     const char* name;
-    int vector_bytes;   // which says how packed weights are laid out
+    int32_t (*layout)(Type);   // of packed weights: the same number, the same layout
     // Problems of one kind, type, batch and number of steps, together where that is quicker. `stacked`: the input of
     // each is the output of the one before, and all lie in memory of their own.
     void (*forward)(const ForwardProblem*, int count, bool stacked);
-    int64_t (*pack)(const ForwardProblem&);   // into `packed` unless it is null; returns the elements, of the computed type
+    int64_t (*pack)(const ForwardProblem&);   // into `packed` unless it is null; returns the words, of the computed type
     void (*step)(const StepProblem&);   // what `fits_step`
     void (*backward)(const BackwardProblem&);
     void (*product)(const ProductProblem&);

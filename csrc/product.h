@@ -18,32 +18,25 @@ inline void run_flops(double flops, int most, Body& body) {
         [](void* context, Crew& crew, Post*) { (*static_cast<Body*>(context))(crew); }, &body);
 }
 
-// Copies rows into the computed type, padded so that they do not fall on one cache set.
-template <class S>
-inline void copy_rows(computed<S>* to, int64_t to_stride, const S* from, int64_t from_stride, int64_t count,
-                      int64_t columns) {
-    constexpr int lanes = width<computed<S>>;
-    for (int64_t row = 0; row < count; ++row)
-        for (int64_t k = 0; k < columns; k += lanes)
-            store(to + row * to_stride + k, load(from + row * from_stride + k, columns - k), columns - k);
-}
-
 template <class S>
 void run_product(const ProductProblem& p) {
     using A = computed<S>;
+    using F = factor<S>;
     constexpr int wide = 2, lanes = width<A>;
     constexpr int64_t block = 48;   // rows that pass over a panel while it is in the nearest cache
-    const int64_t stride = padded<A>(p.depth), blocks = ceil_div(p.count, block);
-    const Panels<A, wide> panels(ceil_div(p.columns, wide * lanes), p.depth, p.poison);
-    const Buffer<A> copies(p.threads * block * stride, p.poison);
+    // Padded, so that rows do not fall on one cache set.
+    const int64_t stride = padded<F>(p.depth), blocks = ceil_div(p.count, block);
+    const Panels<F, wide> panels(ceil_div(p.columns, wide * lanes), p.depth, p.poison);
+    const Buffer<F> copies(p.threads * block * stride, p.poison);
     auto body = [&](Crew& crew) {
         for (int64_t panel = crew.begin(panels.count); panel < crew.end(panels.count); ++panel)
             panels.pack_columns(panel, static_cast<const S*>(p.weight), p.columns);
         crew.wait();
-        A* rows = copies + crew.rank() * block * stride;
+        F* rows = copies + crew.rank() * block * stride;
         for (int64_t i = crew.begin(blocks); i < crew.end(blocks); ++i) {
             const int64_t first = i * block, size = p.count - first < block ? p.count - first : block;
-            copy_rows(rows, stride, static_cast<const S*>(p.rows) + first * p.stride, p.stride, size, p.depth);
+            for (int64_t row = 0; row < size; ++row)
+                copy_factors(rows + row * stride, static_cast<const S*>(p.rows) + (first + row) * p.stride, p.depth);
             multiply(rows, stride, size, panels, 0, panels.count, [&](int64_t row, int64_t panel, const A* sums) {
                 const int64_t place = p.places ? p.places[first + row] : first + row;
                 for (int c = 0; c < wide; ++c) {

@@ -236,7 +236,7 @@ std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, c
     s.batch = batched ? input.size(batch_dim) : 1;
     s.input_size = input.size(dims - 1);
     if (s.time == 0 || s.batch == 0 || s.input_size == 0) return {};
-    if ((input.stride(dims - 1) != 1 && s.input_size > 1) || (s.type == Type::bf16 && s.time > 1)) return {};
+    if (input.stride(dims - 1) != 1 && s.input_size > 1) return {};
     if (!read_weights(s, static_cast<int64_t>(weights.size())) || !States::fit(s, h, c, false, batched)) return {};
     const int64_t* row_lengths = nullptr;
     if (lengths) {

@@ -22,7 +22,7 @@ namespace tidegate {
 namespace {
 
 struct Layout {
-    int32_t vector_bytes, projects;
+    int32_t layout, projects;
     int64_t kind, layers, input_size, hidden, projected;
     int64_t first, other;   // elements of the first layer and of each other
 };
@@ -50,7 +50,7 @@ Tensor pack(int64_t kind_number, const std::vector<Tensor>& weights, bool biased
     const ScalarType dtype = weights[0].scalar_type();
     const int64_t rows = weights[1].size(0), hidden = rows / gates_of(kind), projected = weights[1].size(1);
     if (hidden == 0 || projected == 0) fail("weight_hh", "at least one hidden unit", "none");
-    Layout layout = {active_kernels().vector_bytes, projects, kind_number, count / per_layer, weights[0].size(1),
+    Layout layout = {active_kernels().layout(type), projects, kind_number, count / per_layer, weights[0].size(1),
                      hidden, projected, 0, 0};
     ForwardProblem problem = {};
     problem.kind = kind;
@@ -144,8 +144,8 @@ Tensor step(const Tensor& packed, const Tensor& any_input, Tensor h, std::option
     std::memcpy(&layout, packed.const_data_ptr(), sizeof layout);
     require(packed.numel() == head + layout.first + (layout.layers - 1) * layout.other,
             "packed: expected what `pack` returned");
-    require(layout.vector_bytes == active_kernels().vector_bytes,
-            "packed: expected weights packed for the instruction set in use; pack them anew");
+    require(layout.layout == active_kernels().layout(type),
+            "packed: expected weights packed for the instruction set and the dtype in use; pack them anew");
     const int64_t batch = h.size(1), dims = input.dim();
     require(h.size(0) == layout.layers && h.size(2) == layout.projected, "h: expected (layers, rows, size of h)");
     require((dims == 2 && input.size(0) == batch) || (dims == 1 && batch == 1), "input: expected one row for each of h");

@@ -63,6 +63,47 @@ struct Computed<bf16> {
 template <class S>
 using computed = typename Computed<S>::type;
 
+// In which type a product reads what is stored as S: in the computed one, unless the processor has a dot product for S
+// itself. A word is what fills a lane of the sums: one factor of the computed type, or two bf16 of neighbouring depth.
+template <class S>
+struct Factor {
+    using type = computed<S>;
+};
+template <class S>
+using factor = typename Factor<S>::type;
+template <class F>
+constexpr int factors_in_word = sizeof(computed<F>) / sizeof(F);
+
+// sum + x * w, of words.
+template <class F>
+inline Vec<computed<F>> add_products(Vec<computed<F>> sum, Vec<computed<F>> x, Vec<computed<F>> w) {
+    return sum + x * w;
+}
+
+#if defined(__AVX512BF16__)
+// These instructions round to nearest even whatever MXCSR says, raise no flags, and take and give denormals as zero:
+// what is below 2^-126 adds nothing that bfloat16 could show. NaN and infinity pass as elsewhere.
+template <>
+struct Factor<bf16> {
+    using type = bf16;
+};
+template <>
+inline Vec<float> add_products<bf16>(Vec<float> sum, Vec<float> x, Vec<float> w) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+}
+// To nearest even; a NaN stays a NaN.
+inline Lanes<float>::Half round_to_bf16(Vec<float> value) {
+    return (Lanes<float>::Half)_mm512_cvtneps_pbh((__m512)value);
+}
+#else
+inline Lanes<float>::Half round_to_bf16(Vec<float> value) {
+    const auto bits = (Lanes<float>::Uint)value;
+    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const auto result = value != value ? (bits >> 16) | 0x40u : rounded;
+    return __builtin_convertvector(result, Lanes<float>::Half);
+}
+#endif
+
 // Every lane the same. Minus zero, because plus zero would turn -0 into 0 and so cost an addition.
 template <class A>
 inline Vec<A> splat(A value) {
@@ -105,12 +146,8 @@ template <class A>
 inline void store(A* to, Vec<A> value) {
     std::memcpy(to, &value, sizeof value);
 }
-// To nearest even; a NaN stays a NaN.
 inline void store(bf16* to, Vec<float> value) {
-    const auto bits = (Lanes<float>::Uint)value;
-    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const auto result = value != value ? (bits >> 16) | 0x40u : rounded;
-    const auto half = __builtin_convertvector(result, Lanes<float>::Half);
+    const auto half = round_to_bf16(value);
     std::memcpy(to, &half, sizeof half);
 }
 
@@ -139,6 +176,44 @@ inline void store(S* to, Vec<computed<S>> value, int64_t count) {
     S lane[lanes];
     store(lane, value);
     for (int64_t i = 0; i < count; ++i) to[i] = lane[i];
+}
+
+// Words of consecutive values in memory, of which `count` are there; the others are zero.
+template <class F, class S>
+inline Vec<computed<F>> load_words(const S* from, int64_t count) {
+    if constexpr (factors_in_word<F> == 1) return load(from, count);
+    else {
+        Vec<computed<F>> words{};
+        if (count >= width<computed<F>> * factors_in_word<F>) std::memcpy(&words, from, sizeof words);
+        else std::memcpy(&words, from, static_cast<size_t>(count) * sizeof(F));
+        return words;
+    }
+}
+
+// Words of which each holds a lane of `first` and, if there is room, of `second`.
+template <class F>
+inline Vec<computed<F>> make_words(Vec<computed<F>> first, Vec<computed<F>> second) {
+    if constexpr (factors_in_word<F> == 1) return first;
+    else {
+        using Uint = typename Lanes<computed<F>>::Uint;
+        return (Vec<computed<F>>)((Uint)first >> 16 | ((Uint)second & 0xffff0000u));
+    }
+}
+
+// One word in every lane; or its first factor alone, where the depth ends within a word.
+template <class F>
+inline Vec<computed<F>> splat_word(const F* from) {
+    if constexpr (factors_in_word<F> == 1) return splat<F>(*from);
+    else {
+        uint32_t word;
+        std::memcpy(&word, from, sizeof word);
+        return (Vec<computed<F>>)(typename Lanes<computed<F>>::Uint{} + word);
+    }
+}
+template <class F>
+inline Vec<computed<F>> splat_first(const F* from) {
+    if constexpr (factors_in_word<F> == 1) return splat<F>(*from);
+    else return (Vec<computed<F>>)(typename Lanes<computed<F>>::Uint{} + from->bits);
 }
 
 // rows[i][j] becomes rows[j][i]: log2(width) rounds of interleaving the halves.

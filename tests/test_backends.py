@@ -136,8 +136,8 @@ def test_aten_refuses_a_projection_that_torch_would_not_recognise() -> None:
 
 @pytest.mark.skipif(bool(backends.CPU.availability()), reason=", ".join(backends.CPU.availability()))
 def test_large_bfloat16_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the processor multiplies bfloat16 and torch's operators can run the call; not where the user decides."""
-    monkeypatch.setattr(backends.cpu, "_has_bfloat16_products", lambda: True)
+    """Where the processor multiplies matrices and torch's operators can run the call; not where the user decides."""
+    monkeypatch.setattr(backends.cpu, "_multiplies_matrices", lambda: True)
     large: dict[str, Any] = {"steps": 2, "batch": 16, "input_size": 3, "hidden_size": 128}
     call = make_call("lstm", **large, dtype=torch.bfloat16)
     assert backends.select(call, "").name == "aten"
@@ -153,5 +153,5 @@ def test_large_bfloat16_products_are_left_to_torch(monkeypatch: pytest.MonkeyPat
         make_call("gru", **large, dtype=torch.bfloat16),
     ]
     assert [backends.select(call, "").name for call in kept] == ["cpu"] * len(kept)
-    monkeypatch.setattr(backends.cpu, "_has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(backends.cpu, "_multiplies_matrices", lambda: False)
     assert backends.select(call, "").name == "cpu"

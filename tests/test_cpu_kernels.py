@@ -12,11 +12,12 @@ import time
 import pytest
 import torch
 from calls import VARIANTS
-from kernel_cases import assert_right, cases, computed, grads_for, make_call
+from kernel_cases import FLOORS, assert_right, cases, computed, grads_for, make_call
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import tidegate
+from tidegate import reference
 from tidegate.kernels import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
@@ -110,10 +111,11 @@ def _threads_restored():
 
 
 @pytest.mark.usefixtures("_threads_restored")
-@pytest.mark.parametrize("shape", [(40, 1, 64, 192), (20, 40, 96, 96), (30, 3, 128, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40, 1, 64, 192), (20, 40, 97, 95), (30, 3, 128, 256)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_bits_at_any_number_of_threads(variant, shape):
-    call = make_call(variant, shape, dtype=torch.float32, lengths=True, resets=True)
+def test_same_bits_at_any_number_of_threads(variant, shape, dtype):
+    call = make_call(variant, shape, dtype=dtype, lengths=True, resets=True)
     results = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
@@ -123,6 +125,21 @@ def test_same_bits_at_any_number_of_threads(variant, shape):
             assert (a is None) == (b is None)
             assert a is None or torch.equal(a, b)
     assert_right(call, results[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_bits_among_any_number_of_rows(variant, dtype):
+    call = make_call(variant, (5, 61, 7, 43), dtype=dtype)
+    grads = grads_for(call)
+    together, with_batch = computed(call, grads), 1 + 2 * len(call.states) + 1  # outputs, dinput, the states' gradients
+    for rows in (slice(0, 1), slice(7, 9), slice(20, 33)):
+        part = call._replace(input=call.input[:, rows], states=tuple(state[rows] for state in call.states))
+        alone = computed(part, (grads[0][:, rows].contiguous(), *(grad[rows] for grad in grads[1:])))
+        for a, b in zip(alone[:with_batch], together[:with_batch], strict=True):
+            assert a is not None
+            assert b is not None
+            assert torch.equal(a, b[:, rows] if b.dim() == 3 else b[rows])
 
 
 def test_one_cpu_and_two_threads_do_not_hang():
@@ -197,6 +214,27 @@ def test_the_interpreter_runs_meanwhile():
 
 
 # Values
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nan_and_infinity_stay_in_their_row(variant, dtype, isa):
+    """At the ends of rows of odd sizes, in the input and in h_0."""
+    cpu.operators().use_isa(isa)
+    call = make_call(variant, (4, 7, 5, 37), dtype=dtype)
+    call.input[1, 1, 4] = torch.nan
+    call.input[1, 2, 4] = torch.inf
+    call.states[0][4, -1] = torch.nan
+    call.states[0][5, -1] = -torch.inf
+    right, found = reference.forward(call), cpu.forward(call, True)
+    for a, b in zip(found, right, strict=False):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.isinf(), b.isinf())
+        finite = b.isfinite()
+        assert (a[finite] - b[finite]).abs().max() <= FLOORS[dtype] * b[finite].abs().max()
+    assert right[0][:, [1, 4]].isnan().any()
+    assert not right[0][:, [0, 3, 6]].isnan().any()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -14,6 +14,8 @@ from tidegate.kernels import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
 
+ISAS = [] if cpu.availability() else cpu.operators().isas().split()
+
 
 def weights(kind: int = 3, layers: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Of layers with input_size 5 and hidden_size 7."""
@@ -82,17 +84,38 @@ def test_pack_refuses_what_does_not_fit() -> None:
             pytest.fail(f"case {number} was taken: {pack(*case)}")
 
 
-def test_weights_packed_for_another_instruction_set_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("packed_for", "run_by", "dtype", "fits"),
+    [
+        ("avx2", "baseline", torch.float32, False),
+        ("avx512", "avx512_bf16", torch.float32, True),
+        ("avx512", "avx512_bf16", torch.bfloat16, False),
+        ("avx512_bf16", "avx512", torch.bfloat16, False),
+    ],
+)
+def test_weights_packed_for_another_instruction_set_are_refused(
+    packed_for: str, run_by: str, dtype: torch.dtype, fits: bool
+) -> None:
     operators = cpu.operators()
-    names = operators.isas().split()
-    stream = tg.GRU(5, 7).stream(1)
+    if not {packed_for, run_by} <= set(operators.isas().split()):
+        pytest.skip(f"this CPU does not have {packed_for} and {run_by}")
     try:
-        operators.use_isa(names[0])
-        if names[0] != operators.isa() or len(names) == 1:
+        operators.use_isa(packed_for)
+        stream, x = tg.GRU(5, 7, dtype=dtype).stream(1), torch.zeros(1, 5, dtype=dtype)
+        operators.use_isa(run_by)
+        if fits:
+            stream.step(x)
             return
         with pytest.raises(RuntimeError, match="instruction set"):
-            stream.step(torch.zeros(1, 5))
+            stream.step(x)
         stream.refresh()
-        stream.step(torch.zeros(1, 5))
+        stream.step(x)
     finally:
         operators.use_isa("")
+
+
+@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this CPU does not multiply bfloat16")
+def test_weights_packed_for_another_dtype_are_refused() -> None:
+    packed = cpu.operators().pack.default(3, weights(), True, False)
+    with pytest.raises(RuntimeError, match="dtype"):
+        cpu.operators().step.default(packed, torch.zeros(2, 5).bfloat16(), torch.zeros(1, 2, 7).bfloat16())

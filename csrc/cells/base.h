@@ -6,12 +6,13 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
-// What every cell's forward shares: h between steps, in the computed type, by rank and double-buffered, because all of
-// h_{t-1} is read while h_t is written.
-template <class S>
+// What every cell's forward shares: h between steps, by rank and double-buffered, because all of h_{t-1} is read while
+// h_t is written. H is in which type the cell itself reads it; the product reads factors.
+template <class S, class H>
 class ForwardBase {
 public:
     using A = computed<S>;
+    using F = factor<S>;
     using V = Vec<A>;
     static constexpr int lanes = width<A>;
 
@@ -29,11 +30,13 @@ protected:
         : p_(p),
           hidden_(p.hidden),
           projected_(p.projected),
-          h_stride_(padded<A>(p.projected)),
-          x_stride_(padded<A>(p.input_size)),
+          h_stride_(padded<F>(p.projected)),
+          x_stride_(padded<F>(p.input_size)),
           chunk_steps_(sharing.chunk_steps),
           input_columns_(input_columns),
           h_{{p.rows.batch * h_stride_, p.poison}, {p.rows.batch * h_stride_, p.poison}},
+          h_factors_{{factors_apart * p.rows.batch * h_stride_, p.poison},
+                     {factors_apart * p.rows.batch * h_stride_, p.poison}},
           x_(chunk_steps_ * (p.rows.batch + sharing.teams) * x_stride_, p.poison),
           x_gates_(chunk_steps_ * (p.rows.batch + sharing.teams) * input_columns, p.poison) {}
 
@@ -41,15 +44,11 @@ protected:
     template <int C>
     A* memory(int64_t count, int64_t depth) {
         A* at = p_.packed ? static_cast<A*>(p_.packed) + packed_size_ : nullptr;
-        packed_size_ += Panels<A, C>::size(count, depth);
+        packed_size_ += Panels<F, C>::size(count, depth);
         return at;
     }
 
-    static void copy(A* to, const S* from, int64_t count) {
-        for (int64_t k = 0; k < count; k += lanes) store(to + k, load(from + k, count - k), count - k);
-    }
-
-    // Copies the inputs of a chunk of steps side by side, in the computed type. Returns how many rows they are.
+    // Copies the inputs of a chunk of steps side by side, as factors. Returns how many rows they are.
     int64_t gather(Team& team, const Share& share, int64_t step, int64_t end) const {
         const int64_t first = first_slot(team);
         int64_t slot = 0;
@@ -59,8 +58,7 @@ protected:
                 const int64_t place = share.place(step, share.rank(i)), batch = p_.rows.batch;
                 const S* from = static_cast<const S*>(p_.input) + place / batch * p_.input_time_stride +
                                 place % batch * p_.input_batch_stride;
-                A* to = x_ + (first + slot) * x_stride_;
-                copy(to, from, p_.input_size);
+                copy_factors(x_ + (first + slot) * x_stride_, from, p_.input_size);
             }
         team.crew.wait();
         return slot;
@@ -68,7 +66,7 @@ protected:
 
     // The product of the gathered inputs and this thread's panels, which lie from `offset` in a slot's gates.
     template <int C>
-    void multiply_gathered(const Team& team, int64_t count, const Panels<A, C>& panels, int64_t offset) const {
+    void multiply_gathered(const Team& team, int64_t count, const Panels<F, C>& panels, int64_t offset) const {
         const int64_t first = first_slot(team);
         multiply(x_ + first * x_stride_, x_stride_, count, panels, team.crew.begin(panels.count),
                  team.crew.end(panels.count), [&](int64_t slot, int64_t panel, const A* sums) {
@@ -79,26 +77,41 @@ protected:
 
     const A* x_gates(const LiveRow& row) const { return x_gates_ + row.slot * input_columns_; }
 
-    // The state that enters a row's first step, and the final state of a row that has none.
-    void start_state(const Crew& all, const void* initial, void* final, A* carried, int64_t stride, int64_t size) const {
+    // Calls carry(rank, unit, valid units, state) with the state that enters a row's first step, and writes the final
+    // state of a row that has none.
+    template <class Carry>
+    void start_state(const Crew& all, const void* initial, void* final, int64_t size, Carry&& carry) const {
         const Rows& rows = p_.rows;
         for (int64_t rank = all.begin(rows.batch); rank < all.end(rows.batch); ++rank) {
             const int64_t row = rows.order[rank];
             const bool cut = rows.resets && !rows.reverse && rows.length[rank] > 0 && rows.resets[row];
             for (int64_t unit = 0; unit < size; unit += lanes) {
                 const V state = load(static_cast<const S*>(initial) + row * size + unit, size - unit);
-                store(carried + rank * stride + unit, cut ? V{} : state, size - unit);
+                carry(rank, unit, size - unit, cut ? V{} : state);
                 if (rows.length[rank] == 0) store(static_cast<S*>(final) + row * size + unit, state, size - unit);
             }
         }
     }
-    void start_h(const Crew& all) const { start_state(all, p_.h_0, p_.h_n, h_[0] + 0, h_stride_, projected_); }
+    void start_h(const Crew& all) const {
+        start_state(all, p_.h_0, p_.h_n, projected_,
+                    [&](int64_t rank, int64_t unit, int64_t valid, V h) { carry_h(0, rank, unit, valid, h); });
+    }
 
-    const A* h_before(int64_t step, int64_t rank) const { return h_[step & 1] + rank * h_stride_; }
+    const H* h_before(int64_t step, int64_t rank) const { return h_[step & 1] + rank * h_stride_; }
+    const F* h_factors(int64_t step, int64_t rank) const {
+        if constexpr (factors_apart) return h_factors_[step & 1] + rank * h_stride_;
+        else return h_before(step, rank);
+    }
+
+    void carry_h(int64_t step, int64_t rank, int64_t unit, int64_t valid, V h) const {
+        const int64_t at = rank * h_stride_ + unit;
+        store(h_[step & 1] + at, h, valid);
+        if constexpr (factors_apart) store(h_factors_[step & 1] + at, h, valid);
+    }
 
     void write_h(const LiveRow& row, int64_t step, int64_t unit, int64_t valid, V h) const {
         store(static_cast<S*>(p_.output) + row.place * p_.output_stride + unit, h, valid);
-        store(h_[(step + 1) & 1] + row.rank * h_stride_ + unit, row.cut_next ? V{} : h, valid);
+        carry_h(step + 1, row.rank, unit, valid, row.cut_next ? V{} : h);
         if (row.last) store(static_cast<S*>(p_.h_n) + row.row * projected_ + unit, h, valid);
     }
 
@@ -108,8 +121,11 @@ protected:
     const ForwardProblem& p_;
     const int64_t hidden_, projected_, h_stride_, x_stride_, chunk_steps_, input_columns_;
     int64_t packed_size_ = 0;
-    const Buffer<A> h_[2];          // by rank
-    const Buffer<A> x_, x_gates_;   // of a chunk of steps, by team and slot
+    static constexpr bool factors_apart = !std::is_same_v<H, F>;
+    const Buffer<H> h_[2];           // by rank
+    const Buffer<F> h_factors_[2];   // by rank; empty where h_ holds them
+    const Buffer<F> x_;              // of a chunk of steps, by team and slot
+    const Buffer<A> x_gates_;        // likewise
 };
 
 // What every cell's backward shares: the gradient that arrives at h, and the h that entered a step.
@@ -117,10 +133,11 @@ template <class S>
 class BackwardBase {
 public:
     using A = computed<S>;
+    using F = factor<S>;
     using V = Vec<A>;
     static constexpr int lanes = width<A>;
     static constexpr int wide = 2;   // vectors in a panel of columns
-    using Columns = Panels<A, wide>;
+    using Columns = Panels<F, wide>;
 
 protected:
     explicit BackwardBase(const BackwardProblem& p) : p_(p), hidden_(p.hidden), projected_(p.projected) {}
@@ -135,7 +152,7 @@ protected:
     // Calls point(row, unit, valid units, sum) for this thread's columns of all live rows, where sum is the product of
     // `flow` (by rank, of the step after) and the panels, and zero for rows whose last step this is.
     template <class Point>
-    static void flow_back(const Crew& crew, const Share& share, int64_t step, const A* flow, int64_t stride,
+    static void flow_back(const Crew& crew, const Share& share, int64_t step, const F* flow, int64_t stride,
                           const Columns& panels, int64_t columns, int64_t with_product, Point&& point) {
         const auto each = [&](int64_t i, int64_t panel, const A* sums) {
             for (int c = 0; c < wide; ++c) {

@@ -30,10 +30,10 @@ struct ReluUnit {
 };
 
 template <class S, class Unit>
-class ElmanForward : public ForwardBase<S> {
-    using Base = ForwardBase<S>;
-    using Base::h_before, Base::hidden_, Base::lanes, Base::p_, Base::x_gates;
-    using typename Base::A, typename Base::V;
+class ElmanForward : public ForwardBase<S, factor<S>> {
+    using Base = ForwardBase<S, factor<S>>;
+    using Base::hidden_, Base::lanes, Base::p_, Base::x_gates;
+    using typename Base::A, typename Base::F, typename Base::V;
     static constexpr int wide = 2;   // vectors of units in a panel
 
 public:
@@ -62,7 +62,7 @@ public:
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        multiply(h_before(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
+        multiply(this->h_factors(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
                      const A* x = x_gates(share[i]) + panel * weights_.columns;
                      for (int c = 0; c < wide; ++c) {
@@ -76,14 +76,14 @@ public:
     }
 
 private:
-    const Panels<A, wide> input_weights_, weights_;
+    const Panels<F, wide> input_weights_, weights_;
 };
 
 template <class S, class Unit>
 class ElmanBackward : public BackwardBase<S> {
     using Base = BackwardBase<S>;
     using Base::hidden_, Base::lanes, Base::p_;
-    using typename Base::A, typename Base::V, typename Base::Columns;
+    using typename Base::A, typename Base::F, typename Base::V, typename Base::Columns;
 
 public:
     static double row_flops(const BackwardProblem& p) { return 2.0 * p.hidden * p.hidden; }
@@ -92,7 +92,7 @@ public:
     ElmanBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
           weights_(panels_of(p), p.hidden, p.poison),
-          stride_(padded<A>(p.hidden)),
+          stride_(padded<F>(p.hidden)),
           flow_{{p.rows.batch * stride_, p.poison}, {p.rows.batch * stride_, p.poison}} {}
 
     void pack(const Crew& all) const { Base::pack_columns(all, weights_, p_.weight_hh, hidden_); }
@@ -121,7 +121,7 @@ public:
 private:
     const Columns weights_;
     const int64_t stride_;
-    const Buffer<A> flow_[2];   // the gradient of the pre-activation, by rank
+    const Buffer<F> flow_[2];   // the gradient of the pre-activation, by rank
 };
 
 }  // namespace tidegate::TIDEGATE_ISA

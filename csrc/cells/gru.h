@@ -23,10 +23,10 @@ inline GruUnit<A> gru_unit(Vec<A> r, Vec<A> z, Vec<A> x_n, Vec<A> h_n, Vec<A> h)
 }
 
 template <class S>
-class GruForward : public ForwardBase<S> {
-    using Base = ForwardBase<S>;
+class GruForward : public ForwardBase<S, computed<S>> {
+    using Base = ForwardBase<S, computed<S>>;
     using Base::h_before, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
-    using typename Base::A, typename Base::V;
+    using typename Base::A, typename Base::F, typename Base::V;
 
 public:
     static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
@@ -53,7 +53,7 @@ public:
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        multiply(h_before(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
+        multiply(this->h_factors(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
                      point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
                  });
@@ -75,14 +75,14 @@ private:
         store(at + 3 * hidden_, h_n, valid);
     }
 
-    const Panels<A, 3> input_weights_, weights_;
+    const Panels<F, 3> input_weights_, weights_;
 };
 
 template <class S>
 class GruBackward : public BackwardBase<S> {
     using Base = BackwardBase<S>;
     using Base::hidden_, Base::lanes, Base::p_;
-    using typename Base::A, typename Base::V, typename Base::Columns;
+    using typename Base::A, typename Base::F, typename Base::V, typename Base::Columns;
 
 public:
     static double row_flops(const BackwardProblem& p) { return 6.0 * p.hidden * p.hidden; }
@@ -91,7 +91,7 @@ public:
     GruBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
           weights_(panels_of(p), 3 * p.hidden, p.poison),
-          flow_stride_(padded<A>(3 * p.hidden)),
+          flow_stride_(padded<F>(3 * p.hidden)),
           carry_stride_(padded<A>(p.hidden)),
           flow_{{p.rows.batch * flow_stride_, p.poison}, {p.rows.batch * flow_stride_, p.poison}},
           carry_(p.rows.batch * carry_stride_, p.poison) {}
@@ -119,7 +119,7 @@ public:
 private:
     A* carry(const LiveRow& row) const { return carry_ + row.rank * carry_stride_; }
 
-    void point(const LiveRow& row, A* flow, int64_t unit, int64_t valid, V sum) const {
+    void point(const LiveRow& row, F* flow, int64_t unit, int64_t valid, V sum) const {
         if (!row.last) sum += load(carry(row) + unit, valid);
         const V dh = this->grad_h(row, unit, valid, sum);
         const S* at = this->saved(row.position) + unit;
@@ -144,7 +144,7 @@ private:
 
     const Columns weights_;
     const int64_t flow_stride_, carry_stride_;
-    const Buffer<A> flow_[2];   // what the recurrent product reads: dr, dz, dn r, by rank
+    const Buffer<F> flow_[2];   // what the recurrent product reads: dr, dz, dn r, by rank
     const Buffer<A> carry_;     // dh z, by rank
 };
 

@@ -8,10 +8,10 @@
 namespace tidegate::TIDEGATE_ISA {
 
 template <class S>
-class GruResetBeforeForward : public ForwardBase<S> {
-    using Base = ForwardBase<S>;
+class GruResetBeforeForward : public ForwardBase<S, computed<S>> {
+    using Base = ForwardBase<S, computed<S>>;
     using Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
-    using typename Base::A, typename Base::V;
+    using typename Base::A, typename Base::F, typename Base::V;
     static constexpr int wide = 2;   // vectors of units in a panel of W_hn
 
 public:
@@ -48,7 +48,7 @@ public:
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         const int64_t count = share.live(step), stride = share.stride() * h_stride_;
-        multiply(h_before(step, share.first()), stride, count, weights_rz_, crew.begin(weights_rz_.count),
+        multiply(this->h_factors(step, share.first()), stride, count, weights_rz_, crew.begin(weights_rz_.count),
                  crew.end(weights_rz_.count), [&](int64_t i, int64_t panel, const A* sums) {
                      reset(share[i], step, panel * lanes, x_gates(share[i]) + panel * 2 * lanes, sums);
                  });
@@ -63,7 +63,7 @@ public:
     }
 
 private:
-    void pack_panel(const Panels<A, 2>& input, const Panels<A, 2>& recurrent, int64_t panel, int c, int64_t first,
+    void pack_panel(const Panels<F, 2>& input, const Panels<F, 2>& recurrent, int64_t panel, int c, int64_t first,
                     int64_t unit) const {
         const int64_t valid = hidden_ > unit ? hidden_ - unit : 0;
         input.template pack<S>(panel, c, p_.weight_ih, p_.bias_ih, first + unit, valid);
@@ -91,16 +91,17 @@ private:
         if (p_.saved) store(saved(row) + 2 * hidden_ + unit, n, valid);
     }
 
-    const Panels<A, 2> input_rz_, weights_rz_, input_n_, weights_n_;
-    const int64_t n_offset_;        // of n's product among a slot's gates
-    const Buffer<A> reset_h_, z_;   // by rank
+    const Panels<F, 2> input_rz_, weights_rz_, input_n_, weights_n_;
+    const int64_t n_offset_;     // of n's product among a slot's gates
+    const Buffer<F> reset_h_;    // by rank
+    const Buffer<A> z_;          // by rank
 };
 
 template <class S>
 class GruResetBeforeBackward : public BackwardBase<S> {
     using Base = BackwardBase<S>;
     using Base::hidden_, Base::lanes, Base::p_;
-    using typename Base::A, typename Base::V, typename Base::Columns;
+    using typename Base::A, typename Base::F, typename Base::V, typename Base::Columns;
 
 public:
     static double row_flops(const BackwardProblem& p) { return 6.0 * p.hidden * p.hidden; }
@@ -110,8 +111,8 @@ public:
         : Base(p),
           weights_rz_(Base::column_panels(p.hidden), 2 * p.hidden, p.poison),
           weights_n_(Base::column_panels(p.hidden), p.hidden, p.poison),
-          rz_stride_(padded<A>(2 * p.hidden)),
-          stride_(padded<A>(p.hidden)),
+          rz_stride_(padded<F>(2 * p.hidden)),
+          stride_(padded<F>(p.hidden)),
           flow_rz_(p.rows.batch * rz_stride_, p.poison),
           flow_n_(p.rows.batch * stride_, p.poison),
           carry_(p.rows.batch * stride_, p.poison) {}
@@ -169,7 +170,7 @@ private:
         if (p_.multiplied) store(static_cast<S*>(p_.multiplied) + row.position * hidden_ + unit, r * h, valid);
         S* to = this->dgates(row) + unit;
         store(carry_ + own, load(carry_ + own, valid) + dreset_h * r, valid);
-        A* flow = flow_rz_ + row.rank * rz_stride_ + unit;
+        F* flow = flow_rz_ + row.rank * rz_stride_ + unit;
         store(flow, dr, valid);
         store(flow + hidden_, load(to + hidden_, valid), valid);
         store(to, dr, valid);
@@ -177,7 +178,8 @@ private:
 
     const Columns weights_rz_, weights_n_;
     const int64_t rz_stride_, stride_;
-    const Buffer<A> flow_rz_, flow_n_, carry_;   // by rank
+    const Buffer<F> flow_rz_, flow_n_;   // what the products read, by rank
+    const Buffer<A> carry_;              // what reaches h beside the products, by rank
 };
 
 }  // namespace tidegate::TIDEGATE_ISA

@@ -25,11 +25,11 @@ inline LstmUnit<A> lstm_unit(Vec<A> i, Vec<A> f, Vec<A> g, Vec<A> o, Vec<A> c) {
 }
 
 template <class S>
-class LstmForward : public ForwardBase<S> {
-    using Base = ForwardBase<S>;
-    using Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::projected_, Base::saved,
+class LstmForward : public ForwardBase<S, factor<S>> {
+    using Base = ForwardBase<S, factor<S>>;
+    using Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::projected_, Base::saved,
         Base::x_gates;
-    using typename Base::A, typename Base::V;
+    using typename Base::A, typename Base::F, typename Base::V;
     static constexpr int wide = 2;   // vectors of h in a panel of W_hr
 
 public:
@@ -45,13 +45,15 @@ public:
           weights_(panels_of(p), p.projected, p.poison, this->template memory<4>(panels_of(p), p.projected)),
           projection_(projection_panels(p), p.hidden, p.poison,
                       this->template memory<wide>(projection_panels(p), p.hidden)),
-          c_stride_(padded<A>(p.hidden)),
+          c_stride_(padded<F>(p.hidden)),
           c_(p.rows.batch * c_stride_, p.poison),
           m_(p.weight_hr ? p.rows.batch * c_stride_ : 0, p.poison) {}
 
     void start(const Crew& all) const {
         this->start_h(all);
-        this->start_state(all, p_.c_0, p_.c_n, c_ + 0, c_stride_, hidden_);
+        this->start_state(all, p_.c_0, p_.c_n, hidden_, [&](int64_t rank, int64_t unit, int64_t valid, V c) {
+            store(c_ + rank * c_stride_ + unit, c, valid);
+        });
     }
 
     void pack(const Crew& all) const {
@@ -73,7 +75,7 @@ public:
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        multiply(h_before(step, share.first()), share.stride() * h_stride_, share.live(step), weights_,
+        multiply(this->h_factors(step, share.first()), share.stride() * h_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
                      point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
                  });
@@ -112,17 +114,18 @@ private:
         store(at + 4 * hidden_, c, valid);
     }
 
-    const Panels<A, 4> input_weights_, weights_;
-    const Panels<A, wide> projection_;
+    const Panels<F, 4> input_weights_, weights_;
+    const Panels<F, wide> projection_;
     const int64_t c_stride_;
-    const Buffer<A> c_, m_;   // by rank
+    const Buffer<A> c_;   // by rank
+    const Buffer<F> m_;   // by rank
 };
 
 template <class S>
 class LstmBackward : public BackwardBase<S> {
     using Base = BackwardBase<S>;
     using Base::hidden_, Base::lanes, Base::p_, Base::projected_;
-    using typename Base::A, typename Base::V, typename Base::Columns;
+    using typename Base::A, typename Base::F, typename Base::V, typename Base::Columns;
 
 public:
     static double row_flops(const BackwardProblem& p) { return 8.0 * p.hidden * p.projected; }
@@ -132,9 +135,9 @@ public:
         : Base(p),
           weights_(panels_of(p), 4 * p.hidden, p.poison),
           projection_(p.weight_hr ? Base::column_panels(p.hidden) : 0, p.projected, p.poison),
-          flow_stride_(padded<A>(4 * p.hidden)),
+          flow_stride_(padded<F>(4 * p.hidden)),
           c_stride_(padded<A>(p.hidden)),
-          dh_stride_(padded<A>(p.projected)),
+          dh_stride_(padded<F>(p.projected)),
           flow_{{p.rows.batch * flow_stride_, p.poison}, {p.rows.batch * flow_stride_, p.poison}},
           carry_(p.rows.batch * c_stride_, p.poison),
           dh_(p.weight_hr ? p.rows.batch * dh_stride_ : 0, p.poison) {}
@@ -216,9 +219,9 @@ private:
 
     const Columns weights_, projection_;
     const int64_t flow_stride_, c_stride_, dh_stride_;
-    const Buffer<A> flow_[2];   // di, df, dg, do, by rank
+    const Buffer<F> flow_[2];   // di, df, dg, do, by rank
     const Buffer<A> carry_;     // dc f, by rank
-    const Buffer<A> dh_;        // dh' before the projection's gradient, by rank
+    const Buffer<F> dh_;        // dh' before the projection's gradient, by rank
 };
 
 }  // namespace tidegate::TIDEGATE_ISA

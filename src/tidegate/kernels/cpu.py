@@ -97,22 +97,25 @@ def unsupported_reasons(call: Call) -> list[str]:
 def slower_reasons(call: Call) -> list[str]:
     """Why torch's own operators, where they can run `call`, are the quicker; empty if they are not known to be.
 
-    The kernels multiply bfloat16 in float32; torch's products use the processor's bfloat16 instructions, which pays
-    where a step's product is large. Measured on Zen 4, 2026-11-24: LSTM 0.5x to 1.2x torch.nn from B*H*H = 2**18 on
-    (2.6x in training at B1 H512), GRU and RNN 0.8x to 1.1x from 2**23 on.
+    Large products in bfloat16, where the processor multiplies matrices (AMX): torch's use that, the kernels its
+    vectors. No such processor has timed them; from these sizes on torch was the quicker on Zen 4 while its products ran
+    at twice the kernels' rate. On Zen 4 both use the same instructions now, and nothing is left to torch. Measured
+    2026-11-24, from B*H*H = 2**18 on: LSTM 0.96x to 1.5x torch.nn in inference and 0.95x to 8x in training, about even
+    from 2**21 on at B >= 32; GRU and RNN 1.07x to 8x.
     """
     steps, batch = call.input.shape[:2]
-    if call.input.dtype is not torch.bfloat16 or steps == 1 or not _has_bfloat16_products():
+    if call.input.dtype is not torch.bfloat16 or steps == 1 or not _multiplies_matrices():
         return []
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
     if batch * hidden_size * hidden_size < 2**least:
         return []
-    return [f"torch's operators are quicker: bfloat16, and B*hidden_size**2 is 2**{least} or more"]
+    return [f"torch's operators use AMX for bfloat16, and B*hidden_size**2 is 2**{least} or more"]
 
 
 @cache
-def _has_bfloat16_products() -> bool:
-    return "avx512_bf16" in operators().isas().split()
+def _multiplies_matrices() -> bool:
+    torch_cpu: Any = torch.cpu
+    return torch_cpu._is_amx_tile_supported()
 
 
 def _reasons(call: Call) -> list[str]:
@@ -213,7 +216,8 @@ def _bfloat16_products(
     if need["bias_ih"]:
         grads["bias_ih"] = x_side.sum(0)
     if need["bias_hh"]:
-        grads["bias_hh"] = h_side.sum(0)
+        same = need["bias_ih"] and h_side is x_side
+        grads["bias_hh"] = grads["bias_ih"].clone() if same else h_side.sum(0)
     if need.get("weight_hr"):
         grads["weight_hr"] = dgates[:, columns:].t() @ multiplied
     return grads
@@ -269,7 +273,7 @@ def short_layers(
 ) -> Sequence[Tensor]:
     """`backends.Backend.short_layers`, as `short_step`."""
     kind, h, c = _read_short(cell, options, states)
-    if kind is None:
+    if kind is None or (input.dtype is torch.bfloat16 and _multiplies_matrices()):
         return ()
     found = [weight for weight in weights if weight is not None]
     return _short_ways()[1](kind, input, h, c, found, layers, bidirectional, reverse, batch_first, lengths)
