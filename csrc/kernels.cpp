@@ -11,11 +11,12 @@ namespace {
 template <class S>
 void forward_as(const ForwardProblem& problem) {
     const Rows& rows = problem.rows;
-    if (!problem.packed && rows.time == 1 && rows.total == rows.batch && !rows.resets && !problem.saved &&
+    if (!problem.packed && rows.time == 1 && rows.total == rows.batch && !rows.resets &&
         fits_step(problem.kind, problem.weight_hr)) {
         run_step<S>({problem.kind, problem.type, problem.threads, rows.batch, problem.input_size, problem.hidden,
                      problem.input, problem.input_batch_stride, problem.h_0, problem.c_0, problem.weight_ih,
-                     problem.weight_hh, problem.bias_ih, problem.bias_hh, problem.h_n, problem.c_n});
+                     problem.weight_hh, problem.bias_ih, problem.bias_hh, problem.h_n, problem.c_n, problem.saved,
+                     problem.saved_stride});
         if (problem.output != problem.h_n) std::memcpy(problem.output, problem.h_n, static_cast<size_t>(rows.batch * problem.hidden) * sizeof(S));
         return;
     }

@@ -14,19 +14,17 @@ from tidegate.cells import Call, Cell
 
 
 class Recurrence(torch.autograd.Function):
-    """`apply(cell, backend, returns_saved, *signature.arguments(call)) -> (output, *final states[, saved])`."""
+    """`apply(call, backend, returns_saved, *call.tensors) -> (output, *final states[, saved])`."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, cell: Cell, backend: backends.Backend, returns_saved: bool, *arguments: Any
+        ctx: Any, call: Call, backend: backends.Backend, returns_saved: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        call, _ = signature.read(cell, arguments)
-        count = signature.tensor_count(cell)
-        ctx.needs = tuple(ctx.needs_input_grad[3 : 3 + count])
+        ctx.needs = ctx.needs_input_grad[3:]
         ctx.graph = ctx.kept_at = None
         if not dispatch.is_plain():
-            operator = signature.forward_operator(cell)
-            results = dispatch.below_autograd(operator, *arguments, backend.name, True)
+            operator = signature.forward_operator(call.cell)
+            results = dispatch.below_autograd(operator, *signature.arguments(call), backend.name, True)
         elif backend.composite is not None:
             # torch's operators keep what they need in a graph of their own, which one backward uses up.
             with dispatch.recording():
@@ -38,9 +36,9 @@ class Recurrence(torch.autograd.Function):
             results = backends.run_forward(backend, call, save=True)
             if not returns_saved and not dispatch.has_saved_tensor_hooks():
                 ctx.kept_at = results[-1].data_ptr()
-        ctx.save_for_backward(*call.tensors, call.lengths, call.resets, results[0], results[-1])
+        ctx.save_for_backward(*tensors, call.lengths, call.resets, results[0], results[-1])
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.backend, ctx.constants = cell, backend, arguments[count + 2 :]
+        ctx.cell, ctx.backend, ctx.constants = call.cell, backend, signature.constants(call)
         if not returns_saved:
             return results[:-1]
         ctx.mark_non_differentiable(results[-1])
@@ -68,7 +66,7 @@ class Recurrence(torch.autograd.Function):
             rest = (ctx.backend.name, output, saved, *gradients, list(ctx.needs))
             found = signature.backward_operator(ctx.cell)(*inputs, *ctx.constants, *rest)
             found = tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
-        return (None, None, None, *found, *(None,) * (2 + len(ctx.constants)))
+        return (None, None, None, *found)
 
 
 class Gradient(torch.autograd.Function):

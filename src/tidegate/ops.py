@@ -33,9 +33,7 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
         ValueError: shapes, dtypes or devices disagree, or a length is outside 0..T.
         UnsupportedError: the backend that the user named cannot run this call.
     """
-    if dispatch.is_traced():
-        return _operator(call)
-    if _observers or dispatch.is_transformed() or dispatch.is_forward_mode():
+    if not dispatch.is_plain() or dispatch.is_forward_mode() or _observers:
         return _in_other_modes(call)
     backend = backends.select(call, backends.named())
     if not backend.checks:
@@ -44,7 +42,7 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     if backend is backends.REFERENCE:
         return reference.forward(call)
     if torch.is_grad_enabled() and _any_requires_grad(call):
-        return dispatch.apply_plain(gradients.Recurrence, call.cell, backend, False, *signature.arguments(call))
+        return dispatch.apply_plain(gradients.Recurrence, call, backend, False, *call.tensors)
     return backends.run_forward(backend, call, save=False)[:-1]
 
 
@@ -54,7 +52,9 @@ def short_step() -> Callable[..., Sequence[Tensor]] | None:
 
 
 def _in_other_modes(call: Call) -> tuple[Tensor, ...]:
-    """Under torch.func, forward-mode differentiation, or `observe`."""
+    """Under a compiler, a dispatch mode, torch.func, forward-mode differentiation, or `observe`."""
+    if dispatch.is_traced():
+        return _operator(call)
     check(call)
     if dispatch.is_transformed():
         by_reference = dispatch.is_per_example(call.weights.values()) and backends.named() in ("", "reference")
@@ -89,7 +89,10 @@ def _operator(call: Call) -> tuple[Tensor, ...]:
 
 
 def _any_requires_grad(call: Call) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in call.tensors)
+    for tensor in call.tensors:  # a plain loop: `any` of a generator takes twice as long
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _forward_mode(call: Call, name: str) -> tuple[Tensor, ...]:
@@ -137,7 +140,7 @@ class _Operators:
             check(call)
             # The backward must be the same backend's: a graph that has one fixes the backend when it is traced.
             backend = backends.select(call, name)
-            return dispatch.apply(gradients.Recurrence, self.cell, backend, True, *signature.arguments(call))
+            return dispatch.apply(gradients.Recurrence, call, backend, True, *call.tensors)
         if dispatch.is_plain():
             return self.forward(*arguments)
         return dispatch.below_autograd(signature.forward_operator(self.cell), *arguments)

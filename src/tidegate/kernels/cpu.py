@@ -26,7 +26,6 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 _SAVED_GATES = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 5, "gru": 4, "gru_reset_before": 3}
 
-_WANTED = {"input": 1, "weight_ih": 2, "weight_hh": 4, "bias_ih": 8, "bias_hh": 16, "weight_hr": 32}
 # Each kind by its cell and its options' values.
 _KIND_OF = {
     (cell.name, *(cell.default_options | options).values()): kind
@@ -101,11 +100,11 @@ def slower_reasons(call: Call) -> list[str]:
     where a step's product is large. Measured on Zen 4, 2026-11-24: LSTM 0.5x to 1.2x torch.nn from B*H*H = 2**18 on
     (2.6x in training at B1 H512), GRU and RNN 0.8x to 1.1x from 2**23 on.
     """
-    steps, batch = call.input.shape[:2]
-    if call.input.dtype is not torch.bfloat16 or steps == 1 or not _has_bfloat16_products():
+    if call.input.dtype is not torch.bfloat16 or not _has_bfloat16_products():
         return []
+    steps, batch = call.input.shape[:2]
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
-    if batch * hidden_size * hidden_size < 2**least:
+    if steps == 1 or batch * hidden_size * hidden_size < 2**least:
         return []
     return [f"torch's operators are quicker: bfloat16, and B*hidden_size**2 is 2**{least} or more"]
 
@@ -155,7 +154,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, ...]:
     weights = call.weights
     h_0, c_0 = (*call.states, None)[:2]
     lengths, resets = _on_cpu(call)
-    return tuple(operators().forward.default(
+    return tuple(_passes()[0](
         _KINDS[_kind(call)], call.input, h_0, c_0, weights["weight_ih"], weights["weight_hh"],
         weights["bias_ih"], weights["bias_hh"], weights.get("weight_hr"), lengths, resets, call.reverse, save,
     ))  # fmt: skip
@@ -172,22 +171,24 @@ def backward(
 ) -> Gradients:
     """The gradients of `Call.tensors`, in that order, None where not needed. With `overwrite`, `saved` may be lost."""
     weights = call.weights
-    need = dict(zip(("input", *call.cell.states, *weights), needs, strict=True))
     h_0, c_0 = (*call.states, None)[:2]
     grad_h_n, grad_c_n = (*grad_states, None)[:2]
     lengths, resets = _on_cpu(call)
-    wanted = [name for name in _WANTED if need.get(name)]
-    found = operators().backward.default(
+    first_weight = 1 + len(call.states)
+    asked = (needs[0], *needs[first_weight:])  # the operator finds the states' without being asked
+    found = _passes()[1](
         _KINDS[_kind(call)], saved, output, call.input, h_0, c_0, weights["weight_ih"], weights["weight_hh"],
         weights.get("weight_hr"), lengths, resets, call.reverse, grad_output, grad_h_n, grad_c_n,
-        sum(_WANTED[name] for name in wanted), overwrite,
+        sum([need << place for place, need in enumerate(asked)]), overwrite,
     )  # fmt: skip
-    if call.input.dtype == torch.bfloat16:
+    if call.input.dtype is torch.bfloat16:
         *found, dgates, h_before, multiplied = found
-        products = _bfloat16_products(call, dgates, h_before, multiplied, lengths, need)
-        found += [products[name] for name in wanted if name != "input"]
-    grads = dict(zip((*call.cell.states, *wanted), found, strict=True))
-    return tuple(grads[name] if needed else None for name, needed in need.items())
+        need = dict(zip(weights, needs[first_weight:], strict=True))
+        found += _bfloat16_products(call, dgates, h_before, multiplied, lengths, need).values()
+    of_states = [found[place] if need else None for place, need in enumerate(needs[1:first_weight])]
+    rest = iter(found[len(of_states) :])
+    of_input, *of_weights = (next(rest) if need else None for need in asked)
+    return (of_input, *of_states, *of_weights)
 
 
 def _bfloat16_products(
@@ -261,6 +262,11 @@ def short_step(
     if bias_ih is None or bias_hh is None:
         return ()
     return cell_step(_KINDS[kind], input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+
+
+@cache
+def _passes() -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
+    return operators().forward.default, operators().backward.default
 
 
 @cache

@@ -54,7 +54,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         if unbatched:
             input = input.unsqueeze(0)
         if states is None:
-            states = tuple(input.new_zeros(input.shape[0], size) for size in self.state_sizes)
+            states = tuple([input.new_zeros(input.shape[0], size) for size in self.state_sizes])
         elif unbatched:
             states = tuple(state.unsqueeze(0) for state in states)
         self._check_sizes(input, states)
@@ -68,9 +68,8 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
 
     def _weights(self) -> Weights:
         weights: Weights = dict.fromkeys(self.cell.weights)
-        parameters = self._parameters  # looked up first: a module's own attribute access costs as much as a small step
         for name in (*self._weight_names, *self._extra_weights):
-            weights[name] = parameters[name] if name in parameters else getattr(self, name)
+            weights[name] = self._weight(name)
         return weights
 
     def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:

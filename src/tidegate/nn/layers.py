@@ -7,7 +7,9 @@ D 2 if bidirectional, else 1. Row l * D + d of a state belongs to layer l, direc
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
 
     def _draw(self) -> None:
         for names in self._all_weights:
-            initialize(self.init, self.cell, {name.rsplit("_l", 1)[0]: getattr(self, name) for name in names})
+            initialize(self.init, self.cell, {_plain_name(name): getattr(self, name) for name in names})
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self._extended_repr() + ", reverse=True" * self.reverse
@@ -113,14 +115,15 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         packed = input if isinstance(input, PackedSequence) else None
         unbatched = isinstance(input, Tensor) and input.dim() == 2
         states = self._read_states(data, batch_sizes, hx, unbatched)
-        if hx is not None:
-            states = self._permuted(states, packed and packed.sorted_indices)
+        if packed and hx is not None:
+            states = self._permuted(states, packed.sorted_indices)
         if batch.data.shape[0] == 0 and batch.lengths is None:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         output, finals = self._run(batch, states)
         if unbatched:
             finals = tuple(final.squeeze(1) for final in finals)
-        finals = self._permuted(finals, packed and packed.unsorted_indices)
+        if packed:
+            finals = self._permuted(finals, packed.unsorted_indices)
         return batch.restore(output), _one_or_tuple(finals)
 
     def _is_one_step(self, input: Any) -> bool:
@@ -165,20 +168,32 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
 
     def _read_states(self, data: Tensor, batch_sizes: Tensor | None, hx: Any, unbatched: bool) -> tuple[Tensor, ...]:
         """The initial states, checked as torch.nn checks them, each (L*D, B, .)."""
+        sizes = [self.get_expected_hidden_size(data, batch_sizes)]
+        if len(self.cell.states) > 1:
+            sizes.append((*sizes[0][:2], self.hidden_size))
         if hx is None:
-            sizes = [self.get_expected_hidden_size(data, batch_sizes)]
-            if len(self.cell.states) > 1:
-                sizes.append((*sizes[0][:2], self.hidden_size))
-            states = tuple(torch.zeros(size, dtype=data.dtype, device=data.device) for size in sizes)
+            states = tuple([torch.zeros(size, dtype=data.dtype, device=data.device) for size in sizes])
         else:
             states = read_states(self.cell, hx)
             if batch_sizes is None:
                 self._check_rank(states, 2 if unbatched else 3)
             if unbatched:
                 states = tuple(state.unsqueeze(1) for state in states)
-        self.check_forward_args(data, _one_or_tuple(states), batch_sizes)
-        self._check_agreement(data, states)
+        if batch_sizes is not None or not self._agree(data, states, sizes):
+            self.check_forward_args(data, _one_or_tuple(states), batch_sizes)
+            self._check_agreement(data, states)
         return states
+
+    def _agree(self, data: Tensor, states: tuple[Tensor, ...], sizes: Sequence[tuple[int, ...]]) -> bool:
+        """Whether the two checks need not be made: a quick look at nearly all that they look at."""
+        dtype, device = data.dtype, data.device
+        weight = self._parameters.get(self._flat_weights_names[0])
+        if weight is None or weight.dtype is not dtype or weight.device != device or data.size(-1) != self.input_size:
+            return False
+        for state, size in zip(states, sizes, strict=True):
+            if state.shape != size or state.dtype is not dtype or state.device != device:
+                return False
+        return True
 
     def _check_agreement(self, data: Tensor, states: tuple[Tensor, ...]) -> None:
         """One device for all, one dtype for input and states, in the words of torch's own operators."""
@@ -207,8 +222,10 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
     def _weights(self, k: int) -> Weights:
         """What layer k // D in direction k % D runs with, as it is now."""
         # torch.nn stores weight_hr after the biases, which may be absent: names, not places.
-        found = {name.rsplit("_l", 1)[0]: getattr(self, name) for name in self._all_weights[k]}
-        return {name: found.get(name) for name in self.cell.weights}
+        weights: Weights = dict.fromkeys(self.cell.weights)
+        for name in self._all_weights[k]:
+            weights[_plain_name(name)] = self._weight(name)
+        return weights
 
     def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
         """Run the layer step by step, without gradients and without dropout.
@@ -248,7 +265,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         """Layers by directions: each one call. Returns output (T, B, D*P) and the final states, each (L*D, B, .)."""
         directions = 2 if self.bidirectional else 1
         options = self._options()
-        finals: list[tuple[Tensor, ...]] = []
+        finals: list[list[Tensor]] = []
         output = batch.data
         for layer in range(self.num_layers):
             outputs: list[Tensor] = []
@@ -256,7 +273,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 call = Call(
                     self.cell,
                     output,
-                    tuple(state[k] for state in states),
+                    tuple([state[k] for state in states]),
                     self._weights(k),
                     batch.lengths,
                     batch.resets,
@@ -265,11 +282,19 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 )
                 result, *last = autocast.recurrence(call, widens_on_cpu=self.cell is cells.GRU)
                 outputs.append(result)
-                finals.append(tuple(last))
+                finals.append(last)
             output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
             if self.dropout > 0 and self.training and layer < self.num_layers - 1:
                 output = batch.dropout(output, self.dropout)
+        if len(finals) == 1:  # a view, which costs half as much as a stack of one
+            return output, tuple([final.unsqueeze(0) for final in finals[0]])
         return output, tuple(torch.stack(column) for column in zip(*finals, strict=True))
+
+
+@functools.cache
+def _plain_name(name: str) -> str:
+    """Of "weight_ih_l0_reverse" the part that a cell knows."""
+    return name.rsplit("_l", 1)[0]
 
 
 def read_states(cell: Cell, hx: Any) -> tuple[Tensor, ...]:

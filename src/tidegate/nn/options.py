@@ -30,7 +30,12 @@ class Extended(torch.nn.Module):
     init: str = "torch"
 
     def _options(self) -> Options:
-        return {name: getattr(self, name) for name in self.cell.options}
+        return dict(zip(self.cell.options, _values[self.cell.name](self), strict=True))
+
+    def _weight(self, name: str) -> Any:
+        """The tensor of this name as it is now; a parametrization, pruning or tying may have put another there."""
+        parameters = self._parameters  # looked up first: a module's own attribute access costs as much as a small step
+        return parameters[name] if name in parameters else getattr(self, name)
 
     def _short_step(self, input: Any, states: Any, names: Sequence[str], layers: int) -> Sequence[Tensor]:
         """`backends.Backend.short_step` on the tensors of these names; nothing if the call has to go the long way."""
