@@ -38,10 +38,7 @@ Optional dense(const Optional& tensor) { return tensor ? Optional(dense(*tensor)
 
 const void* pointer(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-// Columns that the forward leaves for the backward, and that the backward writes.
-int64_t saved_gates(Kind kind) {
-    return kind == Kind::lstm ? 5 : kind <= Kind::rnn_relu ? 0 : kind == Kind::gru ? 4 : 3;
-}
+// Columns that the backward writes.
 int64_t gradient_columns(Kind kind, int64_t hidden, int64_t projected, bool projects) {
     return kind == Kind::lstm ? 4 * hidden + (projects ? projected : 0)
            : kind == Kind::gru ? 4 * hidden

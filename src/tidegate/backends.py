@@ -47,6 +47,10 @@ class Backend:
             states. `options` are values in the cell's order; `states` is what the user gave, empty for zeros; `weights`
             each layer's weight_ih, weight_hh and biases, None for absent ones. No results where the call is not plainly
             one that it can run: whoever asks goes the long way then, which names what is wrong.
+        recorded_step: `(cell, options, layered, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh) -> results`: one
+            step of a cell or, `layered`, of one layer, as `short_step` but that what is absent is None. Results: output,
+            of a cell (1, B, H); the new states; `saved` for `backward`; then, for absent states, the zeros in their
+            place. Of the states' and the input's forms only (B, H) and (1, B, I) are `backward`'s.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             `forward`, `backward` and `saved_shape`.
         slower_reasons: why it leaves a call that it can run to the next backend that can, unless it is named; pure.
@@ -62,6 +66,7 @@ class Backend:
     saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
     prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
     short_step: Callable[[Cell, Any, Tensor, Any, Sequence[Any], int], Sequence[Tensor]] | None = None
+    recorded_step: Callable[..., Sequence[Tensor]] | None = None
     checks: bool = False
     slower_reasons: Callable[[Call], list[str]] | None = None
     only_named: str = ""
@@ -99,6 +104,7 @@ CPU = Backend(
     saved_shape=cpu.saved_shape,
     prepare_step=cpu.prepare_step,
     short_step=cpu.short_step,
+    recorded_step=cpu.recorded_step,
     slower_reasons=cpu.slower_reasons,
     checks=True,
 )
@@ -165,7 +171,11 @@ def select(call: Call, name: str) -> Backend:
 
 def short_step() -> Callable[..., Sequence[Tensor]] | None:
     """`Backend.short_step` of the backend that the user named, if it has one; else of the compiled one."""
-    return BY_NAME[_named].short_step if _named else CPU.short_step
+    return for_short_steps().short_step
+
+
+def for_short_steps() -> Backend:
+    return BY_NAME[_named] if _named else CPU
 
 
 def demanded(name: str) -> str:

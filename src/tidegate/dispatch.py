@@ -38,10 +38,8 @@ def is_plain() -> bool:
 
 
 def is_bare() -> bool:
-    """Plain, and nothing is recorded or recast either: no gradient, no tangent, no autocast."""
-    if torch.is_grad_enabled() or not is_plain():
-        return False
-    return not is_forward_mode() and not _C._is_any_autocast_enabled()
+    """Plain, and nothing is recast and no tangent recorded; gradients may be."""
+    return is_plain() and not is_forward_mode() and not _C._is_any_autocast_enabled()
 
 
 def is_forward_mode() -> bool:

@@ -52,21 +52,103 @@ class Recurrence(torch.autograd.Function):
         if graph is not None and not torch.is_grad_enabled():
             outputs, wanted = graph
             found = backends.graph_gradients(outputs, wanted, gradients, ctx.needs)
-        elif dispatch.is_plain() and not torch.is_grad_enabled():
-            *inputs, output, saved = ctx.saved_tensors
-            call, _ = signature.read(ctx.cell, (*inputs, *ctx.constants))
-            # Nobody sees it again: it is what the forward made, not what a hook unpacked, and the graph is used up.
-            overwrite = saved.data_ptr() == ctx.kept_at and not dispatch.keeps_graph()
-            grad_output, *grad_states = gradients
-            found = backends.run_backward(
-                ctx.backend, call, output, saved, grad_output, tuple(grad_states), ctx.needs, overwrite
-            )
         else:
             *inputs, output, saved = ctx.saved_tensors
-            rest = (ctx.backend.name, output, saved, *gradients, list(ctx.needs))
-            found = signature.backward_operator(ctx.cell)(*inputs, *ctx.constants, *rest)
-            found = tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
+            found = _found(ctx, inputs, output, saved, gradients)
         return (None, None, None, *found)
+
+
+def _found(
+    ctx: Any, inputs: Sequence[Tensor | None], output: Tensor, saved: Tensor, gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a call's tensors, by the backend that ran it; by the operator if they are recorded in turn.
+
+    Args:
+        inputs: the call's tensors, lengths and resets.
+    """
+    if not dispatch.is_plain() or torch.is_grad_enabled():
+        rest = (ctx.backend.name, output, saved, *gradients, list(ctx.needs))
+        found = signature.backward_operator(ctx.cell)(*inputs, *ctx.constants, *rest)
+        return tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
+    call, _ = signature.read(ctx.cell, (*inputs, *ctx.constants))
+    # Nobody sees it again: it is what the forward made, not what a hook unpacked, and the graph is used up.
+    overwrite = saved.data_ptr() == ctx.kept_at and not dispatch.keeps_graph()
+    grad_output, *grad_states = gradients
+    return backends.run_backward(
+        ctx.backend, call, output, saved, grad_output, tuple(grad_states), ctx.needs, overwrite
+    )
+
+
+def short_step() -> Callable[..., Sequence[Tensor]] | None:
+    """`backends.Backend.short_step`, recorded; of layers, one."""
+    return _short_step if backends.for_short_steps().recorded_step else None
+
+
+def _short_step(
+    cell: Cell, options: Any, input: Tensor, states: Any, weights: Sequence[Any], layers: int
+) -> Sequence[Tensor]:
+    if layers > 1 or len(states) not in (0, len(cell.states)):
+        return ()
+    h, c = (*states, None, None)[:2]
+    for state in states:
+        if not isinstance(state, Tensor) or state.numel() == 0:  # without elements it would stand for zeros
+            return ()
+    if len(weights) == 2:
+        weights = (*weights, None, None)
+    if len(weights) != 4:
+        return ()
+    results = dispatch.apply_plain(Step, cell, options, layers == 1, input, h, c, *weights)
+    return results if layers or not results else results[1:]
+
+
+class Step(torch.autograd.Function):
+    """`apply(cell, options, *Backend.recorded_step's) -> (output, *new states)`, nothing where that answers nothing."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, cell: Cell, options: Any, layered: bool, input: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        backend = backends.for_short_steps()
+        assert backend.recorded_step is not None
+        results = backend.recorded_step(cell, options, layered, input, *tensors)
+        if not results:
+            return ()
+        count = len(cell.states)
+        saved, *zeros = results[count + 1 :]
+        states = zeros or tensors[:count]
+        ctx.save_for_backward(input, *states, *tensors[2:], results[0], saved)
+        ctx.set_materialize_grads(False)
+        ctx.cell, ctx.backend, ctx.constants = cell, backend, (False, *options)
+        ctx.kept_at = None if dispatch.has_saved_tensor_hooks() else saved.data_ptr()
+        ctx.absent = (None,) * (len(cell.weights) - 4)
+        needs_input, *needs = ctx.needs_input_grad[3:]
+        ctx.needs = (needs_input, *needs[:count], *needs[2:], *(False for _ in ctx.absent))
+        return tuple(results[: count + 1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        input, *tensors, output, saved = ctx.saved_tensors
+        count = len(ctx.cell.states)
+        states, weights = tensors[:count], tensors[count:]
+        hidden_size, steps = output.shape[-1], (1, -1)
+        grad_output, *grad_states = gradients
+        in_rows = [None if grad is None else grad.reshape(-1, hidden_size) for grad in grad_states]
+        inputs = (
+            input.view(1, -1, input.shape[-1]),
+            *(state.view(-1, hidden_size) for state in states),
+            *weights,
+            *ctx.absent,
+            None,
+            None,
+        )
+        of_output = None if grad_output is None else grad_output.reshape(*steps, hidden_size)
+        found = _found(ctx, inputs, output.view(*steps, hidden_size), saved, (of_output, *in_rows))
+        of_input, *of_states = (
+            None if grad is None else grad.view(like.shape)
+            for grad, like in zip(found, (input, *states), strict=False)
+        )
+        of_weights = found[1 + count : 5 + count]
+        return (None, None, None, of_input, *of_states, *(None,) * (2 - count), *of_weights)
 
 
 class Gradient(torch.autograd.Function):

@@ -47,8 +47,10 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
 
 
 def short_step() -> Callable[..., Sequence[Tensor]] | None:
-    """The door's short way: `backends.Backend.short_step` where nothing records a call, traces or transforms it."""
-    return backends.short_step() if dispatch.is_bare() and not _observers else None
+    """The door's short way: `backends.Backend.short_step` where nothing traces, transforms or recasts a call."""
+    if not dispatch.is_bare() or _observers:
+        return None
+    return gradients.short_step() if torch.is_grad_enabled() else backends.short_step()
 
 
 def _in_other_modes(call: Call) -> tuple[Tensor, ...]:

@@ -264,6 +264,20 @@ def short_step(
     return cell_step(_KINDS[kind], input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
+def recorded_step(cell: Cell, options: Any, layered: bool, input: Tensor, *tensors: Tensor | None) -> Sequence[Tensor]:
+    """`backends.Backend.recorded_step`: the operator checks for itself."""
+    kind = _KIND_OF.get((cell.name, *options))
+    if kind is None or _missing():
+        return ()
+    present = [_ABSENT if tensor is None else tensor for tensor in tensors]
+    return _recorded_step()(_KINDS[kind], input, *present, layered)
+
+
+@cache
+def _recorded_step() -> Callable[..., list[Tensor]]:
+    return operators().recorded_step.default
+
+
 @cache
 def _passes() -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
     return operators().forward.default, operators().backward.default
