@@ -48,9 +48,9 @@ class Backend:
             each layer's weight_ih, weight_hh and biases, None for absent ones. No results where the call is not plainly
             one that it can run: whoever asks goes the long way then, which names what is wrong.
         recorded_step: `(cell, options, layered, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh) -> results`: one
-            step of a cell or, `layered`, of one layer, as `short_step` but that what is absent is None. Results: output,
-            of a cell (1, B, H); the new states; `saved` for `backward`; then, for absent states, the zeros in their
-            place. Of the states' and the input's forms only (B, H) and (1, B, I) are `backward`'s.
+            step of a cell or, `layered`, of one layer, in `short_step`'s forms, but what is absent is None. Results:
+            output, of a cell (1, B, H); the new states; `saved` for `backward`; then, for absent states, the zeros in
+            their place. `backward` takes all of them as (1, B, .) and (B, .).
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             `forward`, `backward` and `saved_shape`.
         slower_reasons: why it leaves a call that it can run to the next backend that can, unless it is named; pure.

@@ -87,7 +87,7 @@ def short_step() -> Callable[..., Sequence[Tensor]] | None:
 def _short_step(
     cell: Cell, options: Any, input: Tensor, states: Any, weights: Sequence[Any], layers: int
 ) -> Sequence[Tensor]:
-    if layers > 1 or len(states) not in (0, len(cell.states)):
+    if layers > 1 or input.is_nested or len(states) not in (0, len(cell.states)):
         return ()
     h, c = (*states, None, None)[:2]
     for state in states:
@@ -144,8 +144,7 @@ class Step(torch.autograd.Function):
         of_output = None if grad_output is None else grad_output.reshape(*steps, hidden_size)
         found = _found(ctx, inputs, output.view(*steps, hidden_size), saved, (of_output, *in_rows))
         of_input, *of_states = (
-            None if grad is None else grad.view(like.shape)
-            for grad, like in zip(found, (input, *states), strict=False)
+            None if grad is None else grad.view(like.shape) for grad, like in zip(found, (input, *states), strict=False)
         )
         of_weights = found[1 + count : 5 + count]
         return (None, None, None, of_input, *of_states, *(None,) * (2 - count), *of_weights)

@@ -91,10 +91,7 @@ def _operator(call: Call) -> tuple[Tensor, ...]:
 
 
 def _any_requires_grad(call: Call) -> bool:
-    for tensor in call.tensors:  # a plain loop: `any` of a generator takes twice as long
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
+    return any(tensor is not None and tensor.requires_grad for tensor in call.tensors)
 
 
 def _forward_mode(call: Call, name: str) -> tuple[Tensor, ...]:

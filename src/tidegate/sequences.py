@@ -66,7 +66,11 @@ def from_tensor(input: Tensor, lengths: Any, resets: Any, batch_first: bool) -> 
 def from_unbatched(input: Tensor, resets: Any) -> Sequences:
     """One sequence (T, I), resets (T,)."""
     resets = _read_resets(resets, "(T,)", (input.shape[0],), input.device)
-    return Sequences(input.unsqueeze(1), None, None if resets is None else resets.unsqueeze(1), lambda y: y.squeeze(1))
+
+    def restore(output: Tensor) -> Tensor:
+        return output.squeeze(1)
+
+    return Sequences(input.unsqueeze(1), None, None if resets is None else resets.unsqueeze(1), restore)
 
 
 def from_packed(input: PackedSequence) -> Sequences:

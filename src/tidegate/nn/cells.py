@@ -112,7 +112,8 @@ class _OneStateCell(RecurrentCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
-        if stepped := self._short_step(input, hx, self._weight_names, 0):
+        one_or_none = hx is None or isinstance(hx, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if one_or_none and (stepped := self._short_step(input, hx, self._weight_names, 0)):
             return stepped[0]
         self._check_rank(input)
         states = None if hx is None else read_states(self.cell, hx)

@@ -115,15 +115,14 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         packed = input if isinstance(input, PackedSequence) else None
         unbatched = isinstance(input, Tensor) and input.dim() == 2
         states = self._read_states(data, batch_sizes, hx, unbatched)
-        if packed and hx is not None:
-            states = self._permuted(states, packed.sorted_indices)
+        if hx is not None:
+            states = self._permuted(states, packed and packed.sorted_indices)
         if batch.data.shape[0] == 0 and batch.lengths is None:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         output, finals = self._run(batch, states)
         if unbatched:
             finals = tuple(final.squeeze(1) for final in finals)
-        if packed:
-            finals = self._permuted(finals, packed.unsorted_indices)
+        finals = self._permuted(finals, packed and packed.unsorted_indices)
         return batch.restore(output), _one_or_tuple(finals)
 
     def _is_one_step(self, input: Any) -> bool:
@@ -185,7 +184,9 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         return states
 
     def _agree(self, data: Tensor, states: tuple[Tensor, ...], sizes: Sequence[tuple[int, ...]]) -> bool:
-        """Whether the two checks need not be made: a quick look at nearly all that they look at."""
+        """Whether the two checks need not be made: a quick look at nearly all that they look at, if they are ours."""
+        if type(self) not in (RNN, LSTM, GRU):
+            return False
         dtype, device = data.dtype, data.device
         weight = self._parameters.get(self._flat_weights_names[0])
         if weight is None or weight.dtype is not dtype or weight.device != device or data.size(-1) != self.input_size:
@@ -216,6 +217,8 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         raise RuntimeError(f"For {form} input, {names} should also be {expected}-D but got {came}")
 
     def _permuted(self, states: tuple[Tensor, ...], permutation: Tensor | None) -> tuple[Tensor, ...]:
+        if permutation is None and type(self) in (RNN, LSTM, GRU):
+            return states
         permuted: Any = self.permute_hidden(_one_or_tuple(states), permutation)
         return permuted if len(states) > 1 else (permuted,)
 

@@ -30,7 +30,7 @@ class Extended(torch.nn.Module):
     init: str = "torch"
 
     def _options(self) -> Options:
-        return dict(zip(self.cell.options, _values[self.cell.name](self), strict=True))
+        return {name: getattr(self, name) for name in self.cell.options}
 
     def _weight(self, name: str) -> Any:
         """The tensor of this name as it is now; a parametrization, pruning or tying may have put another there."""
