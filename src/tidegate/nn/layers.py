@@ -7,7 +7,6 @@ D 2 if bidirectional, else 1. Row l * D + d of a state belongs to layer l, direc
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -289,12 +288,10 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
             output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
             if self.dropout > 0 and self.training and layer < self.num_layers - 1:
                 output = batch.dropout(output, self.dropout)
-        if len(finals) == 1:  # a view, which costs half as much as a stack of one
-            return output, tuple([final.unsqueeze(0) for final in finals[0]])
+        # Never a view, not even of one: FSDP2 warns of a module that returns one.
         return output, tuple(torch.stack(column) for column in zip(*finals, strict=True))
 
 
-@functools.cache
 def _plain_name(name: str) -> str:
     """Of "weight_ih_l0_reverse" the part that a cell knows."""
     return name.rsplit("_l", 1)[0]
