@@ -54,6 +54,10 @@ void check_input(const Tensor& input, ScalarType dtype, int64_t batch) {
 
 int64_t gates_of(Kind kind) { return kind == Kind::lstm ? 4 : kind <= Kind::rnn_relu ? 1 : 3; }
 
+int64_t saved_gates(Kind kind) {
+    return kind == Kind::lstm ? 5 : kind <= Kind::rnn_relu ? 0 : kind == Kind::gru ? 4 : 3;
+}
+
 Kind kind_of(int64_t kind) {
     if (kind < 0 || kind > static_cast<int64_t>(Kind::gru_reset_before))
         fail("kind", "0 to 4", std::to_string(kind));

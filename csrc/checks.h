@@ -32,6 +32,7 @@ int64_t check_rows(const Tensor& tensor, const char* name, ScalarType dtype, int
 void check_input(const Tensor& input, ScalarType dtype, int64_t batch);
 
 int64_t gates_of(Kind kind);
+int64_t saved_gates(Kind kind);   // columns that the forward leaves for the backward, in units of H
 Kind kind_of(int64_t kind);
 
 // Sizes that several operators need, read from the states and the recurrent weights and checked against each other.

@@ -11,14 +11,15 @@ namespace {
 // Whether the weights are better read where they lie.
 bool is_one_step(const ForwardProblem& problem) {
     const Rows& rows = problem.rows;
-    return !problem.packed && rows.time == 1 && rows.total == rows.batch && !rows.resets && !problem.saved &&
+    return !problem.packed && rows.time == 1 && rows.total == rows.batch && !rows.resets &&
            fits_step(problem.kind, problem.weight_hr);
 }
 
 template <class S>
 void forward_one_step(const ForwardProblem& p) {
     run_step<S>({p.kind, p.type, p.threads, p.rows.batch, p.input_size, p.hidden, p.input, p.input_batch_stride, p.h_0,
-                 p.c_0, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh, p.h_n, p.c_n});
+                 p.c_0, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh, p.h_n, p.c_n, p.saved,
+                 p.saved_stride});
     if (p.output == p.h_n) return;
     for (int64_t row = 0; row < p.rows.batch; ++row)
         std::memcpy(static_cast<S*>(p.output) + row * p.output_stride, static_cast<const S*>(p.h_n) + row * p.hidden,

@@ -21,15 +21,24 @@ namespace tidegate {
 namespace {
 
 // The tensor, or a copy of it that lies in one piece.
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor dense(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor;
+    const int64_t dims = tensor.dim();
+    // The rest is about to be refused.
+    if (!tensor.is_cpu() || dims > 3) return torch::stable::contiguous(tensor);
+    // By the shim's own calls: torch::stable::contiguous goes through the dispatcher and takes ten times as long.
+    int32_t dtype = -1;
+    aoti_torch_get_dtype(tensor.get(), &dtype);
+    Tensor copy = make(dtype, tensor.element_size(), tensor.sizes().data(), dims);
+    if (aoti_torch_copy_(copy.get(), tensor.get(), 0) != AOTI_TORCH_SUCCESS)
+        throw std::runtime_error("tidegate: a tensor could not be copied");
+    return copy;
+}
 Optional dense(const Optional& tensor) { return tensor ? Optional(dense(*tensor)) : tensor; }
 
 const void* pointer(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-// Columns that the forward leaves for the backward, and that the backward writes.
-int64_t saved_gates(Kind kind) {
-    return kind == Kind::lstm ? 5 : kind <= Kind::rnn_relu ? 0 : kind == Kind::gru ? 4 : 3;
-}
+// Columns that the backward writes.
 int64_t gradient_columns(Kind kind, int64_t hidden, int64_t projected, bool projects) {
     return kind == Kind::lstm ? 4 * hidden + (projects ? projected : 0)
            : kind == Kind::gru ? 4 * hidden
@@ -52,7 +61,7 @@ Tensor places(const Tensor& any_lengths, int64_t time, bool reverse) {
 
 // (T, B, I) with whole rows, anywhere: the tensor, or a copy.
 Tensor whole_rows(const Tensor& input) {
-    return input.dim() == 3 && input.size(2) > 1 && input.stride(2) != 1 ? torch::stable::contiguous(input) : input;
+    return input.dim() == 3 && input.size(2) > 1 && input.stride(2) != 1 ? dense(input) : input;
 }
 
 // output, the final states, saved.

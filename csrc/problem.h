@@ -70,6 +70,8 @@ struct StepProblem {
     const void* bias_hh;         // (G*H) or null
     void* h;                     // (B, H), apart from h_0
     void* c;                     // (B, H), apart from c_0
+    void* saved;                 // (B, columns): what the backward needs; or null
+    int64_t saved_stride;
 };
 
 TIDEGATE_INLINE bool fits_step(Kind kind, bool projects) { return kind != Kind::gru_reset_before && !projects; }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A cell's step and a stack of layers without gradients, in one call each: few arguments for calls so short that their
-// overhead counts, and all layers and directions at once for those that can run side by side.
+// A cell's step, one that a backward will follow, and a stack of layers without gradients, in one call each: few
+// arguments for calls so short that their overhead counts, and all layers and directions at once for those that can run
+// side by side.
 //
 // It answers only what it can at once: whole tensors of one dtype on the CPU whose sizes agree. To anything else it
 // answers with no tensor, and the caller goes the long way, which copies what must be copied and names what is wrong.
@@ -36,6 +37,7 @@ struct Memory {
     int64_t time_stride, batch_stride;
     const char *h_0, *c_0;
     char *output, *h_n, *c_n;
+    char* saved;   // what a backward needs of one step of one layer; or null
 };
 
 // The shim's own calls: torch::stable::Tensor asks the same through conversions that cost as much as the answers.
@@ -113,6 +115,8 @@ void run_one_step(const Stack& s, const Memory& m) {
         problem.weight_hh = next();
         problem.bias_ih = s.biased ? next() : nullptr;
         problem.bias_hh = s.biased ? next() : nullptr;
+        problem.saved = m.saved;
+        problem.saved_stride = saved_gates(s.kind) * s.hidden;
         active_kernels().step(problem);
     }
     if (m.output) std::memcpy(m.output, m.h_n + (s.layers - 1) * bytes, static_cast<size_t>(bytes));
@@ -260,7 +264,8 @@ std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, c
                            states.c_0,
                            static_cast<char*>(results[0].mutable_data_ptr()),
                            static_cast<char*>(results[1].mutable_data_ptr()),
-                           states.c_0 ? static_cast<char*>(results[2].mutable_data_ptr()) : nullptr};
+                           states.c_0 ? static_cast<char*>(results[2].mutable_data_ptr()) : nullptr,
+                           nullptr};
     if (s.time == 1 && !bidirectional && !lengths && fits_step(s.kind, s.projects)) {
         run_one_step(s, memory);
         return results;
@@ -275,32 +280,74 @@ std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, c
     return results;
 }
 
-// input (B, I) or (I), h and c (B, H) or (H); returns h' and c'. Without a list, which costs as much to hand over as a
-// small cell to compute.
-std::vector<Tensor> cell_step(int64_t kind, const Tensor& input, const Tensor& h, const Tensor& c,
-                              const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
-                              const Tensor& bias_hh) {
-    const Tensor* const weights[] = {&weight_ih, &weight_hh, &bias_ih, &bias_hh};
-    Stack s = {};
+// The cell of one layer, its weights not in a list, which costs as much to hand over as a small cell to compute. Reads
+// all sizes; false if it is not plainly right. layered: input (1, B, I), (B, 1, I) or (1, I), else (B, I) or (I).
+bool read_cell(Stack& s, int64_t kind, const Tensor& input, const Tensor& h, const Tensor& c,
+               const Tensor* const (&weights)[4], bool layered) {
     s.kind = static_cast<Kind>(kind);
     s.layers = s.directions = s.time = 1;
     s.weights = weights;
     const int64_t dims = input.dim();
-    const bool batched = dims == 2;
-    if ((!batched && dims != 1) || !fits_step(s.kind, false)) return {};
-    if (!read_type(s, input) || !input.is_contiguous()) return {};
+    const bool batched = dims == 2 + layered;
+    if ((!batched && dims != 1 + layered) || !fits_step(s.kind, false)) return false;
+    if (!read_type(s, input) || !input.is_contiguous()) return false;
     s.input_size = input.size(dims - 1);
-    s.batch = batched ? input.size(0) : 1;
-    if (s.batch == 0 || s.input_size == 0) return {};
-    if (!read_weights(s, is_absent(bias_ih) ? 2 : 4) || !States::fit(s, h, c, true, batched)) return {};
+    s.batch = s.input_size > 0 ? input.numel() / s.input_size : 0;
+    if (s.batch == 0 || (!batched && s.batch != 1)) return false;
+    const bool biased = !is_absent(*weights[2]) || !is_absent(*weights[3]);
+    return read_weights(s, biased ? 4 : 2) && States::fit(s, h, c, !layered, batched);
+}
 
+// h and c (B, H) or (H); returns h' and c'.
+std::vector<Tensor> cell_step(int64_t kind, const Tensor& input, const Tensor& h, const Tensor& c,
+                              const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
+                              const Tensor& bias_hh) {
+    const Tensor* const weights[4] = {&weight_ih, &weight_hh, &bias_ih, &bias_hh};
+    Stack s = {};
+    if (!read_cell(s, kind, input, h, c, weights, false)) return {};
     std::vector<Tensor> results;
     results.reserve(2);
-    States::append(results, s, true, batched);
+    States::append(results, s, true, input.dim() == 2);
     const States states(s, h, c);
     run_one_step(s, {static_cast<const char*>(input.const_data_ptr()), 0, s.input_size, states.h_0, states.c_0, nullptr,
                      static_cast<char*>(results[0].mutable_data_ptr()),
-                     states.c_0 ? static_cast<char*>(results[1].mutable_data_ptr()) : nullptr});
+                     states.c_0 ? static_cast<char*>(results[1].mutable_data_ptr()) : nullptr, nullptr});
+    return results;
+}
+
+// One step of a cell or, layered, of one layer that a backward will follow; h and c of a layer (1, B, H) or (1, H).
+// Returns output, of a cell (1, B, H); h'; of an LSTM c'; what the backward reads beside them; then, for absent states,
+// the zeros that stood in for them.
+std::vector<Tensor> recorded_step(int64_t kind, const Tensor& input, const Tensor& any_h, const Tensor& any_c,
+                                  const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
+                                  const Tensor& bias_hh, bool layered) {
+    const Tensor* const weights[4] = {&weight_ih, &weight_hh, &bias_ih, &bias_hh};
+    Stack s = {};
+    if (!read_cell(s, kind, input, any_h, any_c, weights, layered)) return {};
+    const bool batched = input.dim() == 2 + layered, is_lstm = s.kind == Kind::lstm;
+    const int64_t saved_columns = saved_gates(s.kind) * s.hidden;
+    std::vector<Tensor> results;
+    results.reserve(6);
+    if (layered && !batched) results.push_back(make(s.type, {1, s.hidden}));
+    else if (layered) results.push_back(make(s.type, {input.size(0), input.size(1), s.hidden}));
+    else results.push_back(make(s.type, {1, s.batch, s.hidden}));
+    States::append(results, s, !layered, batched);
+    results.push_back(saved_columns ? make(s.type, {s.batch, saved_columns}) : make(s.type, {0}));
+    const size_t saved_place = results.size() - 1;
+    Tensor h = any_h, c = any_c;
+    if (is_absent(any_h)) {
+        States::append(results, s, !layered, batched);
+        for (size_t k = saved_place + 1; k < results.size(); ++k)
+            std::memset(results[k].mutable_data_ptr(), 0, static_cast<size_t>(results[k].numel()) * bytes_of(s.type));
+        h = results[saved_place + 1];
+        if (is_lstm) c = results.back();
+    }
+    const States states(s, h, c);
+    run_one_step(s, {static_cast<const char*>(input.const_data_ptr()), 0, s.input_size, states.h_0, states.c_0,
+                     static_cast<char*>(results[0].mutable_data_ptr()),
+                     static_cast<char*>(results[1].mutable_data_ptr()),
+                     is_lstm ? static_cast<char*>(results[2].mutable_data_ptr()) : nullptr,
+                     saved_columns ? static_cast<char*>(results[saved_place].mutable_data_ptr()) : nullptr});
     return results;
 }
 
@@ -314,10 +361,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tidegate_cpu, m) {
     m.def(
         "cell_step(int kind, Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, "
         "Tensor bias_hh) -> Tensor[]");
+    m.def(
+        "recorded_step(int kind, Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, "
+        "Tensor bias_hh, bool layered) -> Tensor[]");
 }
 
 // Whatever the device: it is one of the things that are looked at.
 STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CompositeExplicitAutograd, m) {
     m.impl("layers", TORCH_BOX(&tidegate::layers));
     m.impl("cell_step", TORCH_BOX(&tidegate::cell_step));
+    m.impl("recorded_step", TORCH_BOX(&tidegate::recorded_step));
 }

@@ -136,6 +136,13 @@ public:
     void write(void* to, int64_t row, int64_t unit, V value) const {
         store(static_cast<S*>(to) + row * p_.hidden + unit, value, p_.hidden - unit);
     }
+    // In the columns' order.
+    template <int columns>
+    void save(int64_t row, int64_t unit, const V (&values)[columns]) const {
+        if (!p_.saved) return;
+        S* to = static_cast<S*>(p_.saved) + row * p_.saved_stride + unit;
+        for (int column = 0; column < columns; ++column, to += p_.hidden) store(to, values[column], p_.hidden - unit);
+    }
 
 private:
     StepRows<A> rows_of(const void* tensor, int64_t stride, int64_t columns, int64_t offset) const {
@@ -210,13 +217,16 @@ inline void run_step(const StepProblem& p) {
     switch (p.kind) {
         case Kind::gru:
             return step.template run<3, true>([&](int64_t row, int64_t unit, const V* s) {
-                step.write(p.h, row, unit, gru_unit<A>(s[0], s[1], s[2], s[3], step.h_before(row, unit)).h);
+                const auto next = gru_unit<A>(s[0], s[1], s[2], s[3], step.h_before(row, unit));
+                step.write(p.h, row, unit, next.h);
+                step.save(row, unit, {next.r, next.z, next.n, s[3]});
             });
         case Kind::lstm:
             return step.template run<4, false>([&](int64_t row, int64_t unit, const V* s) {
                 const auto next = lstm_unit<A>(s[0], s[1], s[2], s[3], step.c_before(row, unit));
                 step.write(p.c, row, unit, next.c);
                 step.write(p.h, row, unit, next.m);
+                step.save(row, unit, {next.i, next.f, next.g, next.o, next.c});
             });
         case Kind::rnn_tanh:
             return step.template run<1, false>(

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,23 @@ from tidegate.kernels import aten, cpu, triton
 Gradients = tuple["Tensor | None", ...]
 Backward = Callable[[Call, Tensor, Tensor, "Tensor | None", Gradients, "tuple[bool, ...]", bool], Gradients]
 T = TypeVar("T", Tensor, "Tensor | None")
+
+
+class ShortWay(NamedTuple):
+    """How a call that is plainly right runs at once. To any other it answers nothing: whoever asks goes the long way
+    then, which names what is wrong.
+
+    Attributes:
+        step: `(cell, options, input, states, weights) -> new states`: a cell's step. Input (B, I) or (I,), states
+            (B, H) or (H,). `options` are values in the cell's order; `states` is what the user gave, empty for zeros;
+            `weights` are weight_ih, weight_hh and the biases, None for absent ones.
+        layers: `(cell, options, input, states, weights, layers, bidirectional, reverse, batch_first, lengths) ->
+            (output, *final states)`: all layers and directions. Input (T, B, I), with batch_first (B, T, I), or (T, I);
+            states (L*D, B, .) or (L*D, .); `weights` in torch.nn's flat order.
+    """
+
+    step: Callable[..., Sequence[Tensor]]
+    layers: Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -41,14 +58,11 @@ class Backend:
         checks: it refuses by itself what `checks.check` would, so that a plain call need not be looked at twice.
         prepare_step: `one-step calls of a stack of layers -> step(input (B, I), *states (L, B, .)) -> output`, the
             weights laid out once, the states replaced in place, all or none; None where `run_forward` is as quick.
-        short_step: `(cell, options, input, states, weights) -> new states`: a cell's step without gradients, at once.
-            Input (B, I) or (I,), states (B, H) or (H,). `options` are values in the cell's order; `states` is what the
-            user gave, empty for zeros; `weights` are weight_ih, weight_hh and the biases, None for absent ones. No
-            results where the call is not plainly one that it can run: whoever asks goes the long way then, which names
-            what is wrong.
-        short_layers: `(cell, options, input, states, weights, layers, bidirectional, reverse, batch_first, lengths) ->
-            (output, *final states)`, likewise: all layers and directions at once. Input (T, B, I), with batch_first
-            (B, T, I), or (T, I); states (L*D, B, .) or (L*D, .); `weights` in torch.nn's flat order.
+        short: `ShortWay` without gradients, if it has one.
+        recorded_step: `(cell, options, layered, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh) -> results`: one
+            step of a cell or, `layered`, of one layer, in `ShortWay`'s forms, but what is absent is None. Results:
+            output, of a cell (1, B, H); the new states; `saved` for `backward`; then, for absent states, the zeros in
+            their place. `backward` takes all of them as (1, B, .) and (B, .).
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             `forward`, `backward` and `saved_shape`.
         slower_reasons: why it leaves a call that it can run to the next backend that can, unless it is named; pure.
@@ -63,8 +77,8 @@ class Backend:
     backward: Backward | None = None
     saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
     prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
-    short_step: Callable[..., Sequence[Tensor]] | None = None
-    short_layers: Callable[..., Sequence[Tensor]] | None = None
+    short: ShortWay | None = None
+    recorded_step: Callable[..., Sequence[Tensor]] | None = None
     checks: bool = False
     slower_reasons: Callable[[Call], list[str]] | None = None
     only_named: str = ""
@@ -101,8 +115,8 @@ CPU = Backend(
     backward=cpu.backward,
     saved_shape=cpu.saved_shape,
     prepare_step=cpu.prepare_step,
-    short_step=cpu.short_step,
-    short_layers=cpu.short_layers,
+    short=ShortWay(cpu.short_step, cpu.short_layers),
+    recorded_step=cpu.recorded_step,
     slower_reasons=cpu.slower_reasons,
     checks=True,
 )
@@ -168,7 +182,7 @@ def select(call: Call, name: str) -> Backend:
 
 
 def short() -> Backend:
-    """The backend whose `short_step` and `short_layers` are asked: the named one, else the compiled one."""
+    """The backend whose `short` or `recorded_step` is asked: the one that the user named, else the compiled one."""
     return BY_NAME[_named] if _named else CPU
 
 

@@ -15,7 +15,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import _C, Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
@@ -23,7 +22,7 @@ _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
 
 def is_traced() -> bool:
     """A compiler, exporter, tracer or dispatch mode is looking: it must see one operator, not what is inside."""
-    return torch.compiler.is_compiling() or _C._is_tracing() or _get_current_dispatch_mode() is not None
+    return torch.compiler.is_compiling() or _C._is_tracing() or _C._len_torch_dispatch_stack() > 0
 
 
 def is_transformed() -> bool:
@@ -33,20 +32,12 @@ def is_transformed() -> bool:
 
 def is_plain() -> bool:
     """Real tensors and no transform: what the backends can be handed."""
-    return not is_traced() and not is_transformed()
+    return not (is_traced() or is_transformed())
 
 
 def is_bare() -> bool:
-    """Plain, and nothing is recorded or recast either: no gradient, no tangent, no trace, no autocast."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or _C._is_any_autocast_enabled()
-        or _C._is_tracing()
-        or _C._len_torch_dispatch_stack()
-        or _C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    """Plain, and nothing is recast and no tangent recorded; gradients may be."""
+    return is_plain() and not is_forward_mode() and not _C._is_any_autocast_enabled()
 
 
 def is_forward_mode() -> bool:

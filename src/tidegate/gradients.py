@@ -14,19 +14,17 @@ from tidegate.cells import Call, Cell
 
 
 class Recurrence(torch.autograd.Function):
-    """`apply(cell, backend, returns_saved, *signature.arguments(call)) -> (output, *final states[, saved])`."""
+    """`apply(call, backend, returns_saved, *call.tensors) -> (output, *final states[, saved])`."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, cell: Cell, backend: backends.Backend, returns_saved: bool, *arguments: Any
+        ctx: Any, call: Call, backend: backends.Backend, returns_saved: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        call, _ = signature.read(cell, arguments)
-        count = signature.tensor_count(cell)
-        ctx.needs = tuple(ctx.needs_input_grad[3 : 3 + count])
+        ctx.needs = ctx.needs_input_grad[3:]
         ctx.graph = ctx.kept_at = None
         if not dispatch.is_plain():
-            operator = signature.forward_operator(cell)
-            results = dispatch.below_autograd(operator, *arguments, backend.name, True)
+            operator = signature.forward_operator(call.cell)
+            results = dispatch.below_autograd(operator, *signature.arguments(call), backend.name, True)
         elif backend.composite is not None:
             # torch's operators keep what they need in a graph of their own, which one backward uses up.
             with dispatch.recording():
@@ -38,9 +36,9 @@ class Recurrence(torch.autograd.Function):
             results = backends.run_forward(backend, call, save=True)
             if not returns_saved and not dispatch.has_saved_tensor_hooks():
                 ctx.kept_at = results[-1].data_ptr()
-        ctx.save_for_backward(*call.tensors, call.lengths, call.resets, results[0], results[-1])
+        ctx.save_for_backward(*tensors, call.lengths, call.resets, results[0], results[-1])
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.backend, ctx.constants = cell, backend, arguments[count + 2 :]
+        ctx.cell, ctx.backend, ctx.constants = call.cell, backend, signature.constants(call)
         if not returns_saved:
             return results[:-1]
         ctx.mark_non_differentiable(results[-1])
@@ -54,21 +52,131 @@ class Recurrence(torch.autograd.Function):
         if graph is not None and not torch.is_grad_enabled():
             outputs, wanted = graph
             found = backends.graph_gradients(outputs, wanted, gradients, ctx.needs)
-        elif dispatch.is_plain() and not torch.is_grad_enabled():
-            *inputs, output, saved = ctx.saved_tensors
-            call, _ = signature.read(ctx.cell, (*inputs, *ctx.constants))
-            # Nobody sees it again: it is what the forward made, not what a hook unpacked, and the graph is used up.
-            overwrite = saved.data_ptr() == ctx.kept_at and not dispatch.keeps_graph()
-            grad_output, *grad_states = gradients
-            found = backends.run_backward(
-                ctx.backend, call, output, saved, grad_output, tuple(grad_states), ctx.needs, overwrite
-            )
         else:
             *inputs, output, saved = ctx.saved_tensors
-            rest = (ctx.backend.name, output, saved, *gradients, list(ctx.needs))
-            found = signature.backward_operator(ctx.cell)(*inputs, *ctx.constants, *rest)
-            found = tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
-        return (None, None, None, *found, *(None,) * (2 + len(ctx.constants)))
+            found = _found(ctx, inputs, output, saved, gradients)
+        return (None, None, None, *found)
+
+
+def _found(
+    ctx: Any, inputs: Sequence[Tensor | None], output: Tensor, saved: Tensor, gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a call's tensors, by the backend that ran it; by the operator if they are recorded in turn.
+
+    Args:
+        inputs: the call's tensors, lengths and resets.
+    """
+    if not dispatch.is_plain() or torch.is_grad_enabled():
+        rest = (ctx.backend.name, output, saved, *gradients, list(ctx.needs))
+        found = signature.backward_operator(ctx.cell)(*inputs, *ctx.constants, *rest)
+        return tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
+    call, _ = signature.read(ctx.cell, (*inputs, *ctx.constants))
+    # Nobody sees it again: it is what the forward made, not what a hook unpacked, and the graph is used up.
+    overwrite = saved.data_ptr() == ctx.kept_at and not dispatch.keeps_graph()
+    grad_output, *grad_states = gradients
+    return backends.run_backward(
+        ctx.backend, call, output, saved, grad_output, tuple(grad_states), ctx.needs, overwrite
+    )
+
+
+def short_way() -> backends.ShortWay | None:
+    """The short way of a call that is recorded: a cell's step, one step of one layer."""
+    return _SHORT_WAY if backends.short().recorded_step else None
+
+
+def _short_step(
+    cell: Cell, options: Any, input: Tensor, states: Sequence[Any], weights: Sequence[Any]
+) -> Sequence[Tensor]:
+    return _recorded_step(cell, options, False, input, states, weights)[1:]
+
+
+def _short_layers(
+    cell: Cell,
+    options: Any,
+    input: Tensor,
+    states: Sequence[Any],
+    weights: Sequence[Any],
+    layers: int,
+    bidirectional: bool,
+    reverse: bool,  # one step is the same either way
+    batch_first: bool,
+    lengths: Tensor | None,
+) -> Sequence[Tensor]:
+    dims = input.dim()
+    if layers > 1 or bidirectional or lengths is not None or dims not in (2, 3):
+        return ()
+    if input.size(1 if batch_first and dims == 3 else 0) != 1:
+        return ()
+    return _recorded_step(cell, options, True, input, states, weights)
+
+
+def _recorded_step(
+    cell: Cell, options: Any, layered: bool, input: Tensor, states: Sequence[Any], weights: Sequence[Any]
+) -> Sequence[Tensor]:
+    """Output and new states, or nothing."""
+    if len(states) not in (0, len(cell.states)):
+        return ()
+    h, c = (*states, None, None)[:2]
+    for state in states:
+        if not isinstance(state, Tensor) or state.numel() == 0:
+            return ()
+    if len(weights) == 2:
+        weights = (*weights, None, None)
+    if len(weights) != 4:
+        return ()
+    return dispatch.apply_plain(Step, cell, options, layered, input, h, c, *weights)
+
+
+_SHORT_WAY = backends.ShortWay(_short_step, _short_layers)
+
+
+class Step(torch.autograd.Function):
+    """`apply(cell, options, *Backend.recorded_step's) -> (output, *new states)`, nothing where that answers nothing."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, cell: Cell, options: Any, layered: bool, input: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        backend = backends.short()
+        assert backend.recorded_step is not None
+        results = backend.recorded_step(cell, options, layered, input, *tensors)
+        if not results:
+            return ()
+        count = len(cell.states)
+        saved, *zeros = results[count + 1 :]
+        states = zeros or tensors[:count]
+        ctx.save_for_backward(input, *states, *tensors[2:], results[0], saved)
+        ctx.set_materialize_grads(False)
+        ctx.cell, ctx.backend, ctx.constants = cell, backend, (False, *options)
+        ctx.kept_at = None if dispatch.has_saved_tensor_hooks() else saved.data_ptr()
+        ctx.absent = (None,) * (len(cell.weights) - 4)
+        needs_input, *needs = ctx.needs_input_grad[3:]
+        ctx.needs = (needs_input, *needs[:count], *needs[2:], *(False for _ in ctx.absent))
+        return tuple(results[: count + 1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        input, *tensors, output, saved = ctx.saved_tensors
+        count = len(ctx.cell.states)
+        states, weights = tensors[:count], tensors[count:]
+        hidden_size, steps = output.shape[-1], (1, -1)
+        grad_output, *grad_states = gradients
+        in_rows = [None if grad is None else grad.reshape(-1, hidden_size) for grad in grad_states]
+        inputs = (
+            input.view(1, -1, input.shape[-1]),
+            *(state.view(-1, hidden_size) for state in states),
+            *weights,
+            *ctx.absent,
+            None,
+            None,
+        )
+        of_output = None if grad_output is None else grad_output.reshape(*steps, hidden_size)
+        found = _found(ctx, inputs, output.view(*steps, hidden_size), saved, (of_output, *in_rows))
+        of_input, *of_states = (
+            None if grad is None else grad.view(like.shape) for grad, like in zip(found, (input, *states), strict=False)
+        )
+        of_weights = found[1 + count : 5 + count]
+        return (None, None, None, of_input, *of_states, *(None,) * (2 - count), *of_weights)
 
 
 class Gradient(torch.autograd.Function):

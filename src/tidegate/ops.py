@@ -33,9 +33,7 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
         ValueError: shapes, dtypes or devices disagree, or a length is outside 0..T.
         UnsupportedError: the backend that the user named cannot run this call.
     """
-    if dispatch.is_traced():
-        return _operator(call)
-    if _observers or dispatch.is_transformed() or dispatch.is_forward_mode():
+    if not dispatch.is_plain() or dispatch.is_forward_mode() or _observers:
         return _in_other_modes(call)
     backend = backends.select(call, backends.named())
     if not backend.checks:
@@ -44,17 +42,21 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     if backend is backends.REFERENCE:
         return reference.forward(call)
     if torch.is_grad_enabled() and _any_requires_grad(call):
-        return dispatch.apply_plain(gradients.Recurrence, call.cell, backend, False, *signature.arguments(call))
+        return dispatch.apply_plain(gradients.Recurrence, call, backend, False, *call.tensors)
     return backends.run_forward(backend, call, save=False)[:-1]
 
 
-def short_way() -> backends.Backend | None:
-    """Whose `short_step` and `short_layers` to ask; None where something records a call, traces or transforms it."""
-    return backends.short() if dispatch.is_bare() and not _observers else None
+def short_way() -> backends.ShortWay | None:
+    """What to ask first, where nothing traces, transforms or recasts a call."""
+    if not dispatch.is_bare() or _observers:
+        return None
+    return gradients.short_way() if torch.is_grad_enabled() else backends.short().short
 
 
 def _in_other_modes(call: Call) -> tuple[Tensor, ...]:
-    """Under torch.func, forward-mode differentiation, or `observe`."""
+    """Under a compiler, a dispatch mode, torch.func, forward-mode differentiation, or `observe`."""
+    if dispatch.is_traced():
+        return _operator(call)
     check(call)
     if dispatch.is_transformed():
         by_reference = dispatch.is_per_example(call.weights.values()) and backends.named() in ("", "reference")
@@ -137,7 +139,7 @@ class _Operators:
             check(call)
             # The backward must be the same backend's: a graph that has one fixes the backend when it is traced.
             backend = backends.select(call, name)
-            return dispatch.apply(gradients.Recurrence, self.cell, backend, True, *signature.arguments(call))
+            return dispatch.apply(gradients.Recurrence, call, backend, True, *call.tensors)
         if dispatch.is_plain():
             return self.forward(*arguments)
         return dispatch.below_autograd(signature.forward_operator(self.cell), *arguments)

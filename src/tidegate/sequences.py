@@ -7,8 +7,7 @@ Letters: T steps, B rows, I and F features of input and output, N valid steps of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_sequence
 Form = Callable[[Tensor], Any]
 
 
-@dataclass(frozen=True)
-class Sequences:
+class Sequences(NamedTuple):
     """A batch of sequences, time first.
 
     Attributes:
@@ -53,7 +51,7 @@ def from_tensor(input: Tensor, lengths: Any, resets: Any, batch_first: bool) -> 
         resets: bool, (T, B) or with batch_first (B, T); or None.
     """
     data = input.transpose(0, 1) if batch_first else input
-    steps, batch = data.shape[:2]
+    steps, batch, _ = data.shape
     layout, shape = ("(B, T)", (batch, steps)) if batch_first else ("(T, B)", (steps, batch))
     resets = _read_resets(resets, layout, shape, input.device)
     if resets is not None and batch_first:
@@ -68,7 +66,11 @@ def from_tensor(input: Tensor, lengths: Any, resets: Any, batch_first: bool) -> 
 def from_unbatched(input: Tensor, resets: Any) -> Sequences:
     """One sequence (T, I), resets (T,)."""
     resets = _read_resets(resets, "(T,)", (input.shape[0],), input.device)
-    return Sequences(input.unsqueeze(1), None, None if resets is None else resets.unsqueeze(1), lambda y: y.squeeze(1))
+
+    def restore(output: Tensor) -> Tensor:
+        return output.squeeze(1)
+
+    return Sequences(input.unsqueeze(1), None, None if resets is None else resets.unsqueeze(1), restore)
 
 
 def from_packed(input: PackedSequence) -> Sequences:

@@ -51,13 +51,18 @@ def arity(cell: Cell) -> int:
 
 def arguments(call: Call) -> tuple[Any, ...]:
     """The arguments that describe `call`."""
-    return (*call.tensors, call.lengths, call.resets, call.reverse, *call.options.values())
+    return (*call.tensors, call.lengths, call.resets, *constants(call))
+
+
+def constants(call: Call) -> tuple[Any, ...]:
+    """Those of them that are no tensors."""
+    return (call.reverse, *call.options.values())
 
 
 def read(cell: Cell, values: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
     """The call that an operator's arguments describe, and the arguments that follow: the inverse of `arguments`."""
     states, tensors, end = 1 + len(cell.states), tensor_count(cell), arity(cell)
     weights = dict(zip(cell.weights, values[states:tensors], strict=True))
-    lengths, resets, reverse, *options = values[tensors:end]
-    options = dict(zip(cell.options, options, strict=True))
+    options = dict(zip(cell.options, values[tensors + 3 : end], strict=True))
+    lengths, resets, reverse = values[tensors : tensors + 3]
     return Call(cell, values[0], tuple(values[1:states]), weights, lengths, resets, reverse, options), values[end:]

@@ -26,7 +26,6 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 _SAVED_GATES = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 5, "gru": 4, "gru_reset_before": 3}
 
-_WANTED = {"input": 1, "weight_ih": 2, "weight_hh": 4, "bias_ih": 8, "bias_hh": 16, "weight_hr": 32}
 # Each kind by its cell and its options' values.
 _KIND_OF = {
     (cell.name, *(cell.default_options | options).values()): kind
@@ -103,11 +102,11 @@ def slower_reasons(call: Call) -> list[str]:
     2026-11-24, from B*H*H = 2**18 on: LSTM 0.96x to 1.5x torch.nn in inference and 0.95x to 8x in training, about even
     from 2**21 on at B >= 32; GRU and RNN 1.07x to 8x.
     """
-    steps, batch = call.input.shape[:2]
-    if call.input.dtype is not torch.bfloat16 or steps == 1 or not _multiplies_matrices():
+    if call.input.dtype is not torch.bfloat16 or not _multiplies_matrices():
         return []
+    steps, batch = call.input.shape[:2]
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
-    if batch * hidden_size * hidden_size < 2**least:
+    if steps == 1 or batch * hidden_size * hidden_size < 2**least:
         return []
     return [f"torch's operators use AMX for bfloat16, and B*hidden_size**2 is 2**{least} or more"]
 
@@ -158,7 +157,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, ...]:
     weights = call.weights
     h_0, c_0 = (*call.states, None)[:2]
     lengths, resets = _on_cpu(call)
-    return tuple(operators().forward.default(
+    return tuple(_operator("forward")(
         _KINDS[_kind(call)], call.input, h_0, c_0, weights["weight_ih"], weights["weight_hh"],
         weights["bias_ih"], weights["bias_hh"], weights.get("weight_hr"), lengths, resets, call.reverse, save,
     ))  # fmt: skip
@@ -175,22 +174,24 @@ def backward(
 ) -> Gradients:
     """The gradients of `Call.tensors`, in that order, None where not needed. With `overwrite`, `saved` may be lost."""
     weights = call.weights
-    need = dict(zip(("input", *call.cell.states, *weights), needs, strict=True))
     h_0, c_0 = (*call.states, None)[:2]
     grad_h_n, grad_c_n = (*grad_states, None)[:2]
     lengths, resets = _on_cpu(call)
-    wanted = [name for name in _WANTED if need.get(name)]
-    found = operators().backward.default(
+    first_weight = 1 + len(call.states)
+    asked = (needs[0], *needs[first_weight:])  # the operator finds the states' without being asked
+    found = _operator("backward")(
         _KINDS[_kind(call)], saved, output, call.input, h_0, c_0, weights["weight_ih"], weights["weight_hh"],
         weights.get("weight_hr"), lengths, resets, call.reverse, grad_output, grad_h_n, grad_c_n,
-        sum(_WANTED[name] for name in wanted), overwrite,
+        sum([need << place for place, need in enumerate(asked)]), overwrite,
     )  # fmt: skip
-    if call.input.dtype == torch.bfloat16:
+    if call.input.dtype is torch.bfloat16:
         *found, dgates, h_before, multiplied = found
-        products = _bfloat16_products(call, dgates, h_before, multiplied, lengths, need)
-        found += [products[name] for name in wanted if name != "input"]
-    grads = dict(zip((*call.cell.states, *wanted), found, strict=True))
-    return tuple(grads[name] if needed else None for name, needed in need.items())
+        need = dict(zip(weights, needs[first_weight:], strict=True))
+        found += _bfloat16_products(call, dgates, h_before, multiplied, lengths, need).values()
+    of_states = [found[place] if need else None for place, need in enumerate(needs[1:first_weight])]
+    rest = iter(found[len(of_states) :])
+    of_input, *of_weights = (next(rest) if need else None for need in asked)
+    return (of_input, *of_states, *of_weights)
 
 
 def _bfloat16_products(
@@ -249,14 +250,14 @@ def prepare_step(calls: Sequence[Call]) -> Callable[..., Tensor]:
 def short_step(
     cell: Cell, options: Any, input: Tensor, states: Sequence[Any], weights: Sequence[Any]
 ) -> Sequence[Tensor]:
-    """`backends.Backend.short_step`: the operator checks for itself, and answers nothing to what is not for it."""
+    """`backends.ShortWay.step`: the operator checks for itself, and answers nothing to what is not for it."""
     kind, h, c = _read_short(cell, options, states)
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     if bias_ih is None and bias_hh is None:
         bias_ih = bias_hh = _ABSENT
     if kind is None or bias_ih is None or bias_hh is None:
         return ()
-    return _short_ways()[0](kind, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+    return _operator("cell_step")(kind, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
 def short_layers(
@@ -271,12 +272,12 @@ def short_layers(
     batch_first: bool,
     lengths: Tensor | None,
 ) -> Sequence[Tensor]:
-    """`backends.Backend.short_layers`, as `short_step`."""
+    """`backends.ShortWay.layers`, as `short_step`."""
     kind, h, c = _read_short(cell, options, states)
     if kind is None or (input.dtype is torch.bfloat16 and _multiplies_matrices()):
         return ()
     found = [weight for weight in weights if weight is not None]
-    return _short_ways()[1](kind, input, h, c, found, layers, bidirectional, reverse, batch_first, lengths)
+    return _operator("layers")(kind, input, h, c, found, layers, bidirectional, reverse, batch_first, lengths)
 
 
 def _read_short(cell: Cell, options: Any, states: Sequence[Any]) -> tuple[int | None, Any, Any]:
@@ -290,6 +291,15 @@ def _read_short(cell: Cell, options: Any, states: Sequence[Any]) -> tuple[int | 
     return _KINDS[kind], h, c
 
 
+def recorded_step(cell: Cell, options: Any, layered: bool, input: Tensor, *tensors: Tensor | None) -> Sequence[Tensor]:
+    """`backends.Backend.recorded_step`: the operator checks for itself."""
+    kind = _KIND_OF.get((cell.name, *options))
+    if kind is None or _missing():
+        return ()
+    present = [_ABSENT if tensor is None else tensor for tensor in tensors]
+    return _operator("recorded_step")(_KINDS[kind], input, *present, layered)
+
+
 @cache
-def _short_ways() -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
-    return operators().cell_step.default, operators().layers.default
+def _operator(name: str) -> Callable[..., list[Tensor]]:
+    return getattr(operators(), name).default

@@ -17,7 +17,7 @@ def recurrence(call: Call, widens_on_cpu: bool) -> tuple[Tensor, ...]:
         widens_on_cpu: under autocast on a CPU, return the dtype that came in, not autocast's. torch.nn's GRU, GRUCell
             and LSTMCell do (their state is promoted to float32 there); its RNN, RNNCell and LSTM don't.
     """
-    dtype = _autocast_dtype(call.input)
+    dtype = _autocast_dtype(call.input) if torch._C._is_any_autocast_enabled() else None
     if dtype is None:
         return ops.recurrence(call)
     results = ops.recurrence(call.to(dtype))
@@ -29,7 +29,7 @@ def recurrence(call: Call, widens_on_cpu: bool) -> tuple[Tensor, ...]:
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype in which to run on `tensor`'s device, or None where autocast is off or leaves `tensor` alone."""
     kind = tensor.device.type
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind):
+    if not torch.is_autocast_enabled(kind):
         return None
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return None

@@ -55,7 +55,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         if unbatched:
             input = input.unsqueeze(0)
         if states is None:
-            states = tuple(input.new_zeros(input.shape[0], size) for size in self.state_sizes)
+            states = tuple([input.new_zeros(input.shape[0], size) for size in self.state_sizes])
         elif unbatched:
             states = tuple(state.unsqueeze(0) for state in states)
         self._check_sizes(input, states)
@@ -69,9 +69,8 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
 
     def _weights(self) -> Weights:
         weights: Weights = dict.fromkeys(self.cell.weights)
-        parameters = self._parameters  # looked up first: a module's own attribute access costs as much as a small step
         for name in (*self._weight_names, *self._extra_weights):
-            weights[name] = parameters[name] if name in parameters else getattr(self, name)
+            weights[name] = self._weight(name)
         return weights
 
     def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
@@ -89,10 +88,10 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
 
     def _short_step(self, input: Any, hx: Any) -> Sequence[Tensor]:
         """The new states at once, or nothing."""
-        backend = ops.short_way()
-        if backend is None or backend.short_step is None or type(input) is not Tensor:
+        way = ops.short_way()
+        if way is None or type(input) is not Tensor or input.is_nested:
             return ()
-        return self._call_shortly(backend.short_step, input, hx, self._weight_names)
+        return self._call_shortly(way.step, input, hx, self._weight_names)
 
     def _check_sizes(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
         """In the words of torch's own cells."""

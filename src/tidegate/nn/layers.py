@@ -55,7 +55,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
 
     def _draw(self) -> None:
         for names in self._all_weights:
-            initialize(self.init, self.cell, {name.rsplit("_l", 1)[0]: getattr(self, name) for name in names})
+            initialize(self.init, self.cell, {_plain_name(name): getattr(self, name) for name in names})
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self._extended_repr() + ", reverse=True" * self.reverse
@@ -124,15 +124,15 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
 
     def _short_way(self, input: Any, hx: Any, lengths: Any) -> Sequence[Tensor]:
         """Output and final states at once, for a tensor through layers whose methods are torch.nn's; or nothing."""
-        backend = ops.short_way()
-        if backend is None or backend.short_layers is None or type(self) not in (RNN, LSTM, GRU):
+        way = ops.short_way()
+        if way is None or type(self) not in (RNN, LSTM, GRU):
             return ()
         if type(input) is not Tensor or input.is_nested or not (lengths is None or type(lengths) is Tensor):
             return ()
         if self.dropout and self.training and self.num_layers > 1:
             return ()
         form = (self.num_layers, self.bidirectional, self.reverse, self.batch_first, lengths)
-        return self._call_shortly(backend.short_layers, input, hx, self._flat_weights_names, *form)
+        return self._call_shortly(way.layers, input, hx, self._flat_weights_names, *form)
 
     def _read(self, input: Any, lengths: Any, resets: Any) -> tuple[Sequences, Tensor | None, Tensor]:
         """The input as Sequences, its batch sizes if packed, and the tensor that torch.nn's checks look at."""
@@ -167,20 +167,34 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
 
     def _read_states(self, data: Tensor, batch_sizes: Tensor | None, hx: Any, unbatched: bool) -> tuple[Tensor, ...]:
         """The initial states, checked as torch.nn checks them, each (L*D, B, .)."""
+        sizes = [self.get_expected_hidden_size(data, batch_sizes)]
+        if len(self.cell.states) > 1:
+            sizes.append((*sizes[0][:2], self.hidden_size))
         if hx is None:
-            sizes = [self.get_expected_hidden_size(data, batch_sizes)]
-            if len(self.cell.states) > 1:
-                sizes.append((*sizes[0][:2], self.hidden_size))
-            states = tuple(torch.zeros(size, dtype=data.dtype, device=data.device) for size in sizes)
+            states = tuple([torch.zeros(size, dtype=data.dtype, device=data.device) for size in sizes])
         else:
             states = read_states(self.cell, hx)
             if batch_sizes is None:
                 self._check_rank(states, 2 if unbatched else 3)
             if unbatched:
                 states = tuple(state.unsqueeze(1) for state in states)
-        self.check_forward_args(data, _one_or_tuple(states), batch_sizes)
-        self._check_agreement(data, states)
+        if batch_sizes is not None or not self._agree(data, states, sizes):
+            self.check_forward_args(data, _one_or_tuple(states), batch_sizes)
+            self._check_agreement(data, states)
         return states
+
+    def _agree(self, data: Tensor, states: tuple[Tensor, ...], sizes: Sequence[tuple[int, ...]]) -> bool:
+        """Whether the two checks need not be made: a quick look at nearly all that they look at, if they are ours."""
+        if type(self) not in (RNN, LSTM, GRU):
+            return False
+        dtype, device = data.dtype, data.device
+        weight = self._parameters.get(self._flat_weights_names[0])
+        if weight is None or weight.dtype is not dtype or weight.device != device or data.size(-1) != self.input_size:
+            return False
+        for state, size in zip(states, sizes, strict=True):
+            if state.shape != size or state.dtype is not dtype or state.device != device:
+                return False
+        return True
 
     def _check_agreement(self, data: Tensor, states: tuple[Tensor, ...]) -> None:
         """One device for all, one dtype for input and states, in the words of torch's own operators."""
@@ -203,14 +217,18 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         raise RuntimeError(f"For {form} input, {names} should also be {expected}-D but got {came}")
 
     def _permuted(self, states: tuple[Tensor, ...], permutation: Tensor | None) -> tuple[Tensor, ...]:
+        if permutation is None and type(self) in (RNN, LSTM, GRU):
+            return states
         permuted: Any = self.permute_hidden(_one_or_tuple(states), permutation)
         return permuted if len(states) > 1 else (permuted,)
 
     def _weights(self, k: int) -> Weights:
         """What layer k // D in direction k % D runs with, as it is now."""
         # torch.nn stores weight_hr after the biases, which may be absent: names, not places.
-        found = {name.rsplit("_l", 1)[0]: getattr(self, name) for name in self._all_weights[k]}
-        return {name: found.get(name) for name in self.cell.weights}
+        weights: Weights = dict.fromkeys(self.cell.weights)
+        for name in self._all_weights[k]:
+            weights[_plain_name(name)] = self._weight(name)
+        return weights
 
     def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
         """Run the layer step by step, without gradients and without dropout.
@@ -250,7 +268,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         """Layers by directions: each one call. Returns output (T, B, D*P) and the final states, each (L*D, B, .)."""
         directions = 2 if self.bidirectional else 1
         options = self._options()
-        finals: list[tuple[Tensor, ...]] = []
+        finals: list[list[Tensor]] = []
         output = batch.data
         for layer in range(self.num_layers):
             outputs: list[Tensor] = []
@@ -258,7 +276,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 call = Call(
                     self.cell,
                     output,
-                    tuple(state[k] for state in states),
+                    tuple([state[k] for state in states]),
                     self._weights(k),
                     batch.lengths,
                     batch.resets,
@@ -267,11 +285,17 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 )
                 result, *last = autocast.recurrence(call, widens_on_cpu=self.cell is cells.GRU)
                 outputs.append(result)
-                finals.append(tuple(last))
+                finals.append(last)
             output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
             if self.dropout > 0 and self.training and layer < self.num_layers - 1:
                 output = batch.dropout(output, self.dropout)
+        # Never a view, not even of one: FSDP2 warns of a module that returns one.
         return output, tuple(torch.stack(column) for column in zip(*finals, strict=True))
+
+
+def _plain_name(name: str) -> str:
+    """Of "weight_ih_l0_reverse" the part that a cell knows."""
+    return name.rsplit("_l", 1)[0]
 
 
 def read_states(cell: Cell, hx: Any) -> tuple[Tensor, ...]:

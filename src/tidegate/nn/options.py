@@ -32,15 +32,22 @@ class Extended(torch.nn.Module):
     def _options(self) -> Options:
         return {name: getattr(self, name) for name in self.cell.options}
 
+    def _weight(self, name: str) -> Any:
+        """The tensor of this name as it is now; a parametrization, pruning or tying may have put another there."""
+        parameters = self._parameters  # looked up first: a module's own attribute access costs as much as a small step
+        return parameters[name] if name in parameters else getattr(self, name)
+
     def _call_shortly(
         self, run: Callable[..., Sequence[Tensor]], input: Tensor, states: Any, names: Sequence[str], *rest: Any
     ) -> Sequence[Tensor]:
-        """`backends.Backend.short_step` or `short_layers` on the tensors of these names."""
+        """`run`, of `backends.ShortWay`, on the tensors of these names."""
         if states is None:
             states = ()
+        elif isinstance(states, tuple) != (len(self.cell.states) > 1):
+            return ()
         elif not isinstance(states, tuple):
             states = (states,)
-        found = self._parameters  # looked up first: a module's own attribute access costs as much as a small step
+        found = self._parameters
         weights = [found[name] if name in found else getattr(self, name, None) for name in names]
         return run(self.cell, _values[self.cell.name](self), input, states, weights, *rest)
 
