@@ -20,6 +20,22 @@
 namespace tidegate {
 namespace {
 
+// Few numbers, of up to three dimensions, one by one: a copy by torch takes longer to begin than this to end.
+constexpr int64_t few = 4096;
+void copy_few(const Tensor& from, char* to, size_t element) {
+    const char* data = static_cast<const char*>(from.const_data_ptr());
+    int64_t sizes[3] = {1, 1, 1}, strides[3] = {0, 0, 0};
+    const int64_t dims = from.dim();
+    for (int64_t i = 0; i < dims; ++i) {
+        sizes[3 - dims + i] = from.size(i);
+        strides[3 - dims + i] = from.stride(i) * static_cast<int64_t>(element);
+    }
+    for (int64_t i = 0; i < sizes[0]; ++i)
+        for (int64_t j = 0; j < sizes[1]; ++j)
+            for (int64_t k = 0; k < sizes[2]; ++k, to += element)
+                std::memcpy(to, data + i * strides[0] + j * strides[1] + k * strides[2], element);
+}
+
 // The tensor, or a copy of it that lies in one piece.
 Tensor dense(const Tensor& tensor) {
     if (tensor.is_contiguous()) return tensor;
@@ -30,7 +46,8 @@ Tensor dense(const Tensor& tensor) {
     int32_t dtype = -1;
     aoti_torch_get_dtype(tensor.get(), &dtype);
     Tensor copy = make(dtype, tensor.element_size(), tensor.sizes().data(), dims);
-    if (aoti_torch_copy_(copy.get(), tensor.get(), 0) != AOTI_TORCH_SUCCESS)
+    if (tensor.numel() <= few) copy_few(tensor, static_cast<char*>(copy.mutable_data_ptr()), tensor.element_size());
+    else if (aoti_torch_copy_(copy.get(), tensor.get(), 0) != AOTI_TORCH_SUCCESS)
         throw std::runtime_error("tidegate: a tensor could not be copied");
     return copy;
 }
@@ -246,6 +263,54 @@ std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& an
     return results;
 }
 
+// The tensor's numbers, in one piece, in other dimensions.
+Tensor reshaped(const Tensor& any, const int64_t* sizes, int64_t dims) {
+    const Tensor tensor = dense(any);
+    int64_t strides[3] = {1, 1, 1}, offset = 0;
+    for (int64_t i = dims - 1; i-- > 0;) strides[i] = strides[i + 1] * sizes[i + 1];
+    AtenTensorHandle handle;
+    aoti_torch_get_storage_offset(tensor.get(), &offset);
+    if (aoti_torch__reinterpret_tensor(tensor.get(), dims, sizes, strides, offset, &handle) != AOTI_TORCH_SUCCESS)
+        throw std::runtime_error("tidegate: a tensor could not be given other sizes");
+    return Tensor(handle);
+}
+
+// What `recorded_step` ran, in its forms: as `backward`, over one step of rows.
+std::vector<Tensor> step_backward(int64_t kind, const Tensor& saved, const Tensor& output, const Tensor& input,
+                                  const Tensor& h_0, const Optional& c_0, const Tensor& weight_ih,
+                                  const Tensor& weight_hh, const Optional& grad_output, const Optional& grad_h_n,
+                                  const Optional& grad_c_n, int64_t wanted, bool overwrite) {
+    if (input.dim() < 1 || input.dim() > 3) fail("input", "one to three dimensions", std::to_string(input.dim()));
+    if (h_0.dim() < 1 || h_0.dim() > 3 || h_0.numel() == 0)
+        fail("h_0", "one to three dimensions, not empty", text(h_0.sizes().data(), h_0.sizes().size()));
+    const int64_t hidden = h_0.size(h_0.dim() - 1), columns = input.size(input.dim() - 1);
+    const int64_t rows = h_0.numel() / hidden;
+    if (input.numel() != rows * columns) fail("input", std::to_string(rows) + " rows", "another number");
+    const auto as_rows = [&](const Tensor& tensor) {
+        if (tensor.numel() != rows * hidden) fail("a state", std::to_string(rows * hidden) + " numbers", "others");
+        const int64_t sizes[2] = {rows, hidden};
+        return reshaped(tensor, sizes, 2);
+    };
+    const auto as_step = [&](const Tensor& tensor, int64_t width) {
+        if (tensor.numel() != rows * width) fail("output", std::to_string(rows * width) + " numbers", "others");
+        const int64_t sizes[3] = {1, rows, width};
+        return reshaped(tensor, sizes, 3);
+    };
+    const auto of_state = [&](const Optional& tensor) { return tensor ? Optional(as_rows(*tensor)) : std::nullopt; };
+    std::vector<Tensor> results =
+        backward(kind, saved, as_step(output, hidden), as_step(input, columns), as_rows(h_0), of_state(c_0), weight_ih,
+                 weight_hh, std::nullopt, std::nullopt, std::nullopt, false,
+                 grad_output ? Optional(as_step(*grad_output, hidden)) : std::nullopt, of_state(grad_h_n),
+                 of_state(grad_c_n), wanted, overwrite);
+    const auto restore = [&](size_t place, const Tensor& like) {
+        results[place] = reshaped(results[place], like.sizes().data(), like.dim());
+    };
+    restore(0, h_0);
+    if (c_0) restore(1, *c_0);
+    if (wanted & input_bit) restore(c_0 ? 2 : 1, input);
+    return results;
+}
+
 Tensor activate(const Tensor& x, bool hyperbolic) {
     const Type type = type_of(x, "x");
     check(x, "x", x.scalar_type(), {x.numel()});
@@ -280,6 +345,10 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
         "backward(int kind, Tensor(a!) saved, Tensor output, Tensor input, Tensor h_0, Tensor? c_0, Tensor weight_ih, "
         "Tensor weight_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, bool reverse, Tensor? grad_output, "
         "Tensor? grad_h_n, Tensor? grad_c_n, int wanted, bool overwrite) -> Tensor[]");
+    m.def(
+        "step_backward(int kind, Tensor(a!) saved, Tensor output, Tensor input, Tensor h_0, Tensor? c_0, "
+        "Tensor weight_ih, Tensor weight_hh, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, int wanted, "
+        "bool overwrite) -> Tensor[]");
     m.def("activate(Tensor x, bool hyperbolic) -> Tensor");
     m.def("isa() -> str");
     m.def("isas() -> str");
@@ -291,6 +360,7 @@ STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CPU, m) {
     m.impl("places", TORCH_BOX(&tidegate::places));
     m.impl("forward", TORCH_BOX(&tidegate::forward));
     m.impl("backward", TORCH_BOX(&tidegate::backward));
+    m.impl("step_backward", TORCH_BOX(&tidegate::step_backward));
     m.impl("activate", TORCH_BOX(&tidegate::activate));
 }
 

@@ -63,6 +63,8 @@ class Backend:
             step of a cell or, `layered`, of one layer, in `ShortWay`'s forms, but what is absent is None. Results:
             output, of a cell (1, B, H); the new states; `saved` for `backward`; then, for absent states, the zeros in
             their place. `backward` takes all of them as (1, B, .) and (B, .).
+        step_backward: `(cell, options, tensors, output, saved, gradients, needs, overwrite) -> gradients` of a recorded
+            step's tensors, input, states and weights, in its own forms; nothing where `backward` has to do it.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             `forward`, `backward` and `saved_shape`.
         slower_reasons: why it leaves a call that it can run to the next backend that can, unless it is named; pure.
@@ -79,6 +81,7 @@ class Backend:
     prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
     short: ShortWay | None = None
     recorded_step: Callable[..., Sequence[Tensor]] | None = None
+    step_backward: Callable[..., Gradients] | None = None
     checks: bool = False
     slower_reasons: Callable[[Call], list[str]] | None = None
     only_named: str = ""
@@ -117,6 +120,7 @@ CPU = Backend(
     prepare_step=cpu.prepare_step,
     short=ShortWay(cpu.short_step, cpu.short_layers),
     recorded_step=cpu.recorded_step,
+    step_backward=cpu.step_backward,
     slower_reasons=cpu.slower_reasons,
     checks=True,
 )

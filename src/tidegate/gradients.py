@@ -71,12 +71,15 @@ def _found(
         found = signature.backward_operator(ctx.cell)(*inputs, *ctx.constants, *rest)
         return tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
     call, _ = signature.read(ctx.cell, (*inputs, *ctx.constants))
-    # Nobody sees it again: it is what the forward made, not what a hook unpacked, and the graph is used up.
-    overwrite = saved.data_ptr() == ctx.kept_at and not dispatch.keeps_graph()
     grad_output, *grad_states = gradients
     return backends.run_backward(
-        ctx.backend, call, output, saved, grad_output, tuple(grad_states), ctx.needs, overwrite
+        ctx.backend, call, output, saved, grad_output, tuple(grad_states), ctx.needs, _is_ours(ctx, saved)
     )
+
+
+def _is_ours(ctx: Any, saved: Tensor) -> bool:
+    """Nobody sees it again: it is what the forward made, not what a hook unpacked, and the graph is used up."""
+    return saved.data_ptr() == ctx.kept_at and not dispatch.keeps_graph()
 
 
 def short_way() -> backends.ShortWay | None:
@@ -156,6 +159,20 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *tensors, output, saved = ctx.saved_tensors
+        count = len(ctx.cell.states)
+        found = ()
+        if dispatch.is_plain() and not torch.is_grad_enabled():
+            ours = _is_ours(ctx, saved)
+            arguments = (ctx.cell, ctx.constants[1:], tensors, output, saved, gradients, ctx.needs, ours)
+            found = ctx.backend.step_backward(*arguments)
+        if not found:
+            found = Step.backward_of_rows(ctx, gradients)
+        return (None, None, None, *found[: 1 + count], *(None,) * (2 - count), *found[1 + count : 5 + count])
+
+    @staticmethod
+    def backward_of_rows(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """By way of a sequence of one step."""
         input, *tensors, output, saved = ctx.saved_tensors
         count = len(ctx.cell.states)
         states, weights = tensors[:count], tensors[count:]
@@ -175,8 +192,7 @@ class Step(torch.autograd.Function):
         of_input, *of_states = (
             None if grad is None else grad.view(like.shape) for grad, like in zip(found, (input, *states), strict=False)
         )
-        of_weights = found[1 + count : 5 + count]
-        return (None, None, None, of_input, *of_states, *(None,) * (2 - count), *of_weights)
+        return (of_input, *of_states, *found[1 + count :])
 
 
 class Gradient(torch.autograd.Function):

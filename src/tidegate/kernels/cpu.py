@@ -177,21 +177,55 @@ def backward(
     h_0, c_0 = (*call.states, None)[:2]
     grad_h_n, grad_c_n = (*grad_states, None)[:2]
     lengths, resets = _on_cpu(call)
-    first_weight = 1 + len(call.states)
-    asked = (needs[0], *needs[first_weight:])  # the operator finds the states' without being asked
     found = _operator("backward")(
         _KINDS[_kind(call)], saved, output, call.input, h_0, c_0, weights["weight_ih"], weights["weight_hh"],
         weights.get("weight_hr"), lengths, resets, call.reverse, grad_output, grad_h_n, grad_c_n,
-        sum([need << place for place, need in enumerate(asked)]), overwrite,
+        _wanted(needs, len(call.states)), overwrite,
     )  # fmt: skip
     if call.input.dtype is torch.bfloat16:
         *found, dgates, h_before, multiplied = found
-        need = dict(zip(weights, needs[first_weight:], strict=True))
+        need = dict(zip(weights, needs[1 + len(call.states) :], strict=True))
         found += _bfloat16_products(call, dgates, h_before, multiplied, lengths, need).values()
-    of_states = [found[place] if need else None for place, need in enumerate(needs[1:first_weight])]
-    rest = iter(found[len(of_states) :])
-    of_input, *of_weights = (next(rest) if need else None for need in asked)
-    return (of_input, *of_states, *of_weights)
+    return _in_order(found, needs, len(call.states))
+
+
+def step_backward(
+    cell: Cell,
+    options: Any,
+    tensors: Sequence[Tensor | None],
+    output: Tensor,
+    saved: Tensor,
+    gradients: Sequence[Tensor | None],
+    needs: tuple[bool, ...],
+    overwrite: bool,
+) -> Gradients:
+    """`backends.Backend.step_backward`."""
+    states = len(cell.states)
+    input, h_0, *rest = tensors
+    assert input is not None
+    if input.dtype is torch.bfloat16:  # whose products of the weights are torch's
+        return ()
+    c_0 = rest[0] if states > 1 else None
+    weight_ih, weight_hh = rest[states - 1 : states + 1]
+    grad_output, grad_h_n, grad_c_n = (*gradients, None)[:3]
+    found = _operator("step_backward")(
+        _KINDS[_KIND_OF[(cell.name, *options)]], saved, output, input, h_0, c_0, weight_ih, weight_hh,
+        grad_output, grad_h_n, grad_c_n, _wanted(needs, states), overwrite,
+    )  # fmt: skip
+    return _in_order(found, needs, states)
+
+
+def _wanted(needs: tuple[bool, ...], states: int) -> int:
+    """A bit for each of input and weights; the operator finds the states' gradients without being asked."""
+    return sum([need << place for place, need in enumerate((needs[0], *needs[1 + states :]))])
+
+
+def _in_order(found: Sequence[Tensor], needs: tuple[bool, ...], states: int) -> Gradients:
+    """The states' gradients, then those of input and weights that are wanted, in the order of `needs`."""
+    rest = iter(found[states:])
+    of_input = next(rest) if needs[0] else None
+    of_states = [gradient if need else None for gradient, need in zip(found, needs[1 : 1 + states], strict=False)]
+    return (of_input, *of_states, *[next(rest) if need else None for need in needs[1 + states :]])
 
 
 def _bfloat16_products(
