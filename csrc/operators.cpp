@@ -266,11 +266,11 @@ std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& an
 // The tensor's numbers, in one piece, in other dimensions.
 Tensor reshaped(const Tensor& any, const int64_t* sizes, int64_t dims) {
     const Tensor tensor = dense(any);
-    int64_t strides[3] = {1, 1, 1}, offset = 0;
+    int64_t strides[3] = {1, 1, 1};
     for (int64_t i = dims - 1; i-- > 0;) strides[i] = strides[i + 1] * sizes[i + 1];
     AtenTensorHandle handle;
-    aoti_torch_get_storage_offset(tensor.get(), &offset);
-    if (aoti_torch__reinterpret_tensor(tensor.get(), dims, sizes, strides, offset, &handle) != AOTI_TORCH_SUCCESS)
+    // 0: so much further than the tensor's own begin.
+    if (aoti_torch__reinterpret_tensor(tensor.get(), dims, sizes, strides, 0, &handle) != AOTI_TORCH_SUCCESS)
         throw std::runtime_error("tidegate: a tensor could not be given other sizes");
     return Tensor(handle);
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comparing import CELLS, LAYERS, tensors_in
+from tolerances import assert_equal_f64
 
 import tidegate as tg
 from tidegate.kernels import cpu
@@ -92,6 +93,27 @@ def test_layers(kind, given, batch_first, answers):
         rows = () if batch is None else (batch,)
         x = randn(*rows, 1, 5) if batch_first else randn(1, *rows, 5)
         assert_same(made, x, states(kind, 1, *rows, 17) if given else None, answers)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_row_of_a_larger_tensor(kind, answers):
+    """Input and states that begin inside their storage, gradients that come expanded or from a slice."""
+    made = module(kind, 5, 6)
+    frames, given = randn(3, 2, 5), states(kind, 3, 2, 6)
+    hx = tuple(state[1] for state in given) if isinstance(given, tuple) else given[1]
+
+    def outcome():
+        after = tensors_in(made(frames[2], hx))
+        after = tensors_in(made(frames[1], tuple(after) if len(after) > 1 else after[0]))
+        loss = torch.stack(after).transpose(0, 2)[1:].pow(2).sum() + after[0].sum()
+        return torch.autograd.grad(loss, [frames, *tensors_in(given), *made.parameters()])
+
+    found = outcome()
+    assert len(answers) == 2
+    assert all(answers)
+    with tg.backend("reference"):
+        for ours, right in zip(found, outcome(), strict=True):
+            assert_equal_f64(ours, right, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
