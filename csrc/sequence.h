@@ -200,7 +200,7 @@ public:
         : problems_(problems), count_(count), stacked_(stacked) {
         const Rows& rows = problems[0].rows;
         const int64_t most = most_rows(rows), panels = Cell::panels_of(problems[0]);
-        if (count < 2 || most > few_rows) return;
+        if (count < 2 || rows.total == 0 || most > few_rows) return;
         chunk_steps_ = stacked ? (most < 4 ? 16 / most : 4) : ceil_div(64, most);
         chunks_ = ceil_div(rows.steps, chunk_steps_);
         double largest = 0, one_by_one = 0;

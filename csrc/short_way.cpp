@@ -177,46 +177,42 @@ void run_layers(const Stack& s, const Memory& m, const Schedule* schedules) {
 // An absent state or bias: no such tensor has four dimensions.
 bool is_absent(const Tensor& tensor) { return tensor.dim() == 4 && tensor.numel() == 0; }
 
-// The initial states, zeros if absent, and where they lie.
-class States {
-public:
+// The states' dimensions: L*D but for a cell, B if batched, columns. Returns how many they are.
+int64_t state_sizes(const Stack& s, int64_t columns, bool is_cell, bool batched, int64_t* sizes) {
+    int64_t dims = 0;
+    if (!is_cell) sizes[dims++] = s.layers * s.directions;
+    if (batched) sizes[dims++] = s.batch;
+    sizes[dims++] = columns;
+    return dims;
+}
+
+bool states_fit(const Stack& s, const Tensor& h, const Tensor& c, bool is_cell, bool batched) {
+    int64_t sizes[3];
+    if (is_absent(h)) return true;
+    if (!fits(h, s.dtype, sizes, state_sizes(s, s.projected, is_cell, batched, sizes))) return false;
+    return s.kind != Kind::lstm || fits(c, s.dtype, sizes, state_sizes(s, s.hidden, is_cell, batched, sizes));
+}
+
+// Appends h and, of an LSTM, c.
+void append_states(std::vector<Tensor>& results, const Stack& s, bool is_cell, bool batched) {
+    int64_t sizes[3];
+    results.push_back(make(s.type, sizes, state_sizes(s, s.projected, is_cell, batched, sizes)));
+    if (s.kind != Kind::lstm) return;
+    results.push_back(make(s.type, sizes, state_sizes(s, s.hidden, is_cell, batched, sizes)));
+}
+
+// Where the initial states lie; absent ones are zeros here.
+struct States {
     States(const Stack& s, const Tensor& h, const Tensor& c)
-        : given_(!is_absent(h)),
-          zeros_(given_ ? 0 : static_cast<size_t>(s.layers * s.directions * s.batch * std::max(s.hidden, s.projected))),
+        : zeros(is_absent(h) ? s.layers * s.directions * s.batch * std::max(s.hidden, s.projected) : 0),
           h_0(pointer(h)),
           c_0(s.kind == Kind::lstm ? pointer(c) : nullptr) {}
 
-    static bool fit(const Stack& s, const Tensor& h, const Tensor& c, bool is_cell, bool batched) {
-        int64_t sizes[3];
-        if (is_absent(h)) return true;
-        if (!fits(h, s.dtype, sizes, shape(s, s.projected, is_cell, batched, sizes))) return false;
-        return s.kind != Kind::lstm || fits(c, s.dtype, sizes, shape(s, s.hidden, is_cell, batched, sizes));
-    }
-
-    // L*D but for a cell, B if batched, columns. Returns how many dimensions that is.
-    static int64_t shape(const Stack& s, int64_t columns, bool is_cell, bool batched, int64_t* sizes) {
-        int64_t dims = 0;
-        if (!is_cell) sizes[dims++] = s.layers * s.directions;
-        if (batched) sizes[dims++] = s.batch;
-        sizes[dims++] = columns;
-        return dims;
-    }
-
-    static void append(std::vector<Tensor>& results, const Stack& s, bool is_cell, bool batched) {
-        int64_t sizes[3];
-        results.push_back(make(s.type, sizes, shape(s, s.projected, is_cell, batched, sizes)));
-        if (s.kind == Kind::lstm) results.push_back(make(s.type, sizes, shape(s, s.hidden, is_cell, batched, sizes)));
-    }
-
-private:
     const char* pointer(const Tensor& state) const {
-        return given_ ? static_cast<const char*>(state.const_data_ptr()) : reinterpret_cast<const char*>(zeros_.data());
+        return static_cast<const char*>(zeros.empty() ? state.const_data_ptr() : zeros.data());
     }
 
-    const bool given_;
-    const std::vector<double> zeros_;
-
-public:
+    const std::vector<double> zeros;
     const char* const h_0;
     const char* const c_0;
 };
@@ -241,7 +237,7 @@ std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, c
     s.input_size = input.size(dims - 1);
     if (s.time == 0 || s.batch == 0 || s.input_size == 0) return {};
     if (input.stride(dims - 1) != 1 && s.input_size > 1) return {};
-    if (!read_weights(s, static_cast<int64_t>(weights.size())) || !States::fit(s, h, c, false, batched)) return {};
+    if (!read_weights(s, static_cast<int64_t>(weights.size())) || !states_fit(s, h, c, false, batched)) return {};
     const int64_t* row_lengths = nullptr;
     if (lengths) {
         if (!batched || !fits(*lengths, aoti_torch_dtype_int64(), &s.batch, 1)) return {};
@@ -255,7 +251,7 @@ std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, c
     const int64_t time_first[3] = {batched ? s.batch * width : width, batched ? width : 1, 1};
     const int64_t rows_first[3] = {width, s.batch * width, 1};
     results.push_back(make(s.type, sizes, batched && batch_first ? rows_first : time_first, dims));
-    States::append(results, s, false, batched);
+    append_states(results, s, false, batched);
     const States states(s, h, c);
     const Memory memory = {static_cast<const char*>(input.const_data_ptr()),
                            input.stride(time_dim),
@@ -295,7 +291,7 @@ bool read_cell(Stack& s, int64_t kind, const Tensor& input, const Tensor& h, con
     s.batch = s.input_size > 0 ? input.numel() / s.input_size : 0;
     if (s.batch == 0 || (!batched && s.batch != 1)) return false;
     const bool biased = !is_absent(*weights[2]) || !is_absent(*weights[3]);
-    return read_weights(s, biased ? 4 : 2) && States::fit(s, h, c, !layered, batched);
+    return read_weights(s, biased ? 4 : 2) && states_fit(s, h, c, !layered, batched);
 }
 
 // h and c (B, H) or (H); returns h' and c'.
@@ -307,7 +303,7 @@ std::vector<Tensor> cell_step(int64_t kind, const Tensor& input, const Tensor& h
     if (!read_cell(s, kind, input, h, c, weights, false)) return {};
     std::vector<Tensor> results;
     results.reserve(2);
-    States::append(results, s, true, input.dim() == 2);
+    append_states(results, s, true, input.dim() == 2);
     const States states(s, h, c);
     run_one_step(s, {static_cast<const char*>(input.const_data_ptr()), 0, s.input_size, states.h_0, states.c_0, nullptr,
                      static_cast<char*>(results[0].mutable_data_ptr()),
@@ -331,12 +327,12 @@ std::vector<Tensor> recorded_step(int64_t kind, const Tensor& input, const Tenso
     if (layered && !batched) results.push_back(make(s.type, {1, s.hidden}));
     else if (layered) results.push_back(make(s.type, {input.size(0), input.size(1), s.hidden}));
     else results.push_back(make(s.type, {1, s.batch, s.hidden}));
-    States::append(results, s, !layered, batched);
+    append_states(results, s, !layered, batched);
     results.push_back(saved_columns ? make(s.type, {s.batch, saved_columns}) : make(s.type, {0}));
     const size_t saved_place = results.size() - 1;
     Tensor h = any_h, c = any_c;
     if (is_absent(any_h)) {
-        States::append(results, s, !layered, batched);
+        append_states(results, s, !layered, batched);
         for (size_t k = saved_place + 1; k < results.size(); ++k)
             std::memset(results[k].mutable_data_ptr(), 0, static_cast<size_t>(results[k].numel()) * bytes_of(s.type));
         h = results[saved_place + 1];

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import needs
 import pytest
 import torch
 from calls import RUNNABLE, VARIANTS, make_call
@@ -112,6 +113,11 @@ def test_the_compiled_operators_are_here_where_there_is_a_compiler() -> None:
     assert backends.CPU.availability() == [] or shutil.which("c++") is None
 
 
+def test_triton_is_here_where_there_are_packages_of_it() -> None:
+    """The GPU kernels' tests are skipped without it; that must not hide an installation that failed."""
+    assert backends.TRITON.availability() == [] or not needs.HAS_TRITON_PACKAGES
+
+
 def test_without_the_compiled_operators_one_warning_says_so() -> None:
     code = (
         "import torch, tidegate as tg;"
@@ -134,7 +140,7 @@ def test_aten_refuses_a_projection_that_torch_would_not_recognise() -> None:
     torch.testing.assert_close(ops.recurrence(call)[1], torch.zeros(3, 2, dtype=torch.float64), rtol=0, atol=0)
 
 
-@pytest.mark.skipif(bool(backends.CPU.availability()), reason=", ".join(backends.CPU.availability()))
+@needs.compiled_operators
 def test_large_bfloat16_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor multiplies matrices and torch's operators can run the call; not where the user decides."""
     monkeypatch.setattr(backends.cpu, "_multiplies_matrices", lambda: True)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import needs
 import pytest
 import torch
 from calls import VARIANTS
@@ -20,7 +21,7 @@ import tidegate
 from tidegate import reference
 from tidegate.kernels import cpu
 
-pytestmark = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
+pytestmark = needs.compiled_operators
 
 SHAPES = [
     (1, 1, 1, 1), (4, 3, 1, 3), (7, 2, 5, 17), (3, 1, 100, 100), (2, 33, 7, 129), (5, 9, 40, 40), (1, 20, 16, 64),
@@ -36,10 +37,6 @@ def _poisoned_buffers():
     yield
     cpu.operators().poison_buffers(False)
     cpu.operators().use_isa("")
-
-
-def isas() -> list[str]:
-    return cpu.operators().isas().split() if not cpu.availability() else []
 
 
 def check_inference(call) -> None:
@@ -69,7 +66,7 @@ def test_long_sequences(variant):
     assert_right(make_call(variant, (400, 6, 8, 24), dtype=torch.float32, lengths=True, resets=True))
 
 
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", needs.ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa, dtype):
     cpu.operators().use_isa(isa)
@@ -86,7 +83,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", needs.ISAS)
 def test_environment_forces_the_instruction_set(isa):
     result = run_python("from tidegate.kernels import cpu; print(cpu.operators().isa())", TIDEGATE_CPU_ISA=isa)
     assert result.stdout.strip() == isa, result.stderr
@@ -216,7 +213,7 @@ def test_the_interpreter_runs_meanwhile():
 # Values
 
 
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", needs.ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nan_and_infinity_stay_in_their_row(variant, dtype, isa):
@@ -348,7 +345,7 @@ def worst_ulps(bits: Tensor) -> dict[str, float]:
     return worst
 
 
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", needs.ISAS)
 def test_sigmoid_and_tanh_within_4_ulp(isa):
     cpu.operators().use_isa(isa)
     generator = torch.Generator().manual_seed(0)
@@ -359,7 +356,7 @@ def test_sigmoid_and_tanh_within_4_ulp(isa):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", needs.ISAS)
 def test_sigmoid_and_tanh_within_4_ulp_on_every_float(isa):
     cpu.operators().use_isa(isa)
     chunk = 2**18  # all that is computed from it stays in the cache
@@ -372,7 +369,7 @@ def test_sigmoid_and_tanh_within_4_ulp_on_every_float(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", needs.ISAS)
 def test_sigmoid_and_tanh_at_the_edges(isa, dtype):
     cpu.operators().use_isa(isa)
     inf, tiny = torch.inf, torch.finfo(dtype).smallest_normal / 8

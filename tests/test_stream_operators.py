@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import needs
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +13,7 @@ from torch import Tensor
 import tidegate as tg
 from tidegate.kernels import cpu
 
-pytestmark = pytest.mark.skipif(bool(cpu.availability()), reason=", ".join(cpu.availability()))
-
-ISAS = [] if cpu.availability() else cpu.operators().isas().split()
+pytestmark = needs.compiled_operators
 
 
 def weights(kind: int = 3, layers: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -87,18 +86,19 @@ def test_pack_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("packed_for", "run_by", "dtype", "fits"),
     [
-        ("avx2", "baseline", torch.float32, False),
-        ("avx512", "avx512_bf16", torch.float32, True),
-        ("avx512", "avx512_bf16", torch.bfloat16, False),
-        ("avx512_bf16", "avx512", torch.bfloat16, False),
+        pytest.param(*case, marks=needs.instruction_sets(*case[:2]))
+        for case in (
+            ("avx2", "baseline", torch.float32, False),
+            ("avx512", "avx512_bf16", torch.float32, True),
+            ("avx512", "avx512_bf16", torch.bfloat16, False),
+            ("avx512_bf16", "avx512", torch.bfloat16, False),
+        )
     ],
 )
 def test_weights_packed_for_another_instruction_set_are_refused(
     packed_for: str, run_by: str, dtype: torch.dtype, fits: bool
 ) -> None:
     operators = cpu.operators()
-    if not {packed_for, run_by} <= set(operators.isas().split()):
-        pytest.skip(f"this CPU does not have {packed_for} and {run_by}")
     try:
         operators.use_isa(packed_for)
         stream, x = tg.GRU(5, 7, dtype=dtype).stream(1), torch.zeros(1, 5, dtype=dtype)
@@ -114,7 +114,7 @@ def test_weights_packed_for_another_instruction_set_are_refused(
         operators.use_isa("")
 
 
-@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this CPU does not multiply bfloat16")
+@needs.instruction_sets("avx512_bf16")
 def test_weights_packed_for_another_dtype_are_refused() -> None:
     packed = cpu.operators().pack.default(3, weights(), True, False)
     with pytest.raises(RuntimeError, match="dtype"):

@@ -8,6 +8,7 @@ matrix where there is a GPU.
 
 from __future__ import annotations
 
+import needs
 import pytest
 import torch
 from calls import VARIANTS
@@ -19,7 +20,7 @@ from tidegate import backends
 from tidegate.kernels import triton as kernels
 from tidegate.kernels.triton import plan
 
-pytestmark = pytest.mark.skipif(bool(kernels.availability()), reason=", ".join(kernels.availability()))
+pytestmark = needs.interpreted_triton
 
 OURS = [variant for variant in VARIANTS if variant != "lstm-proj"]
 SEQUENCE = ["resident", "streamed", "persistent", "per_step"]
@@ -147,7 +148,7 @@ def test_through_the_front_door():
         total = output.square().sum() + sum(state.sum() for state in states)
         found[name] = (output.detach(), *torch.autograd.grad(total, [x, *layer.parameters()]))
     for ours, theirs in zip(found["triton"], found["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-15)  # sums in another order: 6e-16 apart
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the branch that is not taken overflows
@@ -160,7 +161,8 @@ def test_activations_near_zero_and_far_out():
     s, t = torch.empty_like(x), torch.empty_like(x)
     both[(1,)](x, s, t, N=x.numel())
     for found, function in ((s, torch.sigmoid), (t, torch.tanh)):
-        torch.testing.assert_close(found, function(x.double()).float(), rtol=5e-7, atol=1e-38, equal_nan=True)
+        # 3 units in the last place; 1.8e-7 is the most, the exponential being NumPy's here. Denormals are exact.
+        torch.testing.assert_close(found, function(x.double()).float(), rtol=2.5e-7, atol=0, equal_nan=True)
 
 
 # Choosing

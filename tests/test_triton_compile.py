@@ -5,22 +5,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tidegate.kernels import triton as kernels
+import needs
 
 SHARED = 227 * 1024  # bytes that a block may have on sm_90
 STACK = 64  # bytes a thread: a few registers spilled
 
 
-@pytest.mark.skipif(
-    kernels._missing() is not None or platform.machine() != "x86_64", reason="no triton, or not its compiler's machine"
-)
+@needs.interpreted_triton
 def test_every_kernel_compiles_and_fits(tmp_path):
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("triton_compile.py")],

@@ -33,9 +33,9 @@ class ShortWay(NamedTuple):
         step: `(cell, options, input, states, weights) -> new states`: a cell's step. Input (B, I) or (I,), states
             (B, H) or (H,). `options` are values in the cell's order; `states` is what the user gave, empty for zeros;
             `weights` are weight_ih, weight_hh and the biases, None for absent ones.
-        layers: `(cell, options, input, states, weights, layers, bidirectional, reverse, batch_first, lengths) ->
-            (output, *final states)`: all layers and directions. Input (T, B, I), with batch_first (B, T, I), or (T, I);
-            states (L*D, B, .) or (L*D, .); `weights` in torch.nn's flat order.
+        layers: `(cell, options, input, states, weights, form) -> (output, *final states)`: all layers and directions.
+            Input (T, B, I), with batch_first (B, T, I), or (T, I); states (L*D, B, .) or (L*D, .); `weights` in
+            torch.nn's flat order; `form` a `cells.Form`.
     """
 
     step: Callable[..., Sequence[Tensor]]

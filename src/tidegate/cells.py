@@ -114,6 +114,16 @@ class Call(NamedTuple):
         return self.with_tensors([None if tensor is None else tensor.to(dtype) for tensor in self.tensors])
 
 
+class Form(NamedTuple):
+    """How a module runs its cells over an input: what `Call`, one layer in one direction, does not know."""
+
+    layers: int
+    bidirectional: bool
+    reverse: bool
+    batch_first: bool
+    lengths: Tensor | None
+
+
 def extensions(call: Call) -> list[str]:
     """What a call asks for beyond torch.nn's equations and `reset_after`: reasons for a kernel that has only those."""
     if not is_extended(call):

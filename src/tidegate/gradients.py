@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tidegate import backends, dispatch, reference, signature
-from tidegate.cells import Call, Cell
+from tidegate.cells import Call, Cell, Form
 
 
 class Recurrence(torch.autograd.Function):
@@ -94,21 +94,12 @@ def _short_step(
 
 
 def _short_layers(
-    cell: Cell,
-    options: Any,
-    input: Tensor,
-    states: Sequence[Any],
-    weights: Sequence[Any],
-    layers: int,
-    bidirectional: bool,
-    reverse: bool,  # one step is the same either way
-    batch_first: bool,
-    lengths: Tensor | None,
+    cell: Cell, options: Any, input: Tensor, states: Sequence[Any], weights: Sequence[Any], form: Form
 ) -> Sequence[Tensor]:
     dims = input.dim()
-    if layers > 1 or bidirectional or lengths is not None or dims not in (2, 3):
+    if form.layers > 1 or form.bidirectional or form.lengths is not None or dims not in (2, 3):
         return ()
-    if input.size(1 if batch_first and dims == 3 else 0) != 1:
+    if input.size(1 if form.batch_first and dims == 3 else 0) != 1:
         return ()
     return _recorded_step(cell, options, True, input, states, weights)
 

@@ -423,6 +423,7 @@ int main(int count, char** names) {
                         check_together({50, 5, 33, 65, projects}, kind, type, 4, true, has_lengths, 5);
                         check_together({9, 40, 33, 65, projects}, kind, type, 2, false, has_lengths, 2);
                     }
+                check_together({0, 3, 5, 17, projects}, kind, Type::f32, 2, false, true, 2);   // lengths all 0
                 set_parallel_for(serial_for);
                 check_together({70, 1, 64, 96, projects}, kind, Type::f32, 3, true, false, 3);
                 check_shape({9, 20, 33, 65, projects}, kind, Type::f32, 3);

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tidegate import kernels
-from tidegate.cells import GRU, LSTM, RNN, Call, Cell, extensions, is_extended
+from tidegate.cells import GRU, LSTM, RNN, Call, Cell, Form, extensions, is_extended
 
 _LIBRARY = "tidegate_cpu.so"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -295,23 +295,14 @@ def short_step(
 
 
 def short_layers(
-    cell: Cell,
-    options: Any,
-    input: Tensor,
-    states: Sequence[Any],
-    weights: Sequence[Any],
-    layers: int,
-    bidirectional: bool,
-    reverse: bool,
-    batch_first: bool,
-    lengths: Tensor | None,
+    cell: Cell, options: Any, input: Tensor, states: Sequence[Any], weights: Sequence[Any], form: Form
 ) -> Sequence[Tensor]:
     """`backends.ShortWay.layers`, as `short_step`."""
     kind, h, c = _read_short(cell, options, states)
     if kind is None or (input.dtype is torch.bfloat16 and _multiplies_matrices()):
         return ()
     found = [weight for weight in weights if weight is not None]
-    return _operator("layers")(kind, input, h, c, found, layers, bidirectional, reverse, batch_first, lengths)
+    return _operator("layers")(kind, input, h, c, found, *form)
 
 
 def _read_short(cell: Cell, options: Any, states: Sequence[Any]) -> tuple[int | None, Any, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tidegate import cells, ops, sequences
-from tidegate.cells import Call, Cell, Weights
+from tidegate.cells import Call, Cell, Form, Weights
 from tidegate.nn import autocast
 from tidegate.nn.initialization import initialize
 from tidegate.nn.options import Extended, read_activations, read_clip, read_flag, read_init, read_nonlinearity
@@ -131,8 +131,8 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
             return ()
         if self.dropout and self.training and self.num_layers > 1:
             return ()
-        form = (self.num_layers, self.bidirectional, self.reverse, self.batch_first, lengths)
-        return self._call_shortly(way.layers, input, hx, self._flat_weights_names, *form)
+        form = Form(self.num_layers, self.bidirectional, self.reverse, self.batch_first, lengths)
+        return self._call_shortly(way.layers, input, hx, self._flat_weights_names, form)
 
     def _read(self, input: Any, lengths: Any, resets: Any) -> tuple[Sequences, Tensor | None, Tensor]:
         """The input as Sequences, its batch sizes if packed, and the tensor that torch.nn's checks look at."""

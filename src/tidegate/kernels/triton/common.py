@@ -44,13 +44,20 @@ def tanh(x):
 
 
 @triton.jit
-def row_lengths(lengths, rows, T, B, HAS_LENGTHS: tl.constexpr):
-    """Each row's valid steps, 0 for rows past B, and the longest: the steps that this tile has to take."""
+def own_rows(lengths, T, B, BLOCK_B: tl.constexpr, HAS_LENGTHS: tl.constexpr):
+    """This program's rows, their valid steps, 0 for rows past B, and the longest: the steps that it has to take."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     if HAS_LENGTHS:
         valid = tl.load(lengths + rows, mask=rows < B, other=0).to(tl.int32)
     else:
         valid = tl.where(rows < B, T, 0)
-    return valid, tl.max(valid, 0)
+    return rows, valid, tl.max(valid, 0)
+
+
+@triton.jit
+def tile_of(rows, units, B, H):
+    """Which elements of rows by units there are, and where they lie in (B, H)."""
+    return (rows < B)[:, None] & (units < H)[None, :], rows[:, None] * H + units[None, :]
 
 
 @triton.jit
@@ -73,6 +80,13 @@ def fresh_rows(resets, t, rows, valid, B, HAS_RESETS: tl.constexpr, REVERSE: tl.
     else:
         fresh = rows < 0
     return fresh
+
+
+@triton.jit
+def rows_at(t, rows, valid, resets, B, H, HAS_RESETS: tl.constexpr, REVERSE: tl.constexpr):
+    """Which rows have a step at time t and which are fresh there, a column each; where they begin in (T, B, H)."""
+    fresh = fresh_rows(resets, t, rows, valid, B, HAS_RESETS, REVERSE)
+    return (t < valid)[:, None], fresh[:, None], (t * B + rows).to(tl.int64) * H
 
 
 @triton.jit

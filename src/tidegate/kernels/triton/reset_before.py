@@ -18,10 +18,12 @@ from tidegate.kernels.triton.common import (
     biases,
     fresh_rows,
     load_blocks,
+    own_rows,
     product,
-    row_lengths,
+    rows_at,
     store_blocks,
     synchronise,
+    tile_of,
     time_of,
 )
 from tidegate.kernels.triton.gru import backward_candidate, backward_reset, gates_before, state_before
@@ -37,19 +39,15 @@ def resident_forward(
     REVERSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows, valid, last = own_rows(lengths, T, B, BLOCK_B, HAS_LENGTHS)
     units = tl.arange(0, BLOCK_H)
-    valid, last = row_lengths(lengths, rows, T, B, HAS_LENGTHS)
-    mask = (rows < B)[:, None] & (units < H)[None, :]
-    at = rows[:, None] * H + units[None, :]
+    mask, at = tile_of(rows, units, B, H)
     w_r, w_z, w_n = weights(w, H, 3, BLOCK_H, True)
     b_r, b_z, b_n = biases(bias, units, H, BLOCK_B, 3, HAS_BIAS, ACC)
     h = tl.load(h_0 + at, mask=mask, other=0.0).to(ACC)
     for step in range(0, last):
         t = time_of(step, last, REVERSE)
-        active = (t < valid)[:, None]
-        fresh = fresh_rows(resets, t, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        place = (t * B + rows).to(tl.int64) * H
+        active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
         live = mask & active
         x_r, x_z, x_n = load_blocks(x, (place * 3)[:, None] + units[None, :], live, H, 3, ACC)
         entering = tl.where(fresh, 0.0, h)
@@ -70,18 +68,14 @@ def resident_backward(
     HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows, valid, last = own_rows(lengths, T, B, BLOCK_B, HAS_LENGTHS)
     units = tl.arange(0, BLOCK_H)
-    valid, last = row_lengths(lengths, rows, T, B, HAS_LENGTHS)
-    mask = (rows < B)[:, None] & (units < H)[None, :]
-    at = rows[:, None] * H + units[None, :]
+    mask, at = tile_of(rows, units, B, H)
     w_r, w_z, w_n = weights(w, H, 3, BLOCK_H, False)
     dh = tl.load(dh_n + at, mask=mask, other=0.0).to(ACC)
     for step in range(0, last):
         t = time_of(last - 1 - step, last, REVERSE)
-        active = (t < valid)[:, None]
-        fresh = fresh_rows(resets, t, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        place = (t * B + rows).to(tl.int64) * H
+        active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
         here = place[:, None] + units[None, :]
         live = mask & active
         r, z, n = load_blocks(kept, (place * 3)[:, None] + units[None, :], live, H, 3, ACC)
@@ -108,25 +102,21 @@ def streamed_forward(
 ):  # fmt: skip
     """gate_z (B, H) in ACC and reset_h (B, H) hold z and r h from a step's first part to its second. `first` and
     `count` are of half steps."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows, valid, last = own_rows(lengths, T, B, BLOCK_B, HAS_LENGTHS)
     program = tl.program_id(1)
     flags += tl.program_id(0) * PROGRAMS
     in_batch = (rows < B)[:, None]
-    valid, last = row_lengths(lengths, rows, T, B, HAS_LENGTHS)
     for half in range(first, tl.minimum(first + count, 2 * last)):
         step = half // 2
         t = time_of(step, last, REVERSE)
-        active = (t < valid)[:, None]
-        fresh = fresh_rows(resets, t, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        place = (t * B + rows).to(tl.int64) * H
+        active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
         source = exchange + (step % 2) * B * H
         target = exchange + ((step + 1) % 2) * B * H
         in_product = in_batch & (fresh == 0)
         for chunk in range(program, tl.cdiv(H, BLOCK_N), PROGRAMS):
             units = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = in_batch & (units < H)[None, :]
+            mask, at = tile_of(rows, units, B, H)
             live = mask & active
-            at = rows[:, None] * H + units[None, :]
             here = (place * 3)[:, None] + units[None, :]
             keep = (place * KEPT)[:, None] + units[None, :]
             old = tl.load(carry_h + at, mask=mask, other=0.0)
@@ -165,11 +155,10 @@ def streamed_backward(
     PROGRAMS: tl.constexpr, FLAGS: tl.constexpr, SYNC: tl.constexpr, SPINS: tl.constexpr,
 ):  # fmt: skip
     """Half steps: the product of the step before and what is pointwise down to dn and dz; then from dn to dr."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows, valid, last = own_rows(lengths, T, B, BLOCK_B, HAS_LENGTHS)
     program = tl.program_id(1)
     flags += tl.program_id(0) * PROGRAMS
     in_batch = (rows < B)[:, None]
-    valid, last = row_lengths(lengths, rows, T, B, HAS_LENGTHS)
     for half in range(first, tl.minimum(first + count, 2 * last + 1)):
         step = half // 2
         t_done = time_of(last - step, last, REVERSE)
@@ -177,14 +166,11 @@ def streamed_backward(
         done = (t_done * B + rows).to(tl.int64) * (3 * H) + H  # dr and dz
         bound = tl.where(step > 0, H, 0)
         t = time_of(last - 1 - step, last, REVERSE)
-        active = (t < valid)[:, None]
-        fresh = fresh_rows(resets, t, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        place = (t * B + rows).to(tl.int64) * H
+        active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
         for chunk in range(program, tl.cdiv(H, BLOCK_N), PROGRAMS):
             units = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = in_batch & (units < H)[None, :]
+            mask, at = tile_of(rows, units, B, H)
             live = mask & active
-            at = rows[:, None] * H + units[None, :]
             here = (place * 3)[:, None] + units[None, :]
             acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
             dh = tl.load(carry_h + at, mask=mask, other=0.0)

@@ -15,11 +15,12 @@ import triton.language as tl
 
 from tidegate.kernels.triton.common import (
     biases,
-    fresh_rows,
     load_blocks,
+    own_rows,
     product,
-    row_lengths,
+    rows_at,
     store_blocks,
+    tile_of,
     time_of,
 )
 
@@ -45,11 +46,9 @@ def forward(
     ACC: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """As streamed.forward, but that the states are read and written in the tensors' dtype, once."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows, valid, last = own_rows(lengths, T, B, BLOCK_B, HAS_LENGTHS)
     units = tl.arange(0, BLOCK_H)
-    valid, last = row_lengths(lengths, rows, T, B, HAS_LENGTHS)
-    mask = (rows < B)[:, None] & (units < H)[None, :]
-    at = rows[:, None] * H + units[None, :]
+    mask, at = tile_of(rows, units, B, H)
     blocks = weights(w, H, GATES, BLOCK_H, True)
     bias_tiles = biases(bias, units, H, BLOCK_B, GATES, HAS_BIAS, ACC)
     h = tl.load(h_0 + at, mask=mask, other=0.0).to(ACC)
@@ -58,9 +57,7 @@ def forward(
         c = tl.load(c_0 + at, mask=mask, other=0.0).to(ACC)
     for step in range(0, last):
         t = time_of(step, last, REVERSE)
-        active = (t < valid)[:, None]
-        fresh = fresh_rows(resets, t, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        place = (t * B + rows).to(tl.int64) * H
+        active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
         xs = load_blocks(x, (place * GATES)[:, None] + units[None, :], mask & active, H, GATES, ACC)
         entering = tl.where(fresh, 0.0, h)
         a = entering.to(w.dtype.element_ty)
@@ -87,11 +84,9 @@ def backward(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dgates (T, B, D*H) is not written where a row has no step."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows, valid, last = own_rows(lengths, T, B, BLOCK_B, HAS_LENGTHS)
     units = tl.arange(0, BLOCK_H)
-    valid, last = row_lengths(lengths, rows, T, B, HAS_LENGTHS)
-    mask = (rows < B)[:, None] & (units < H)[None, :]
-    at = rows[:, None] * H + units[None, :]
+    mask, at = tile_of(rows, units, B, H)
     blocks = weights(w, H, GATES, BLOCK_H, False)
     dh = tl.load(dh_n + at, mask=mask, other=0.0).to(ACC)
     dc = tl.zeros_like(dh)
@@ -99,9 +94,7 @@ def backward(
         dc = tl.load(dc_n + at, mask=mask, other=0.0).to(ACC)
     for step in range(0, last):
         t = time_of(last - 1 - step, last, REVERSE)
-        active = (t < valid)[:, None]
-        fresh = fresh_rows(resets, t, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        place = (t * B + rows).to(tl.int64) * H
+        active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
         here = place[:, None] + units[None, :]
         live = mask & active
         keep = load_blocks(kept, (place * KEPT)[:, None] + units[None, :], live, H, KEPT, ACC)

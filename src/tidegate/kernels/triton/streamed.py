@@ -22,10 +22,12 @@ from tidegate.kernels.triton.common import (
     biases,
     fresh_rows,
     load_blocks,
+    own_rows,
     product,
-    row_lengths,
+    rows_at,
     store_blocks,
     synchronise,
+    tile_of,
     time_of,
 )
 
@@ -83,22 +85,18 @@ def forward(
 ):  # fmt: skip
     """x (T, B, G*H) is the input's product; carry_h, carry_c (B, H) hold the initial states, and then the final ones;
     exchange (2, B, H) holds h_0 in its first half; kept (T, B, K*H), not written if KEPT is 0."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows, valid, last = own_rows(lengths, T, B, BLOCK_B, HAS_LENGTHS)
     program = tl.program_id(1)
     flags += tl.program_id(0) * PROGRAMS
     in_batch = (rows < B)[:, None]
-    valid, last = row_lengths(lengths, rows, T, B, HAS_LENGTHS)
     for step in range(first, tl.minimum(first + count, last)):
         t = time_of(step, last, REVERSE)
-        active = (t < valid)[:, None]
-        fresh = fresh_rows(resets, t, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        place = (t * B + rows).to(tl.int64) * H
+        active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
         source = exchange + (step % 2) * B * H
         target = exchange + ((step + 1) % 2) * B * H
         for chunk in range(program, tl.cdiv(H, BLOCK_N), PROGRAMS):
             units = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = in_batch & (units < H)[None, :]
-            at = rows[:, None] * H + units[None, :]
+            mask, at = tile_of(rows, units, B, H)
             accs = biases(bias, units, H, BLOCK_B, GATES, HAS_BIAS, ACC)
             accs = by_gates(
                 source, w, accs, rows * H, in_batch & (fresh == 0), units, H, GATES, BLOCK_K, SYNC, PRECISION, WIDEN
@@ -130,24 +128,20 @@ def backward(
 ):  # fmt: skip
     """carry_h, carry_c (B, H) hold the final states' gradients; carry_c then that of c_0. dgates (T, B, D*H) is zero
     wherever a row has no step. Step `last` is one more product, which gives dh_0."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows, valid, last = own_rows(lengths, T, B, BLOCK_B, HAS_LENGTHS)
     program = tl.program_id(1)
     flags += tl.program_id(0) * PROGRAMS
     in_batch = (rows < B)[:, None]
-    valid, last = row_lengths(lengths, rows, T, B, HAS_LENGTHS)
     for step in range(first, tl.minimum(first + count, last + 1)):
         t_done = time_of(last - step, last, REVERSE)
         cut = fresh_rows(resets, t_done, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
         done = (t_done * B + rows).to(tl.int64) * (COLUMNS * H) + (COLUMNS - GATES) * H
         bound = tl.where(step > 0, H, 0)
         t = time_of(last - 1 - step, last, REVERSE)
-        active = (t < valid)[:, None]
-        fresh = fresh_rows(resets, t, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        place = (t * B + rows).to(tl.int64) * H
+        active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
         for chunk in range(program, tl.cdiv(H, BLOCK_N), PROGRAMS):
             units = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = in_batch & (units < H)[None, :]
-            at = rows[:, None] * H + units[None, :]
+            mask, at = tile_of(rows, units, B, H)
             acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
             acc = over_gates(
                 dgates, w, acc, done, in_batch & (cut == 0), units, H, bound,
