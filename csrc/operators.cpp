@@ -263,11 +263,8 @@ std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& an
     return results;
 }
 
-// The tensor's numbers, in one piece, in other dimensions.
-Tensor reshaped(const Tensor& any, const int64_t* sizes, int64_t dims) {
-    const Tensor tensor = dense(any);
-    int64_t strides[3] = {1, 1, 1};
-    for (int64_t i = dims - 1; i-- > 0;) strides[i] = strides[i + 1] * sizes[i + 1];
+// The same memory in other dimensions.
+Tensor view(const Tensor& tensor, const int64_t* sizes, const int64_t* strides, int64_t dims) {
     AtenTensorHandle handle;
     // 0: so much further than the tensor's own begin.
     if (aoti_torch__reinterpret_tensor(tensor.get(), dims, sizes, strides, 0, &handle) != AOTI_TORCH_SUCCESS)
@@ -275,39 +272,61 @@ Tensor reshaped(const Tensor& any, const int64_t* sizes, int64_t dims) {
     return Tensor(handle);
 }
 
-// What `recorded_step` ran, in its forms: as `backward`, over one step of rows.
-std::vector<Tensor> step_backward(int64_t kind, const Tensor& saved, const Tensor& output, const Tensor& input,
-                                  const Tensor& h_0, const Optional& c_0, const Tensor& weight_ih,
-                                  const Tensor& weight_hh, const Optional& grad_output, const Optional& grad_h_n,
-                                  const Optional& grad_c_n, int64_t wanted, bool overwrite) {
-    if (input.dim() < 1 || input.dim() > 3) fail("input", "one to three dimensions", std::to_string(input.dim()));
-    if (h_0.dim() < 1 || h_0.dim() > 3 || h_0.numel() == 0)
-        fail("h_0", "one to three dimensions, not empty", text(h_0.sizes().data(), h_0.sizes().size()));
-    const int64_t hidden = h_0.size(h_0.dim() - 1), columns = input.size(input.dim() - 1);
-    const int64_t rows = h_0.numel() / hidden;
-    if (input.numel() != rows * columns) fail("input", std::to_string(rows) + " rows", "another number");
-    const auto as_rows = [&](const Tensor& tensor) {
-        if (tensor.numel() != rows * hidden) fail("a state", std::to_string(rows * hidden) + " numbers", "others");
-        const int64_t sizes[2] = {rows, hidden};
-        return reshaped(tensor, sizes, 2);
+// (T, B, I) or, batch_first, (B, T, I), (T, I); of a cell (B, I), (I) or (1, B, I): as (T, B, I).
+Tensor as_steps(const Tensor& tensor, const char* name, bool is_cell, bool batch_first) {
+    const int64_t dims = tensor.dim();
+    if (dims < 1 || dims > 3 || (dims < 2 && !is_cell)) fail(name, "other dimensions", std::to_string(dims));
+    int64_t sizes[3] = {1, 1, tensor.size(dims - 1)}, strides[3] = {0, 0, tensor.stride(dims - 1)};
+    const bool swaps = dims == 3 && batch_first;
+    for (int64_t i = 0; i + 1 < dims; ++i) {
+        const int64_t to = dims == 3 ? (swaps ? 1 - i : i) : is_cell;
+        sizes[to] = tensor.size(i);
+        strides[to] = tensor.stride(i);
+    }
+    return view(tensor, sizes, strides, 3);
+}
+Optional as_steps(const Optional& tensor, const char* name, bool is_cell, bool batch_first) {
+    return tensor ? Optional(as_steps(*tensor, name, is_cell, batch_first)) : std::nullopt;
+}
+
+// (1, B, H), (B, H) or (H) as (B, H), in one piece.
+Tensor as_rows(const Tensor& any) {
+    const Tensor tensor = dense(any);
+    const int64_t dims = tensor.dim(), columns = dims > 0 ? tensor.size(dims - 1) : 0;
+    if (columns == 0) fail("a state", "one to three dimensions, not empty", std::to_string(dims) + " dimensions");
+    const int64_t sizes[2] = {tensor.numel() / columns, columns}, strides[2] = {columns, 1};
+    return view(tensor, sizes, strides, 2);
+}
+Optional as_rows(const Optional& tensor) { return tensor ? Optional(as_rows(*tensor)) : std::nullopt; }
+
+// A gradient that `backward` found, (T, B, I) or (B, H), in the dimensions of what it is the gradient of.
+Tensor in_form_of(const Tensor& like, const Tensor& gradient, bool batch_first) {
+    const int64_t dims = like.dim();
+    int64_t strides[3] = {1, 1, 1};
+    for (int64_t i = dims - 1; i-- > 0;) strides[i] = strides[i + 1] * like.size(i + 1);
+    if (batch_first && dims == 3) {
+        strides[0] = like.size(2);
+        strides[1] = like.size(0) * like.size(2);
+    }
+    return view(gradient, like.sizes().data(), strides, dims);
+}
+
+// The backward of what `recorded_forward` ran, in its forms.
+std::vector<Tensor> recorded_backward(int64_t kind, const Tensor& saved, const Tensor& output, const Tensor& input,
+                                      const Tensor& h_0, const Optional& c_0, const Tensor& weight_ih,
+                                      const Tensor& weight_hh, const Optional& grad_output, const Optional& grad_h_n,
+                                      const Optional& grad_c_n, bool is_cell, bool reverse, bool batch_first,
+                                      const Optional& lengths, int64_t wanted, bool overwrite) {
+    const auto steps = [&](const auto& tensor, const char* name) {
+        return as_steps(tensor, name, is_cell, batch_first);
     };
-    const auto as_step = [&](const Tensor& tensor, int64_t width) {
-        if (tensor.numel() != rows * width) fail("output", std::to_string(rows * width) + " numbers", "others");
-        const int64_t sizes[3] = {1, rows, width};
-        return reshaped(tensor, sizes, 3);
-    };
-    const auto of_state = [&](const Optional& tensor) { return tensor ? Optional(as_rows(*tensor)) : std::nullopt; };
     std::vector<Tensor> results =
-        backward(kind, saved, as_step(output, hidden), as_step(input, columns), as_rows(h_0), of_state(c_0), weight_ih,
-                 weight_hh, std::nullopt, std::nullopt, std::nullopt, false,
-                 grad_output ? Optional(as_step(*grad_output, hidden)) : std::nullopt, of_state(grad_h_n),
-                 of_state(grad_c_n), wanted, overwrite);
-    const auto restore = [&](size_t place, const Tensor& like) {
-        results[place] = reshaped(results[place], like.sizes().data(), like.dim());
-    };
-    restore(0, h_0);
-    if (c_0) restore(1, *c_0);
-    if (wanted & input_bit) restore(c_0 ? 2 : 1, input);
+        backward(kind, saved, steps(output, "output"), steps(input, "input"), as_rows(h_0), as_rows(c_0), weight_ih,
+                 weight_hh, std::nullopt, lengths, std::nullopt, reverse, steps(grad_output, "grad_output"),
+                 as_rows(grad_h_n), as_rows(grad_c_n), wanted, overwrite);
+    results[0] = in_form_of(h_0, results[0], false);
+    if (c_0) results[1] = in_form_of(*c_0, results[1], false);
+    if (wanted & input_bit) results[c_0 ? 2 : 1] = in_form_of(input, results[c_0 ? 2 : 1], batch_first);
     return results;
 }
 
@@ -346,9 +365,9 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
         "Tensor weight_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets, bool reverse, Tensor? grad_output, "
         "Tensor? grad_h_n, Tensor? grad_c_n, int wanted, bool overwrite) -> Tensor[]");
     m.def(
-        "step_backward(int kind, Tensor(a!) saved, Tensor output, Tensor input, Tensor h_0, Tensor? c_0, "
-        "Tensor weight_ih, Tensor weight_hh, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, int wanted, "
-        "bool overwrite) -> Tensor[]");
+        "recorded_backward(int kind, Tensor(a!) saved, Tensor output, Tensor input, Tensor h_0, Tensor? c_0, "
+        "Tensor weight_ih, Tensor weight_hh, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, bool is_cell, "
+        "bool reverse, bool batch_first, Tensor? lengths, int wanted, bool overwrite) -> Tensor[]");
     m.def("activate(Tensor x, bool hyperbolic) -> Tensor");
     m.def("isa() -> str");
     m.def("isas() -> str");
@@ -360,7 +379,7 @@ STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CPU, m) {
     m.impl("places", TORCH_BOX(&tidegate::places));
     m.impl("forward", TORCH_BOX(&tidegate::forward));
     m.impl("backward", TORCH_BOX(&tidegate::backward));
-    m.impl("step_backward", TORCH_BOX(&tidegate::step_backward));
+    m.impl("recorded_backward", TORCH_BOX(&tidegate::recorded_backward));
     m.impl("activate", TORCH_BOX(&tidegate::activate));
 }
 

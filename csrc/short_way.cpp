@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A cell's step, one that a backward will follow, and a stack of layers without gradients, in one call each: few
+// A cell's step, a layer that a backward will follow, and a stack of layers without gradients, in one call each: few
 // arguments for calls so short that their overhead counts, and all layers and directions at once for those that can run
 // side by side.
 //
@@ -37,7 +37,7 @@ struct Memory {
     int64_t time_stride, batch_stride;
     const char *h_0, *c_0;
     char *output, *h_n, *c_n;
-    char* saved;   // what a backward needs of one step of one layer; or null
+    char* saved;   // what a backward needs of one layer, a row a position; or null
 };
 
 // The shim's own calls: torch::stable::Tensor asks the same through conversions that cost as much as the answers.
@@ -145,6 +145,8 @@ void run_layers(const Stack& s, const Memory& m, const Schedule* schedules) {
     p.output_stride = s.width();
     p.threads = thread_count();
     p.poison = poison;
+    p.saved = m.saved;
+    p.saved_stride = m.saved ? saved_gates(s.kind) * s.hidden : 0;
     for (int64_t layer = 0; layer < s.layers; ++layer) {
         const bool is_last = layer == s.layers - 1;
         const size_t place = static_cast<size_t>(stacked ? layer : layer % 2);
@@ -217,7 +219,60 @@ struct States {
     const char* const c_0;
 };
 
-// input (T, B, I), batch_first (B, T, I), or (T, I); h and c (L*D, B, .) or (L*D, .); returns output, h_n and c_n.
+// How an input lies: (T, B, I), batch_first (B, T, I), or (T, I); a cell's (B, I) or (I).
+struct Layout {
+    bool batched, batch_first;
+    int64_t time_stride, batch_stride;
+};
+
+// Reads type, time, batch and input size. False if there is nothing to run or no whole rows.
+bool read_input(Stack& s, const Tensor& input, bool is_cell, bool batch_first, Layout& layout) {
+    const int64_t dims = input.dim();
+    const bool batched = dims == (is_cell ? 2 : 3);
+    if ((!batched && dims != (is_cell ? 1 : 2)) || !read_type(s, input)) return false;
+    const int64_t time_dim = batched && batch_first, batch_dim = !is_cell && !batch_first;
+    s.time = is_cell ? 1 : input.size(time_dim);
+    s.batch = batched ? input.size(batch_dim) : 1;
+    s.input_size = input.size(dims - 1);
+    if (s.time == 0 || s.batch == 0 || s.input_size == 0) return false;
+    layout = {batched, batched && batch_first, is_cell ? 0 : input.stride(time_dim),
+              batched ? input.stride(batch_dim) : s.input_size};
+    return s.input_size == 1 || input.stride(dims - 1) == 1;
+}
+
+// The output of layers, in the order of the steps whatever its dimensions.
+Tensor make_output(const Stack& s, const Layout& layout) {
+    const int64_t width = s.width(), first = layout.batch_first ? s.batch : s.time;
+    const int64_t sizes[3] = {first, layout.batched ? s.time * s.batch / first : width, width};
+    const int64_t time_first[3] = {s.batch * width, layout.batched ? width : 1, 1};
+    const int64_t rows_first[3] = {width, s.batch * width, 1};
+    return make(s.type, sizes, layout.batch_first ? rows_first : time_first, 2 + layout.batched);
+}
+
+bool lengths_fit(const Stack& s, const Layout& layout, const Optional& lengths) {
+    if (!lengths) return true;
+    if (!layout.batched || !fits(*lengths, aoti_torch_dtype_int64(), &s.batch, 1)) return false;
+    const int64_t* rows = static_cast<const int64_t*>(lengths->const_data_ptr());
+    return std::all_of(rows, rows + s.batch, [&](int64_t n) { return n >= 0 && n <= s.time; });
+}
+
+// `lengths_fit`.
+Schedule schedule_of_rows(const Stack& s, const Optional& lengths, bool reverse) {
+    if (!lengths) return Schedule(s.time, s.batch, reverse);
+    return Schedule(s.time, s.batch, reverse, static_cast<const int64_t*>(lengths->const_data_ptr()));
+}
+
+// No memory is returned that nobody has written: 0 past each row's length, and in what is kept, past the last position.
+void clear_padding(const Stack& s, const Memory& memory, int64_t total) {
+    const size_t padding = static_cast<size_t>(s.time * s.batch - total), element = bytes_of(s.type);
+    if (padding == 0) return;
+    std::memset(memory.output, 0, static_cast<size_t>(s.time * s.batch * s.width()) * element);
+    if (!memory.saved) return;
+    const size_t row = static_cast<size_t>(saved_gates(s.kind) * s.hidden) * element;
+    std::memset(memory.saved + static_cast<size_t>(total) * row, 0, padding * row);
+}
+
+// input as `Layout` says; h and c (L*D, B, .) or (L*D, .); returns output, h_n and c_n.
 std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, const Tensor& c,
                            const std::vector<Tensor>& weights, int64_t layers, bool bidirectional, bool reverse,
                            bool batch_first, const Optional& lengths) {
@@ -228,34 +283,18 @@ std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, c
     s.layers = layers;
     s.directions = 1 + bidirectional;
     s.weights = pointers.data();
-    const int64_t dims = input.dim();
-    const bool batched = dims == 3;
-    if ((!batched && dims != 2) || layers < 1 || !read_type(s, input)) return {};
-    const int64_t time_dim = batched && batch_first, batch_dim = !batch_first;
-    s.time = input.size(time_dim);
-    s.batch = batched ? input.size(batch_dim) : 1;
-    s.input_size = input.size(dims - 1);
-    if (s.time == 0 || s.batch == 0 || s.input_size == 0) return {};
-    if (input.stride(dims - 1) != 1 && s.input_size > 1) return {};
-    if (!read_weights(s, static_cast<int64_t>(weights.size())) || !states_fit(s, h, c, false, batched)) return {};
-    const int64_t* row_lengths = nullptr;
-    if (lengths) {
-        if (!batched || !fits(*lengths, aoti_torch_dtype_int64(), &s.batch, 1)) return {};
-        row_lengths = static_cast<const int64_t*>(lengths->const_data_ptr());
-        if (std::any_of(row_lengths, row_lengths + s.batch, [&](int64_t n) { return n < 0 || n > s.time; })) return {};
-    }
-
+    Layout layout;
+    if (layers < 1 || !read_input(s, input, false, batch_first, layout)) return {};
+    if (!read_weights(s, static_cast<int64_t>(weights.size())) || !states_fit(s, h, c, false, layout.batched)) return {};
+    if (!lengths_fit(s, layout, lengths)) return {};
     std::vector<Tensor> results;
     results.reserve(3);
-    const int64_t width = s.width(), sizes[3] = {input.size(0), batched ? input.size(1) : width, width};
-    const int64_t time_first[3] = {batched ? s.batch * width : width, batched ? width : 1, 1};
-    const int64_t rows_first[3] = {width, s.batch * width, 1};
-    results.push_back(make(s.type, sizes, batched && batch_first ? rows_first : time_first, dims));
-    append_states(results, s, false, batched);
+    results.push_back(make_output(s, layout));
+    append_states(results, s, false, layout.batched);
     const States states(s, h, c);
     const Memory memory = {static_cast<const char*>(input.const_data_ptr()),
-                           input.stride(time_dim),
-                           batched ? input.stride(batch_dim) : s.input_size,
+                           layout.time_stride,
+                           layout.batch_stride,
                            states.h_0,
                            states.c_0,
                            static_cast<char*>(results[0].mutable_data_ptr()),
@@ -266,32 +305,23 @@ std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, c
         run_one_step(s, memory);
         return results;
     }
-    const auto schedule = [&](bool backwards) {
-        return lengths ? Schedule(s.time, s.batch, backwards, row_lengths) : Schedule(s.time, s.batch, backwards);
-    };
-    const Schedule schedules[2] = {schedule(reverse), bidirectional ? schedule(true) : Schedule(0, 0, true)};
-    if (schedules[0].total() < s.time * s.batch)   // 0 past each row's length
-        std::memset(memory.output, 0, static_cast<size_t>(s.time * s.batch * width) * bytes_of(s.type));
+    const Schedule schedules[2] = {schedule_of_rows(s, lengths, reverse),
+                                   bidirectional ? schedule_of_rows(s, lengths, true) : Schedule(0, 0, true)};
+    clear_padding(s, memory, schedules[0].total());
     run_layers(s, memory, schedules);
     return results;
 }
 
-// The cell of one layer, its weights not in a list, which costs as much to hand over as a small cell to compute. Reads
-// all sizes; false if it is not plainly right. layered: input (1, B, I), (B, 1, I) or (1, I), else (B, I) or (I).
-bool read_cell(Stack& s, int64_t kind, const Tensor& input, const Tensor& h, const Tensor& c,
-               const Tensor* const (&weights)[4], bool layered) {
+// One layer in one direction, or a cell, its weights not in a list, which costs as much to hand over as a small cell to
+// compute. Reads all sizes; false if it is not plainly right.
+bool read_one(Stack& s, int64_t kind, const Tensor& input, const Tensor& h, const Tensor& c,
+              const Tensor* const (&weights)[4], bool is_cell, bool batch_first, Layout& layout) {
     s.kind = static_cast<Kind>(kind);
-    s.layers = s.directions = s.time = 1;
+    s.layers = s.directions = 1;
     s.weights = weights;
-    const int64_t dims = input.dim();
-    const bool batched = dims == 2 + layered;
-    if ((!batched && dims != 1 + layered) || !fits_step(s.kind, false)) return false;
-    if (!read_type(s, input) || !input.is_contiguous()) return false;
-    s.input_size = input.size(dims - 1);
-    s.batch = s.input_size > 0 ? input.numel() / s.input_size : 0;
-    if (s.batch == 0 || (!batched && s.batch != 1)) return false;
+    if (!read_input(s, input, is_cell, batch_first, layout)) return false;
     const bool biased = !is_absent(*weights[2]) || !is_absent(*weights[3]);
-    return read_weights(s, biased ? 4 : 2) && states_fit(s, h, c, !layered, batched);
+    return read_weights(s, biased ? 4 : 2) && states_fit(s, h, c, is_cell, layout.batched);
 }
 
 // h and c (B, H) or (H); returns h' and c'.
@@ -300,50 +330,62 @@ std::vector<Tensor> cell_step(int64_t kind, const Tensor& input, const Tensor& h
                               const Tensor& bias_hh) {
     const Tensor* const weights[4] = {&weight_ih, &weight_hh, &bias_ih, &bias_hh};
     Stack s = {};
-    if (!read_cell(s, kind, input, h, c, weights, false)) return {};
+    Layout layout;
+    if (!read_one(s, kind, input, h, c, weights, true, false, layout) || !fits_step(s.kind, false)) return {};
     std::vector<Tensor> results;
     results.reserve(2);
-    append_states(results, s, true, input.dim() == 2);
+    append_states(results, s, true, layout.batched);
     const States states(s, h, c);
-    run_one_step(s, {static_cast<const char*>(input.const_data_ptr()), 0, s.input_size, states.h_0, states.c_0, nullptr,
-                     static_cast<char*>(results[0].mutable_data_ptr()),
+    run_one_step(s, {static_cast<const char*>(input.const_data_ptr()), 0, layout.batch_stride, states.h_0, states.c_0,
+                     nullptr, static_cast<char*>(results[0].mutable_data_ptr()),
                      states.c_0 ? static_cast<char*>(results[1].mutable_data_ptr()) : nullptr, nullptr});
     return results;
 }
 
-// One step of a cell or, layered, of one layer that a backward will follow; h and c of a layer (1, B, H) or (1, H).
-// Returns output, of a cell (1, B, H); h'; of an LSTM c'; what the backward reads beside them; then, for absent states,
-// the zeros that stood in for them.
-std::vector<Tensor> recorded_step(int64_t kind, const Tensor& input, const Tensor& any_h, const Tensor& any_c,
-                                  const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
-                                  const Tensor& bias_hh, bool layered) {
+// A cell's step, or one layer in one direction, that a backward will follow. Returns output, of a cell (1, B, H); h_n;
+// of an LSTM c_n; what the backward reads beside them; then, for absent states, the zeros that stood in for them.
+std::vector<Tensor> recorded_forward(int64_t kind, const Tensor& input, const Tensor& any_h, const Tensor& any_c,
+                                     const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
+                                     const Tensor& bias_hh, bool is_cell, bool reverse, bool batch_first,
+                                     const Optional& lengths) {
     const Tensor* const weights[4] = {&weight_ih, &weight_hh, &bias_ih, &bias_hh};
     Stack s = {};
-    if (!read_cell(s, kind, input, any_h, any_c, weights, layered)) return {};
-    const bool batched = input.dim() == 2 + layered, is_lstm = s.kind == Kind::lstm;
+    Layout layout;
+    if (!read_one(s, kind, input, any_h, any_c, weights, is_cell, batch_first, layout)) return {};
+    if (!lengths_fit(s, layout, lengths)) return {};
+    const bool is_lstm = s.kind == Kind::lstm;
     const int64_t saved_columns = saved_gates(s.kind) * s.hidden;
     std::vector<Tensor> results;
     results.reserve(6);
-    if (layered && !batched) results.push_back(make(s.type, {1, s.hidden}));
-    else if (layered) results.push_back(make(s.type, {input.size(0), input.size(1), s.hidden}));
-    else results.push_back(make(s.type, {1, s.batch, s.hidden}));
-    append_states(results, s, !layered, batched);
-    results.push_back(saved_columns ? make(s.type, {s.batch, saved_columns}) : make(s.type, {0}));
+    results.push_back(is_cell ? make(s.type, {1, s.batch, s.hidden}) : make_output(s, layout));
+    append_states(results, s, is_cell, layout.batched);
+    results.push_back(saved_columns ? make(s.type, {s.time * s.batch, saved_columns}) : make(s.type, {0}));
     const size_t saved_place = results.size() - 1;
     Tensor h = any_h, c = any_c;
     if (is_absent(any_h)) {
-        append_states(results, s, !layered, batched);
+        append_states(results, s, is_cell, layout.batched);
         for (size_t k = saved_place + 1; k < results.size(); ++k)
             std::memset(results[k].mutable_data_ptr(), 0, static_cast<size_t>(results[k].numel()) * bytes_of(s.type));
         h = results[saved_place + 1];
         if (is_lstm) c = results.back();
     }
     const States states(s, h, c);
-    run_one_step(s, {static_cast<const char*>(input.const_data_ptr()), 0, s.input_size, states.h_0, states.c_0,
-                     static_cast<char*>(results[0].mutable_data_ptr()),
-                     static_cast<char*>(results[1].mutable_data_ptr()),
-                     is_lstm ? static_cast<char*>(results[2].mutable_data_ptr()) : nullptr,
-                     saved_columns ? static_cast<char*>(results[saved_place].mutable_data_ptr()) : nullptr});
+    const Memory memory = {static_cast<const char*>(input.const_data_ptr()),
+                           layout.time_stride,
+                           layout.batch_stride,
+                           states.h_0,
+                           states.c_0,
+                           static_cast<char*>(results[0].mutable_data_ptr()),
+                           static_cast<char*>(results[1].mutable_data_ptr()),
+                           is_lstm ? static_cast<char*>(results[2].mutable_data_ptr()) : nullptr,
+                           saved_columns ? static_cast<char*>(results[saved_place].mutable_data_ptr()) : nullptr};
+    if (s.time == 1 && !lengths && fits_step(s.kind, false)) {
+        run_one_step(s, memory);
+        return results;
+    }
+    const Schedule schedule = schedule_of_rows(s, lengths, reverse);
+    clear_padding(s, memory, schedule.total());
+    run_layers(s, memory, &schedule);
     return results;
 }
 
@@ -358,13 +400,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tidegate_cpu, m) {
         "cell_step(int kind, Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, "
         "Tensor bias_hh) -> Tensor[]");
     m.def(
-        "recorded_step(int kind, Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, "
-        "Tensor bias_hh, bool layered) -> Tensor[]");
+        "recorded_forward(int kind, Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, "
+        "Tensor bias_ih, Tensor bias_hh, bool is_cell, bool reverse, bool batch_first, Tensor? lengths) -> Tensor[]");
 }
 
 // Whatever the device: it is one of the things that are looked at.
 STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CompositeExplicitAutograd, m) {
     m.impl("layers", TORCH_BOX(&tidegate::layers));
     m.impl("cell_step", TORCH_BOX(&tidegate::cell_step));
-    m.impl("recorded_step", TORCH_BOX(&tidegate::recorded_step));
+    m.impl("recorded_forward", TORCH_BOX(&tidegate::recorded_forward));
 }

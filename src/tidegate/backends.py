@@ -59,12 +59,12 @@ class Backend:
         prepare_step: `one-step calls of a stack of layers -> step(input (B, I), *states (L, B, .)) -> output`, the
             weights laid out once, the states replaced in place, all or none; None where `run_forward` is as quick.
         short: `ShortWay` without gradients, if it has one.
-        recorded_step: `(cell, options, layered, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh) -> results`: one
-            step of a cell or, `layered`, of one layer, in `ShortWay`'s forms, but what is absent is None. Results:
-            output, of a cell (1, B, H); the new states; `saved` for `backward`; then, for absent states, the zeros in
-            their place. `backward` takes all of them as (1, B, .) and (B, .).
-        step_backward: `(cell, options, tensors, output, saved, gradients, needs, overwrite) -> gradients` of a recorded
-            step's tensors, input, states and weights, in its own forms; nothing where `backward` has to do it.
+        recorded_forward: `(cell, options, form, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh) -> results`: a
+            cell's step, where `form` is None, or one layer in one direction, in `ShortWay`'s forms, but what is absent
+            is None. Results: output, of a cell (1, B, H); the new states; `saved` for `backward`; then, for absent
+            states, the zeros in their place. `backward` takes all of them as (T, B, .) and (B, .).
+        recorded_backward: `(cell, options, form, tensors, output, saved, gradients, needs, overwrite) -> gradients` of
+            that call's tensors, input, states and weights, in its own forms; nothing where `backward` has to do it.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd. A backend has this, or
             `forward`, `backward` and `saved_shape`.
         slower_reasons: why it leaves a call that it can run to the next backend that can, unless it is named; pure.
@@ -80,8 +80,8 @@ class Backend:
     saved_shape: Callable[[Call], tuple[int, ...]] = lambda call: (0,)
     prepare_step: Callable[[Sequence[Call]], Callable[..., Tensor] | None] = lambda calls: None
     short: ShortWay | None = None
-    recorded_step: Callable[..., Sequence[Tensor]] | None = None
-    step_backward: Callable[..., Gradients] | None = None
+    recorded_forward: Callable[..., Sequence[Tensor]] | None = None
+    recorded_backward: Callable[..., Gradients] | None = None
     checks: bool = False
     slower_reasons: Callable[[Call], list[str]] | None = None
     only_named: str = ""
@@ -119,8 +119,8 @@ CPU = Backend(
     saved_shape=cpu.saved_shape,
     prepare_step=cpu.prepare_step,
     short=ShortWay(cpu.short_step, cpu.short_layers),
-    recorded_step=cpu.recorded_step,
-    step_backward=cpu.step_backward,
+    recorded_forward=cpu.recorded_forward,
+    recorded_backward=cpu.recorded_backward,
     slower_reasons=cpu.slower_reasons,
     checks=True,
 )
@@ -186,7 +186,7 @@ def select(call: Call, name: str) -> Backend:
 
 
 def short() -> Backend:
-    """The backend whose `short` or `recorded_step` is asked: the one that the user named, else the compiled one."""
+    """The backend whose `short` or `recorded_forward` is asked: the one that the user named, else the compiled one."""
     return BY_NAME[_named] if _named else CPU
 
 

@@ -83,29 +83,47 @@ def _is_ours(ctx: Any, saved: Tensor) -> bool:
 
 
 def short_way() -> backends.ShortWay | None:
-    """The short way of a call that is recorded: a cell's step, one step of one layer."""
-    return _SHORT_WAY if backends.short().recorded_step else None
+    """The short way of a call that is recorded."""
+    return _SHORT_WAY if backends.short().recorded_forward else None
 
 
 def _short_step(
     cell: Cell, options: Any, input: Tensor, states: Sequence[Any], weights: Sequence[Any]
 ) -> Sequence[Tensor]:
-    return _recorded_step(cell, options, False, input, states, weights)[1:]
+    return _recorded(cell, options, None, input, states, weights)[1:]
 
 
 def _short_layers(
     cell: Cell, options: Any, input: Tensor, states: Sequence[Any], weights: Sequence[Any], form: Form
 ) -> Sequence[Tensor]:
-    dims = input.dim()
-    if form.layers > 1 or form.bidirectional or form.lengths is not None or dims not in (2, 3):
+    """One layer and direction after another, each recorded by itself."""
+    if form.layers == 1 and not form.bidirectional:
+        return _recorded(cell, options, form, input, states, weights)
+    directions = 1 + form.bidirectional
+    count = form.layers * directions
+    each = len(weights) // count
+    if len(weights) % count or any(not isinstance(state, Tensor) or state.shape[:1] != (count,) for state in states):
         return ()
-    if input.size(1 if form.batch_first and dims == 3 else 0) != 1:
-        return ()
-    return _recorded_step(cell, options, True, input, states, weights)
+    swaps = form.batch_first and input.dim() == 3
+    if swaps:
+        input = input.transpose(0, 1)
+    finals: list[Sequence[Tensor]] = []
+    for layer in range(form.layers):
+        outputs: list[Tensor] = []
+        for k in range(layer * directions, (layer + 1) * directions):
+            one = Form(1, False, form.reverse or k % directions == 1, False, form.lengths)
+            initial = [state[k : k + 1] for state in states]
+            results = _recorded(cell, options, one, input, initial, weights[k * each : (k + 1) * each])
+            if not results:
+                return ()
+            outputs.append(results[0])
+            finals.append(results[1:])
+        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    return (input.transpose(0, 1) if swaps else input, *map(torch.cat, zip(*finals, strict=True)))
 
 
-def _recorded_step(
-    cell: Cell, options: Any, layered: bool, input: Tensor, states: Sequence[Any], weights: Sequence[Any]
+def _recorded(
+    cell: Cell, options: Any, form: Form | None, input: Tensor, states: Sequence[Any], weights: Sequence[Any]
 ) -> Sequence[Tensor]:
     """Output and new states, or nothing."""
     if len(states) not in (0, len(cell.states)):
@@ -118,30 +136,31 @@ def _recorded_step(
         weights = (*weights, None, None)
     if len(weights) != 4:
         return ()
-    return dispatch.apply_plain(Step, cell, options, layered, input, h, c, *weights)
+    return dispatch.apply_plain(ShortRecurrence, cell, options, form, input, h, c, *weights)
 
 
 _SHORT_WAY = backends.ShortWay(_short_step, _short_layers)
 
 
-class Step(torch.autograd.Function):
-    """`apply(cell, options, *Backend.recorded_step's) -> (output, *new states)`, nothing where that answers nothing."""
+class ShortRecurrence(torch.autograd.Function):
+    """`apply(*Backend.recorded_forward's arguments) -> (output, *new states)`, nothing where that answers nothing."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, cell: Cell, options: Any, layered: bool, input: Tensor, *tensors: Tensor | None
+        ctx: Any, cell: Cell, options: Any, form: Form | None, input: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         backend = backends.short()
-        assert backend.recorded_step is not None
-        results = backend.recorded_step(cell, options, layered, input, *tensors)
+        assert backend.recorded_forward is not None
+        results = backend.recorded_forward(cell, options, form, input, *tensors)
         if not results:
             return ()
         count = len(cell.states)
         saved, *zeros = results[count + 1 :]
         states = zeros or tensors[:count]
-        ctx.save_for_backward(input, *states, *tensors[2:], results[0], saved)
+        lengths = form and form.lengths
+        ctx.save_for_backward(input, *states, *tensors[2:], lengths, results[0], saved)
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.backend, ctx.constants = cell, backend, (False, *options)
+        ctx.cell, ctx.backend, ctx.options, ctx.form = cell, backend, options, form and form._replace(lengths=None)
         ctx.kept_at = None if dispatch.has_saved_tensor_hooks() else saved.data_ptr()
         ctx.absent = (None,) * (len(cell.weights) - 4)
         needs_input, *needs = ctx.needs_input_grad[3:]
@@ -150,40 +169,52 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *tensors, output, saved = ctx.saved_tensors
+        *tensors, lengths, output, saved = ctx.saved_tensors
         count = len(ctx.cell.states)
         found = ()
         if dispatch.is_plain() and not torch.is_grad_enabled():
             ours = _is_ours(ctx, saved)
-            arguments = (ctx.cell, ctx.constants[1:], tensors, output, saved, gradients, ctx.needs, ours)
-            found = ctx.backend.step_backward(*arguments)
+            form = ctx.form and ctx.form._replace(lengths=lengths)
+            arguments = (ctx.cell, ctx.options, form, tensors, output, saved, gradients, ctx.needs, ours)
+            found = ctx.backend.recorded_backward(*arguments)
         if not found:
-            found = Step.backward_of_rows(ctx, gradients)
+            found = ShortRecurrence._backward_of_call(ctx, gradients)
         return (None, None, None, *found[: 1 + count], *(None,) * (2 - count), *found[1 + count : 5 + count])
 
     @staticmethod
-    def backward_of_rows(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """By way of a sequence of one step."""
-        input, *tensors, output, saved = ctx.saved_tensors
+    def _backward_of_call(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """By way of the `Call` that it was."""
+        input, *tensors, lengths, output, saved = ctx.saved_tensors
         count = len(ctx.cell.states)
         states, weights = tensors[:count], tensors[count:]
-        hidden_size, steps = output.shape[-1], (1, -1)
+        hidden_size = output.shape[-1]
+        ctx.constants = (ctx.form is not None and ctx.form.reverse, *ctx.options)
         grad_output, *grad_states = gradients
         in_rows = [None if grad is None else grad.reshape(-1, hidden_size) for grad in grad_states]
         inputs = (
-            input.view(1, -1, input.shape[-1]),
+            _in_steps(input, ctx.form),
             *(state.view(-1, hidden_size) for state in states),
             *weights,
             *ctx.absent,
-            None,
+            lengths,
             None,
         )
-        of_output = None if grad_output is None else grad_output.reshape(*steps, hidden_size)
-        found = _found(ctx, inputs, output.view(*steps, hidden_size), saved, (of_output, *in_rows))
-        of_input, *of_states = (
-            None if grad is None else grad.view(like.shape) for grad, like in zip(found, (input, *states), strict=False)
-        )
-        return (of_input, *of_states, *found[1 + count :])
+        of_output = None if grad_output is None else _in_steps(grad_output, ctx.form)
+        of_input, *found = _found(ctx, inputs, _in_steps(output, ctx.form), saved, (of_output, *in_rows))
+        if of_input is not None:
+            swaps = ctx.form is not None and ctx.form.batch_first and input.dim() == 3
+            of_input = of_input.transpose(0, 1) if swaps else of_input.view(input.shape)
+        of_states = (None if grad is None else grad.view(like.shape) for grad, like in zip(found, states, strict=False))
+        return (of_input, *of_states, *found[count:])
+
+
+def _in_steps(tensor: Tensor, form: Form | None) -> Tensor:
+    """Of the form's dimensions, or a cell's, as (T, B, .)."""
+    if form is None:
+        return tensor.reshape(1, -1, tensor.shape[-1])
+    if tensor.dim() == 2:
+        return tensor.unsqueeze(1)
+    return tensor.transpose(0, 1) if form.batch_first else tensor
 
 
 class Gradient(torch.autograd.Function):

@@ -189,9 +189,10 @@ def backward(
     return _in_order(found, needs, len(call.states))
 
 
-def step_backward(
+def recorded_backward(
     cell: Cell,
     options: Any,
+    form: Form | None,
     tensors: Sequence[Tensor | None],
     output: Tensor,
     saved: Tensor,
@@ -199,7 +200,7 @@ def step_backward(
     needs: tuple[bool, ...],
     overwrite: bool,
 ) -> Gradients:
-    """`backends.Backend.step_backward`."""
+    """`backends.Backend.recorded_backward`."""
     states = len(cell.states)
     input, h_0, *rest = tensors
     assert input is not None
@@ -208,11 +209,16 @@ def step_backward(
     c_0 = rest[0] if states > 1 else None
     weight_ih, weight_hh = rest[states - 1 : states + 1]
     grad_output, grad_h_n, grad_c_n = (*gradients, None)[:3]
-    found = _operator("step_backward")(
+    found = _operator("recorded_backward")(
         _KINDS[_KIND_OF[(cell.name, *options)]], saved, output, input, h_0, c_0, weight_ih, weight_hh,
-        grad_output, grad_h_n, grad_c_n, _wanted(needs, states), overwrite,
+        grad_output, grad_h_n, grad_c_n, *_recorded_form(form), _wanted(needs, states), overwrite,
     )  # fmt: skip
     return _in_order(found, needs, states)
+
+
+def _recorded_form(form: Form | None) -> tuple[bool, bool, bool, Tensor | None]:
+    """The operators' is_cell, reverse, batch_first, lengths."""
+    return (True, False, False, None) if form is None else (False, form.reverse, form.batch_first, form.lengths)
 
 
 def _wanted(needs: tuple[bool, ...], states: int) -> int:
@@ -316,13 +322,15 @@ def _read_short(cell: Cell, options: Any, states: Sequence[Any]) -> tuple[int | 
     return _KINDS[kind], h, c
 
 
-def recorded_step(cell: Cell, options: Any, layered: bool, input: Tensor, *tensors: Tensor | None) -> Sequence[Tensor]:
-    """`backends.Backend.recorded_step`: the operator checks for itself."""
+def recorded_forward(
+    cell: Cell, options: Any, form: Form | None, input: Tensor, *tensors: Tensor | None
+) -> Sequence[Tensor]:
+    """`backends.Backend.recorded_forward`: the operator checks for itself."""
     kind = _KIND_OF.get((cell.name, *options))
-    if kind is None or _missing():
+    if kind is None or _missing() or (form and input.dtype is torch.bfloat16 and _multiplies_matrices()):
         return ()
     present = [_ABSENT if tensor is None else tensor for tensor in tensors]
-    return _operator("recorded_step")(_KINDS[kind], input, *present, layered)
+    return _operator("recorded_forward")(_KINDS[kind], input, *present, *_recorded_form(form))
 
 
 @cache
