@@ -3,18 +3,17 @@
 // panel.h runs at the machine's rate wherever its instruction set is used, and because both read rows that lie apart.
 #pragma once
 
-#include "panel.h"
-#include "problem.h"
+#include "columns.h"
+#include "sequence.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
-// Runs `body(crew)` on as many threads as the work is worth.
+// Runs `body(crew)` on as many threads as the work is worth: `count` rows by so many weights.
 template <class Body>
-inline void run_flops(double flops, int most, Body& body) {
-    const double worth = flops / 1.5e6;
-    const int threads = worth < 1 ? 1 : worth > most ? most : static_cast<int>(worth);
+inline void run_products(int64_t count, double weights, int most, Body& body) {
+    const double flops = 2 * static_cast<double>(count) * weights;
     run_crew(
-        threads, static_cast<int64_t>(flops / 400) + 20000,
+        static_cast<int>(threads_worth_waking(flops, weights, most)), patience_for(flops),
         [](void* context, Crew& crew, Post*) { (*static_cast<Body*>(context))(crew); }, &body);
 }
 
@@ -22,33 +21,27 @@ template <class S>
 void run_product(const ProductProblem& p) {
     using A = computed<S>;
     using F = factor<S>;
-    constexpr int wide = 2, lanes = width<A>;
     constexpr int64_t block = 48;   // rows that pass over a panel while it is in the nearest cache
     // Padded, so that rows do not fall on one cache set.
     const int64_t stride = padded<F>(p.depth), blocks = ceil_div(p.count, block);
-    const Panels<F, wide> panels(ceil_div(p.columns, wide * lanes), p.depth, p.poison);
+    const Columns<S> columns(p.weight, p.depth, p.columns, p.count, p.poison);
     const Buffer<F> copies(p.threads * block * stride, p.poison);
     auto body = [&](Crew& crew) {
-        for (int64_t panel = crew.begin(panels.count); panel < crew.end(panels.count); ++panel)
-            panels.pack_columns(panel, static_cast<const S*>(p.weight), p.columns);
+        columns.pack(crew);
         crew.wait();
         F* rows = copies + crew.rank() * block * stride;
+        const Crew alone(nullptr, 0, 1);
         for (int64_t i = crew.begin(blocks); i < crew.end(blocks); ++i) {
             const int64_t first = i * block, size = p.count - first < block ? p.count - first : block;
             for (int64_t row = 0; row < size; ++row)
                 copy_factors(rows + row * stride, static_cast<const S*>(p.rows) + (first + row) * p.stride, p.depth);
-            multiply(rows, stride, size, panels, 0, panels.count, [&](int64_t row, int64_t panel, const A* sums) {
+            columns.multiply(alone, rows, stride, size, size, [&](int64_t row, int64_t column, int64_t valid, Vec<A> sum) {
                 const int64_t place = p.places ? p.places[first + row] : first + row;
-                for (int c = 0; c < wide; ++c) {
-                    const int64_t column = (panel * wide + c) * lanes;
-                    if (column < p.columns)
-                        store(static_cast<S*>(p.out) + place * p.columns + column, load(sums + c * lanes),
-                              p.columns - column);
-                }
+                store(static_cast<S*>(p.out) + place * p.columns + column, sum, valid);
             });
         }
     };
-    run_flops(2.0 * p.count * p.depth * p.columns, p.threads, body);
+    run_products(p.count, static_cast<double>(p.depth) * static_cast<double>(p.columns), p.threads, body);
 }
 
 // The transposed product, by blocks of positions. D's block is packed into tiles of R columns, [tile][position][R], and
@@ -63,7 +56,7 @@ public:
     explicit Outer(const OuterProblem& p)
         : p_(p),
           tiles_(ceil_div(p.columns, R)),
-          rows_(p.count < block ? p.count : block),
+          rows_(p.count <= rows_not_worth_packing ? 0 : p.count < block ? p.count : block),
           tile_stride_(padded<A>(rows_ * R + parts * lanes - R)),   // the last row is stored in whole vectors
           panel_stride_(rows_ * wide * lanes),
           d_(tiles_ * tile_stride_, p.poison),
@@ -71,6 +64,7 @@ public:
           x_(all_panels(p) * panel_stride_, p.poison) {}
 
     void run(Crew& crew) const {
+        if (p_.count <= rows_not_worth_packing) return run_unpacked(crew);
         for (int64_t first = 0; first < p_.count && !crew.dismissed(); first += block) {
             const int64_t size = p_.count - first < block ? p_.count - first : block;
             pack_d(crew.begin(tiles_), crew.end(tiles_), first, size);
@@ -85,9 +79,9 @@ public:
         }
     }
 
-    double flops() const {
+    double weights() const {
         double total = 0;
-        for (int i = 0; i < p_.targets; ++i) total += 2.0 * p_.count * p_.columns * p_.target[i].columns;
+        for (int i = 0; i < p_.targets; ++i) total += static_cast<double>(p_.columns * p_.target[i].columns);
         return total;
     }
 
@@ -97,6 +91,38 @@ private:
         int64_t panels = 0;
         for (int i = 0; i < p.targets; ++i) panels += panels_of(p.target[i]);
         return panels;
+    }
+
+    // Few positions: a row of the result at a time, X's rows being in the nearest cache.
+    void run_unpacked(const Crew& crew) const {
+        const A* const d = static_cast<const A*>(p_.d);
+        for (int64_t column = crew.begin(p_.columns); column < crew.end(p_.columns); ++column) {
+            A total = 0;
+            for (int64_t n = 0; n < p_.count; ++n) total += d[n * p_.stride + column];
+            static_cast<A*>(p_.sums)[column] = total;
+            for (int i = 0; i < p_.targets; ++i)
+                if (const int64_t row = row_of(p_.target[i], column); row >= 0) add_unpacked(p_.target[i], column, row);
+        }
+    }
+
+    void add_unpacked(const OuterTarget& target, int64_t column, int64_t row) const {
+        const A* const d = static_cast<const A*>(p_.d) + column;
+        A* const to = static_cast<A*>(target.out) + row * target.columns;
+        for (int64_t unit = 0; unit < target.columns; unit += lanes) {
+            const int64_t valid = target.columns - unit;
+            Vec<A> sum{};
+            for (int64_t n = 0; n < p_.count; ++n) {
+                const A* x = static_cast<const A*>(target.rows[n]);
+                sum += splat<A>(d[n * p_.stride]) * (x ? load(x + unit, valid) : Vec<A>{});
+            }
+            store(to + unit, sum, valid);
+        }
+    }
+
+    // Where a column of D goes; -1 if it has no row in the target's result.
+    static int64_t row_of(const OuterTarget& target, int64_t column) {
+        if (column < target.skip_first) return column;
+        return column < target.skip_last ? -1 : column - target.skip_last + target.skip_first;
     }
 
     // Row by row, because D's rows are long and lie apart; a vector that runs past its tile is overwritten by the next
@@ -150,9 +176,8 @@ private:
         alignas(64) A sums[R * wide * lanes];
         multiply_block(d_ + tile * tile_stride_, x, size, sums);
         for (int r = 0; r < R && column + r < p_.columns; ++r) {
-            if (column + r >= target.skip_first && column + r < target.skip_last) continue;
-            const int64_t row = column + r < target.skip_first ? column + r
-                                                               : column + r - target.skip_last + target.skip_first;
+            const int64_t row = row_of(target, column + r);
+            if (row < 0) continue;
             for (int c = 0; c < wide; ++c) {
                 const int64_t unit = (panel * wide + c) * lanes, valid = target.columns - unit;
                 if (valid <= 0) break;
@@ -195,7 +220,7 @@ template <class A>
 void run_outer(const OuterProblem& problem) {
     const Outer<A> outer(problem);
     auto body = [&](Crew& crew) { outer.run(crew); };
-    run_flops(outer.flops(), problem.threads, body);
+    run_products(problem.count, outer.weights(), problem.threads, body);
 }
 
 }  // namespace tidegate::TIDEGATE_ISA

@@ -2,6 +2,7 @@
 // What the cells share: the carried h, the input's product by chunks of steps, the gradient that arrives at h.
 #pragma once
 
+#include "../columns.h"
 #include "../sequence.h"
 
 namespace tidegate::TIDEGATE_ISA {
@@ -136,33 +137,23 @@ public:
     using F = factor<S>;
     using V = Vec<A>;
     static constexpr int lanes = width<A>;
-    static constexpr int wide = 2;   // vectors in a panel of columns
-    using Columns = Panels<F, wide>;
+    using Columns = tidegate::TIDEGATE_ISA::Columns<S>;
 
 protected:
     explicit BackwardBase(const BackwardProblem& p) : p_(p), hidden_(p.hidden), projected_(p.projected) {}
 
-    static int64_t column_panels(int64_t columns) { return ceil_div(columns, wide * lanes); }
-
-    static void pack_columns(const Crew& all, const Columns& panels, const void* matrix, int64_t columns) {
-        for (int64_t panel = all.begin(panels.count); panel < all.end(panels.count); ++panel)
-            panels.pack_columns(panel, static_cast<const S*>(matrix), columns);
+    // Through `columns` of so many flow all rows, and with each step the weights are read again.
+    static Columns columns_for(const BackwardProblem& p, const void* matrix, int64_t depth, int64_t columns) {
+        return Columns(matrix, depth, columns, p.rows.total * p.rows.steps, p.poison);
     }
 
     // Calls point(row, unit, valid units, sum) for this thread's columns of all live rows, where sum is the product of
-    // `flow` (by rank, of the step after) and the panels, and zero for rows whose last step this is.
+    // `flow` (by rank, of the step after) and the columns, and zero for rows whose last step this is.
     template <class Point>
     static void flow_back(const Crew& crew, const Share& share, int64_t step, const F* flow, int64_t stride,
-                          const Columns& panels, int64_t columns, int64_t with_product, Point&& point) {
-        const auto each = [&](int64_t i, int64_t panel, const A* sums) {
-            for (int c = 0; c < wide; ++c) {
-                const int64_t unit = (panel * wide + c) * lanes;
-                if (unit < columns) point(share[i], unit, columns - unit, load(sums + c * lanes));
-            }
-        };
-        const int64_t begin = crew.begin(panels.count), end = crew.end(panels.count);
-        multiply(flow + share.first() * stride, share.stride() * stride, with_product, panels, begin, end, each);
-        no_product(with_product, share.live(step), panels, begin, end, each);
+                          const Columns& columns, int64_t with_product, Point&& point) {
+        columns.multiply(crew, flow + share.first() * stride, share.stride() * stride, with_product, share.live(step),
+                         [&](int64_t i, int64_t unit, int64_t valid, V sum) { point(share[i], unit, valid, sum); });
     }
 
     // What reaches h at this step: from the output, and from the step after unless a reset stands between.

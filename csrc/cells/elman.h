@@ -87,18 +87,18 @@ class ElmanBackward : public BackwardBase<S> {
 
 public:
     static double row_flops(const BackwardProblem& p) { return 2.0 * p.hidden * p.hidden; }
-    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.hidden); }
+    static int64_t panels_of(const BackwardProblem& p) { return Columns::panels_of(p.hidden); }
 
     ElmanBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_(panels_of(p), p.hidden, p.poison),
+          weights_(Base::columns_for(p, p.weight_hh, p.hidden, p.hidden)),
           stride_(padded<F>(p.hidden)),
           flow_{{p.rows.batch * stride_, p.poison}, {p.rows.batch * stride_, p.poison}} {}
 
-    void pack(const Crew& all) const { Base::pack_columns(all, weights_, p_.weight_hh, hidden_); }
+    void pack(const Crew& all) const { weights_.pack(all); }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, stride_, weights_, hidden_, share.live(step + 1),
+        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, stride_, weights_, share.live(step + 1),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
                             const V h = Base::from(p_.output, row.place * hidden_ + unit, valid);
                             const V d = this->grad_h(row, unit, valid, sum) * Unit::template slope<A>(h);
@@ -111,7 +111,7 @@ public:
 
     void finish(Crew& crew, Share& share) const {
         if (share.live(0) > 0) share.enter(0);
-        Base::flow_back(crew, share, 0, flow_[0] + 0, stride_, weights_, hidden_, share.live(0),
+        Base::flow_back(crew, share, 0, flow_[0] + 0, stride_, weights_, share.live(0),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
                             store(static_cast<S*>(p_.dh_0) + row.row * hidden_ + unit, row.cut ? V{} : sum, valid);
                         });

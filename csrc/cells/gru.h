@@ -86,20 +86,20 @@ class GruBackward : public BackwardBase<S> {
 
 public:
     static double row_flops(const BackwardProblem& p) { return 6.0 * p.hidden * p.hidden; }
-    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.hidden); }
+    static int64_t panels_of(const BackwardProblem& p) { return Columns::panels_of(p.hidden); }
 
     GruBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_(panels_of(p), 3 * p.hidden, p.poison),
+          weights_(Base::columns_for(p, p.weight_hh, 3 * p.hidden, p.hidden)),
           flow_stride_(padded<F>(3 * p.hidden)),
           carry_stride_(padded<A>(p.hidden)),
           flow_{{p.rows.batch * flow_stride_, p.poison}, {p.rows.batch * flow_stride_, p.poison}},
           carry_(p.rows.batch * carry_stride_, p.poison) {}
 
-    void pack(const Crew& all) const { Base::pack_columns(all, weights_, p_.weight_hh, hidden_); }
+    void pack(const Crew& all) const { weights_.pack(all); }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, flow_stride_, weights_, hidden_,
+        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, flow_stride_, weights_,
                         share.live(step + 1), [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
                             point(row, flow_[step & 1] + row.rank * flow_stride_, unit, valid, sum);
                         });
@@ -108,7 +108,7 @@ public:
 
     void finish(Crew& crew, Share& share) const {
         if (share.live(0) > 0) share.enter(0);
-        Base::flow_back(crew, share, 0, flow_[0] + 0, flow_stride_, weights_, hidden_, share.live(0),
+        Base::flow_back(crew, share, 0, flow_[0] + 0, flow_stride_, weights_, share.live(0),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
                             const V dh = row.cut ? V{} : sum + load(carry(row) + unit, valid);
                             store(static_cast<S*>(p_.dh_0) + row.row * hidden_ + unit, dh, valid);

@@ -105,12 +105,12 @@ class GruResetBeforeBackward : public BackwardBase<S> {
 
 public:
     static double row_flops(const BackwardProblem& p) { return 6.0 * p.hidden * p.hidden; }
-    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.hidden); }
+    static int64_t panels_of(const BackwardProblem& p) { return Columns::panels_of(p.hidden); }
 
     GruResetBeforeBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_rz_(Base::column_panels(p.hidden), 2 * p.hidden, p.poison),
-          weights_n_(Base::column_panels(p.hidden), p.hidden, p.poison),
+          weights_rz_(Base::columns_for(p, p.weight_hh, 2 * p.hidden, p.hidden)),
+          weights_n_(Base::columns_for(p, rows_of_n(p), p.hidden, p.hidden)),
           rz_stride_(padded<F>(2 * p.hidden)),
           stride_(padded<F>(p.hidden)),
           flow_rz_(p.rows.batch * rz_stride_, p.poison),
@@ -119,23 +119,22 @@ public:
 
 
     void pack(const Crew& all) const {
-        const S* weight = static_cast<const S*>(p_.weight_hh);
-        Base::pack_columns(all, weights_rz_, weight, hidden_);
-        Base::pack_columns(all, weights_n_, weight + 2 * hidden_ * hidden_, hidden_);
+        weights_rz_.pack(all);
+        weights_n_.pack(all);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        Base::flow_back(crew, share, step, flow_rz_ + 0, rz_stride_, weights_rz_, hidden_, share.live(step + 1),
+        Base::flow_back(crew, share, step, flow_rz_ + 0, rz_stride_, weights_rz_, share.live(step + 1),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) { update(row, unit, valid, sum); });
         crew.wait();
-        Base::flow_back(crew, share, step, flow_n_ + 0, stride_, weights_n_, hidden_, share.live(step),
+        Base::flow_back(crew, share, step, flow_n_ + 0, stride_, weights_n_, share.live(step),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) { reset(row, unit, valid, sum); });
         crew.wait();
     }
 
     void finish(Crew& crew, Share& share) const {
         if (share.live(0) > 0) share.enter(0);
-        Base::flow_back(crew, share, 0, flow_rz_ + 0, rz_stride_, weights_rz_, hidden_, share.live(0),
+        Base::flow_back(crew, share, 0, flow_rz_ + 0, rz_stride_, weights_rz_, share.live(0),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
                             const V dh = row.cut ? V{} : sum + load(carry_ + row.rank * stride_ + unit, valid);
                             store(static_cast<S*>(p_.dh_0) + row.row * hidden_ + unit, dh, valid);
@@ -144,6 +143,10 @@ public:
     }
 
 private:
+    static const S* rows_of_n(const BackwardProblem& p) {
+        return static_cast<const S*>(p.weight_hh) + 2 * p.hidden * p.hidden;
+    }
+
     // dz and dn, from dh.
     void update(const LiveRow& row, int64_t unit, int64_t valid, V sum) const {
         const int64_t own = row.rank * stride_ + unit;

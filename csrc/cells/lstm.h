@@ -129,12 +129,12 @@ class LstmBackward : public BackwardBase<S> {
 
 public:
     static double row_flops(const BackwardProblem& p) { return 8.0 * p.hidden * p.projected; }
-    static int64_t panels_of(const BackwardProblem& p) { return Base::column_panels(p.projected); }
+    static int64_t panels_of(const BackwardProblem& p) { return Columns::panels_of(p.projected); }
 
     LstmBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_(panels_of(p), 4 * p.hidden, p.poison),
-          projection_(p.weight_hr ? Base::column_panels(p.hidden) : 0, p.projected, p.poison),
+          weights_(Base::columns_for(p, p.weight_hh, 4 * p.hidden, p.projected)),
+          projection_(Base::columns_for(p, p.weight_hr, p.projected, p.weight_hr ? p.hidden : 0)),
           flow_stride_(padded<F>(4 * p.hidden)),
           c_stride_(padded<A>(p.hidden)),
           dh_stride_(padded<F>(p.projected)),
@@ -144,12 +144,12 @@ public:
 
 
     void pack(const Crew& all) const {
-        Base::pack_columns(all, weights_, p_.weight_hh, projected_);
-        if (p_.weight_hr) Base::pack_columns(all, projection_, p_.weight_hr, hidden_);
+        weights_.pack(all);
+        projection_.pack(all);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, flow_stride_, weights_, projected_,
+        Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, flow_stride_, weights_,
                         share.live(step + 1), [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
                             const V dh = this->grad_h(row, unit, valid, sum);
                             if (p_.h_before) this->h_before(row, unit, valid);
@@ -159,7 +159,7 @@ public:
                         });
         crew.wait();
         if (!p_.weight_hr) return;
-        Base::flow_back(crew, share, step, dh_ + 0, dh_stride_, projection_, hidden_, share.live(step),
+        Base::flow_back(crew, share, step, dh_ + 0, dh_stride_, projection_, share.live(step),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V dm) {
                             point(row, step, unit, valid, dm);
                         });
@@ -168,7 +168,7 @@ public:
 
     void finish(Crew& crew, Share& share) const {
         if (share.live(0) > 0) share.enter(0);
-        Base::flow_back(crew, share, 0, flow_[0] + 0, flow_stride_, weights_, projected_, share.live(0),
+        Base::flow_back(crew, share, 0, flow_[0] + 0, flow_stride_, weights_, share.live(0),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
                             store(static_cast<S*>(p_.dh_0) + row.row * projected_ + unit, row.cut ? V{} : sum, valid);
                         });

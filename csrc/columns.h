@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with the columns of a weight matrix, as the backward needs them: packed into panels where many rows pass
+// over them, read where they lie where packing would cost more than a few rows bring.
+#pragma once
+
+#include "panel.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+constexpr int64_t rows_not_worth_packing = 8;
+
+// Calls each(row, panel, sums) as `multiply`, for a row-major (depth, columns) matrix. Rows of the matrix pass by
+// `group` at a time, so that they are read in one go; each sum still runs over the depth in order.
+template <class A, int C, class Each>
+inline void multiply_unpacked(const A* rows, int64_t row_stride, int64_t count, const A* matrix, int64_t depth,
+                              int64_t columns, int64_t begin, int64_t end, Each&& each) {
+    constexpr int64_t lanes = width<A>, panel_columns = C * lanes, most_panels = 8, group = 8;
+    alignas(64) A sums[rows_not_worth_packing * most_panels * panel_columns];
+    const auto add = [&]<int K>(std::integral_constant<int, K>, int64_t k, int64_t first, int64_t valid) {
+        const A* from = matrix + k * columns + first;
+        for (int64_t j = 0; j < valid; j += lanes) {
+            Vec<A> w[K];
+#pragma GCC unroll 8
+            for (int i = 0; i < K; ++i) w[i] = load(from + i * columns + j, valid - j);
+            for (int64_t row = 0; row < count; ++row) {
+                const A* x = rows + row * row_stride + k;
+                A* at = sums + row * most_panels * panel_columns + j;
+                Vec<A> sum = load(at);
+#pragma GCC unroll 8
+                for (int i = 0; i < K; ++i) sum += splat<A>(x[i]) * w[i];
+                store(at, sum);
+            }
+        }
+    };
+    for (int64_t panel = begin; panel < end; panel += most_panels) {
+        const int64_t last = end < panel + most_panels ? end : panel + most_panels, first = panel * panel_columns;
+        const int64_t wide = (last - panel) * panel_columns, valid = columns - first < wide ? columns - first : wide;
+        std::memset(sums, 0, sizeof(A) * static_cast<size_t>(count * most_panels * panel_columns));
+        int64_t k = 0;
+        for (; k + group <= depth; k += group) add(std::integral_constant<int, group>(), k, first, valid);
+        for (; k < depth; ++k) add(std::integral_constant<int, 1>(), k, first, valid);
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t i = panel; i < last; ++i)
+                each(row, i, sums + (row * most_panels + i - panel) * panel_columns);
+    }
+}
+
+// The columns of a row-major (depth, columns) matrix of S, in panels of `wide` vectors.
+template <class S>
+class Columns {
+    using A = computed<S>;
+    using F = factor<S>;
+
+public:
+    static constexpr int wide = 2;
+    static constexpr int64_t panels_of(int64_t columns) { return ceil_div(columns, wide * width<A>); }
+
+    // rows: that will be multiplied in all.
+    Columns(const void* matrix, int64_t depth, int64_t columns, int64_t rows, bool poison)
+        : columns(columns),
+          matrix_(static_cast<const S*>(matrix)),
+          packs_(!std::is_same_v<S, A> || rows > rows_not_worth_packing),
+          panels_(packs_ ? panels_of(columns) : 0, depth, poison) {}
+
+    // Before the first product; the crew meets afterwards.
+    void pack(const Crew& all) const {
+        if (!packs_) return;
+        for (int64_t panel = all.begin(panels_.count); panel < all.end(panels_.count); ++panel)
+            panels_.pack_columns(panel, matrix_, columns);
+    }
+
+    // Calls each(row, column, valid columns, sums) for this thread's columns, a vector at a time; rows from `first` on
+    // have sums of zero and no product.
+    template <class Each>
+    void multiply(const Crew& crew, const F* rows, int64_t row_stride, int64_t first, int64_t count, Each&& each) const {
+        const int64_t begin = crew.begin(panels_of(columns)), end = crew.end(panels_of(columns));
+        const auto by_vector = [&](int64_t row, int64_t panel, const A* sums) {
+            for (int c = 0; c < wide; ++c) {
+                const int64_t column = (panel * wide + c) * width<A>;
+                if (column < columns) each(row, column, columns - column, load(sums + c * width<A>));
+            }
+        };
+        if constexpr (std::is_same_v<S, A>) {
+            if (!packs_)
+                multiply_unpacked<A, wide>(rows, row_stride, first, matrix_, panels_.depth, columns, begin, end, by_vector);
+        }
+        if (packs_) tidegate::TIDEGATE_ISA::multiply(rows, row_stride, first, panels_, begin, end, by_vector);
+        no_product(first, count, panels_, begin, end, by_vector);
+    }
+
+    const int64_t columns;
+
+private:
+    const S* const matrix_;
+    const bool packs_;
+    const Panels<F, wide> panels_;
+};
+
+}  // namespace tidegate::TIDEGATE_ISA
