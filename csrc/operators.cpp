@@ -123,8 +123,11 @@ std::vector<Tensor> forward(int64_t kind, const Tensor& any_input, const Tensor&
     return results;
 }
 
-// The gradients that may be asked for beside those of the states, a bit each, in the order of the results.
-enum Wanted : int64_t { input_bit = 1, ih_bit = 2, hh_bit = 4, bias_ih_bit = 8, bias_hh_bit = 16, hr_bit = 32 };
+// The gradients that may be asked for, a bit each: of the states together, whose place an empty tensor takes if they are
+// not, then in the order of the results.
+enum Wanted : int64_t {
+    states_bit = 1, input_bit = 2, ih_bit = 4, hh_bit = 8, bias_ih_bit = 16, bias_hh_bit = 32, hr_bit = 64
+};
 constexpr int64_t weight_bits = ih_bit | hh_bit | bias_ih_bit | bias_hh_bit | hr_bit;
 
 // The gradient at the gates, once the loop is done, and what the products after it multiply it with.
@@ -209,7 +212,7 @@ void add_weight_gradients(std::vector<Tensor>& results, const Gates& gates, cons
         std::memcpy(bias_hh + bytes / 3 * 2, sums.data() + bytes, bytes / 3);
 }
 
-// The gradients of the states, then of what is wanted. In bfloat16 the weights' products are left to the caller: their
+// The gradients of the states, then of the rest that is wanted. In bfloat16 the weights' products are left to the caller: their
 // place is taken by dgates, the h that entered each step, and what the second recurrent matrix multiplied.
 std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& any_output, const Tensor& any_input,
                              const Tensor& any_h_0, const Optional& any_c_0, const Tensor& any_weight_ih,
@@ -244,8 +247,9 @@ std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& an
     Optional h_before = make_if(!products && wanted & hh_bit, s.projected);
     Optional multiplied = make_if(wanted & (s.kind == Kind::gru_reset_before ? hh_bit : hr_bit), s.hidden);
     const Gates gates = {s, schedule, dgates.const_data_ptr(), overwrite ? saved_stride : columns, columns, multiplied};
-    std::vector<Tensor> results = {make(s.type, {s.batch, s.projected})};
-    if (c_0) results.push_back(make(s.type, {s.batch, s.hidden}));
+    const bool of_states = wanted & states_bit;
+    std::vector<Tensor> results = {of_states ? make(s.type, {s.batch, s.projected}) : make(s.type, {0})};
+    if (c_0) results.push_back(of_states ? make(s.type, {s.batch, s.hidden}) : make(s.type, {0}));
     const uint8_t* reset_marks = check_resets(resets, time, s.batch);
     active_kernels().backward({s.kind, s.type, s.hidden, s.projected, schedule.rows(reset_marks), thread_count(),
                                poison, saved.const_data_ptr(), saved_stride, output.const_data_ptr(),
@@ -253,8 +257,9 @@ std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& an
                                pointer(grad_output), pointer(grad_h_n), pointer(grad_c_n),
                                dgates.mutable_data_ptr(), gates.stride,
                                h_before ? h_before->mutable_data_ptr() : nullptr,
-                               multiplied ? multiplied->mutable_data_ptr() : nullptr, results[0].mutable_data_ptr(),
-                               c_0 ? results[1].mutable_data_ptr() : nullptr});
+                               multiplied ? multiplied->mutable_data_ptr() : nullptr,
+                               of_states ? results[0].mutable_data_ptr() : nullptr,
+                               of_states && c_0 ? results[1].mutable_data_ptr() : nullptr});
     if (wanted & input_bit) results.push_back(input_gradient(gates, weight_ih, time, lengths.has_value()));
     if (!products)
         for (const Optional& tensor : {Optional(dgates), h_before, multiplied})
@@ -324,8 +329,10 @@ std::vector<Tensor> recorded_backward(int64_t kind, const Tensor& saved, const T
         backward(kind, saved, steps(output, "output"), steps(input, "input"), as_rows(h_0), as_rows(c_0), weight_ih,
                  weight_hh, std::nullopt, lengths, std::nullopt, reverse, steps(grad_output, "grad_output"),
                  as_rows(grad_h_n), as_rows(grad_c_n), wanted, overwrite);
-    results[0] = in_form_of(h_0, results[0], false);
-    if (c_0) results[1] = in_form_of(*c_0, results[1], false);
+    if (wanted & states_bit) {
+        results[0] = in_form_of(h_0, results[0], false);
+        if (c_0) results[1] = in_form_of(*c_0, results[1], false);
+    }
     if (wanted & input_bit) results[c_0 ? 2 : 1] = in_form_of(input, results[c_0 ? 2 : 1], batch_first);
     return results;
 }

@@ -98,8 +98,8 @@ struct BackwardProblem {
     void* h_before;              // (N, P): the h that entered each step, or null if nobody asks
     void* multiplied;            // (N, H): what W_hn multiplied, r h, where the reset comes before the product, or W_hr,
                                  // o tanh(c'), in a projection; or null if nobody asks
-    void* dh_0;                  // (B, P)
-    void* dc_0;                  // (B, H), LSTM
+    void* dh_0;                  // (B, P); or null if nobody asks
+    void* dc_0;                  // (B, H), LSTM; null with dh_0
 };
 
 // out[places[n]] = rows[n] W for n in 0 .. count - 1; places null: out[n]. The gradient of the input.

@@ -64,6 +64,7 @@ public:
           x_(all_panels(p) * panel_stride_, p.poison) {}
 
     void run(Crew& crew) const {
+        if (p_.count == 0) return;
         if (p_.count <= rows_not_worth_packing) return run_unpacked(crew);
         for (int64_t first = 0; first < p_.count && !crew.dismissed(); first += block) {
             const int64_t size = p_.count - first < block ? p_.count - first : block;
@@ -94,29 +95,44 @@ private:
     }
 
     // Few positions: a row of the result at a time, X's rows being in the nearest cache.
+    template <int N = 1>
     void run_unpacked(const Crew& crew) const {
-        const A* const d = static_cast<const A*>(p_.d);
+        if constexpr (N < rows_not_worth_packing) {
+            if (p_.count > N) return run_unpacked<N + 1>(crew);
+        }
+        for (int i = 0; i < p_.targets; ++i) {
+            const OuterTarget& target = p_.target[i];
+            for (int64_t column = crew.begin(p_.columns); column < crew.end(p_.columns); ++column)
+                if (const int64_t row = row_of(target, column); row >= 0) write_row<N>(target, column, row);
+        }
         for (int64_t column = crew.begin(p_.columns); column < crew.end(p_.columns); ++column) {
             A total = 0;
-            for (int64_t n = 0; n < p_.count; ++n) total += d[n * p_.stride + column];
+            for (int n = 0; n < N; ++n) total += static_cast<const A*>(p_.d)[n * p_.stride + column];
             static_cast<A*>(p_.sums)[column] = total;
-            for (int i = 0; i < p_.targets; ++i)
-                if (const int64_t row = row_of(p_.target[i], column); row >= 0) add_unpacked(p_.target[i], column, row);
         }
     }
 
-    void add_unpacked(const OuterTarget& target, int64_t column, int64_t row) const {
-        const A* const d = static_cast<const A*>(p_.d) + column;
-        A* const to = static_cast<A*>(target.out) + row * target.columns;
-        for (int64_t unit = 0; unit < target.columns; unit += lanes) {
-            const int64_t valid = target.columns - unit;
-            Vec<A> sum{};
-            for (int64_t n = 0; n < p_.count; ++n) {
-                const A* x = static_cast<const A*>(target.rows[n]);
-                sum += splat<A>(d[n * p_.stride]) * (x ? load(x + unit, valid) : Vec<A>{});
-            }
-            store(to + unit, sum, valid);
+    template <int N>
+    void write_row(const OuterTarget& target, int64_t column, int64_t row) const {
+        const A* x[N];
+        Vec<A> d[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            x[n] = static_cast<const A*>(target.rows[n]);
+            d[n] = splat<A>(static_cast<const A*>(p_.d)[n * p_.stride + column]);
         }
+        const auto sum = [&](auto load_from) [[gnu::always_inline]] {
+            Vec<A> total{};
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) total += d[n] * (x[n] ? load_from(x[n]) : Vec<A>{});
+            return total;
+        };
+        const int64_t columns = target.columns, whole = columns / lanes * lanes;
+        A* const to = static_cast<A*>(target.out) + row * columns;
+        for (int64_t unit = 0; unit < whole; unit += lanes)
+            store(to + unit, sum([&](const A* from) { return load(from + unit); }));
+        if (whole < columns)
+            store(to + whole, sum([&](const A* from) { return load(from + whole, columns - whole); }), columns - whole);
     }
 
     // Where a column of D goes; -1 if it has no row in the target's result.
@@ -166,9 +182,9 @@ private:
         const int64_t before = ceil_div(target.skip_first, R), gap_end = target.skip_last / R;
         const int64_t after = target.skip_last >= p_.columns ? tiles_ : gap_end > before ? gap_end : before;
         const int64_t count = before + tiles_ - after, panels = panels_of(target);
-        for (int64_t panel = 0; panel < panels; ++panel, x += panel_stride_)
-            for (int64_t i = crew.begin(count); i < crew.end(count); ++i)
-                add(target, i < before ? i : after + i - before, panel, x, size, fresh);
+        for (int64_t i = crew.begin(count); i < crew.end(count); ++i)
+            for (int64_t panel = 0; panel < panels; ++panel)
+                add(target, i < before ? i : after + i - before, panel, x + panel * panel_stride_, size, fresh);
     }
 
     void add(const OuterTarget& target, int64_t tile, int64_t panel, const A* x, int64_t size, bool fresh) const {

@@ -24,6 +24,13 @@ def _poisoned():
 
 
 @pytest.fixture
+def named():
+    """By itself, an RNN's cell runs torch's step where gradients are recorded."""
+    with tg.backend("cpu"):
+        yield
+
+
+@pytest.fixture
 def answers(monkeypatch):
     """How many results each call of the short way gave."""
     given: list[int] = []
@@ -79,6 +86,7 @@ def assert_same(made, x, hx, answers, calls=1, **options):
         close(ours, theirs)
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
 @pytest.mark.parametrize("kind", CELLS)
 def test_cells(kind, given, answers):
@@ -148,6 +156,7 @@ def test_rows_that_lie_apart(batch_first, answers):
             close(ours, right)
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("kind", CELLS)
 def test_a_row_of_a_larger_tensor(kind, answers):
     """Input and states that begin inside their storage, gradients that come expanded or from a slice."""
@@ -169,6 +178,7 @@ def test_a_row_of_a_larger_tensor(kind, answers):
             close(ours, right)
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_result_alone(kind, answers):
     shape = (2, 4) if kind in CELLS else (1, 2, 4)
@@ -178,6 +188,7 @@ def test_each_result_alone(kind, answers):
         assert_same(module(kind, 3, 4), x, hx, answers, used=slice(k, k + 1))
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_gradients(kind, answers):
     shape, steps = ((2, 4), ()) if kind in CELLS else ((1, 2, 4), (3,))
@@ -192,6 +203,7 @@ def test_gradients_of_gradients(kind, answers):
     assert all(answers)
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_may_be_used_again(kind, answers):
     shape = (2, 4) if kind in CELLS else (1, 2, 4)
@@ -237,3 +249,17 @@ def test_an_empty_state_is_refused(answers):
     with pytest.raises(RuntimeError):
         module("GRU", 3, 4)(randn(1, 2, 3), torch.empty(0, dtype=torch.float64))
     assert not any(answers)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_an_rnn_cell_is_torchs(nonlinearity, given, answers):
+    """So small a step that torch's own, recorded, is the quicker: to the bit the same."""
+    made = module("RNNCell", 5, 6, nonlinearity=nonlinearity)
+    twin = torch.nn.RNNCell(5, 6, nonlinearity=nonlinearity, dtype=torch.float64)
+    twin.load_state_dict(made.state_dict())
+    x, hx = randn(3, 5), randn(3, 6) if given else None
+    for ours, theirs in zip(gradients(made, x, hx), gradients(twin, x, hx), strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert not answers
+    assert module("RNNCell", 5, 6, clip=0.1)(x).abs().max() < 1

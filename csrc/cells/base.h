@@ -142,8 +142,13 @@ public:
 protected:
     explicit BackwardBase(const BackwardProblem& p) : p_(p), hidden_(p.hidden), projected_(p.projected) {}
 
-    // Through `columns` of so many flow all rows, and with each step the weights are read again.
-    static Columns columns_for(const BackwardProblem& p, const void* matrix, int64_t depth, int64_t columns) {
+    // Through the recurrent weights flows what leaves a step; what leaves the first is for the initial state.
+    static Columns recurrent_columns(const BackwardProblem& p, const void* matrix, int64_t depth) {
+        const int64_t times = p.rows.steps - 1 + (p.dh_0 != nullptr);
+        return Columns(matrix, depth, p.projected, p.rows.total * times, p.poison);
+    }
+    // Through these, what flows inside a step.
+    static Columns inner_columns(const BackwardProblem& p, const void* matrix, int64_t depth, int64_t columns) {
         return Columns(matrix, depth, columns, p.rows.total * p.rows.steps, p.poison);
     }
 

@@ -91,7 +91,7 @@ public:
 
     ElmanBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_(Base::columns_for(p, p.weight_hh, p.hidden, p.hidden)),
+          weights_(Base::recurrent_columns(p, p.weight_hh, p.hidden)),
           stride_(padded<F>(p.hidden)),
           flow_{{p.rows.batch * stride_, p.poison}, {p.rows.batch * stride_, p.poison}} {}
 
@@ -110,6 +110,7 @@ public:
     }
 
     void finish(Crew& crew, Share& share) const {
+        if (!p_.dh_0) return;
         if (share.live(0) > 0) share.enter(0);
         Base::flow_back(crew, share, 0, flow_[0] + 0, stride_, weights_, share.live(0),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {

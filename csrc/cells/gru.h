@@ -90,7 +90,7 @@ public:
 
     GruBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_(Base::columns_for(p, p.weight_hh, 3 * p.hidden, p.hidden)),
+          weights_(Base::recurrent_columns(p, p.weight_hh, 3 * p.hidden)),
           flow_stride_(padded<F>(3 * p.hidden)),
           carry_stride_(padded<A>(p.hidden)),
           flow_{{p.rows.batch * flow_stride_, p.poison}, {p.rows.batch * flow_stride_, p.poison}},
@@ -107,6 +107,7 @@ public:
     }
 
     void finish(Crew& crew, Share& share) const {
+        if (!p_.dh_0) return;
         if (share.live(0) > 0) share.enter(0);
         Base::flow_back(crew, share, 0, flow_[0] + 0, flow_stride_, weights_, share.live(0),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {

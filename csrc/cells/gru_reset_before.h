@@ -109,8 +109,8 @@ public:
 
     GruResetBeforeBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_rz_(Base::columns_for(p, p.weight_hh, 2 * p.hidden, p.hidden)),
-          weights_n_(Base::columns_for(p, rows_of_n(p), p.hidden, p.hidden)),
+          weights_rz_(Base::recurrent_columns(p, p.weight_hh, 2 * p.hidden)),
+          weights_n_(Base::inner_columns(p, rows_of_n(p), p.hidden, p.hidden)),
           rz_stride_(padded<F>(2 * p.hidden)),
           stride_(padded<F>(p.hidden)),
           flow_rz_(p.rows.batch * rz_stride_, p.poison),
@@ -133,6 +133,7 @@ public:
     }
 
     void finish(Crew& crew, Share& share) const {
+        if (!p_.dh_0) return;
         if (share.live(0) > 0) share.enter(0);
         Base::flow_back(crew, share, 0, flow_rz_ + 0, rz_stride_, weights_rz_, share.live(0),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {

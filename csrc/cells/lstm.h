@@ -133,8 +133,8 @@ public:
 
     LstmBackward(const BackwardProblem& p, const Sharing&)
         : Base(p),
-          weights_(Base::columns_for(p, p.weight_hh, 4 * p.hidden, p.projected)),
-          projection_(Base::columns_for(p, p.weight_hr, p.projected, p.weight_hr ? p.hidden : 0)),
+          weights_(Base::recurrent_columns(p, p.weight_hh, 4 * p.hidden)),
+          projection_(Base::inner_columns(p, p.weight_hr, p.projected, p.weight_hr ? p.hidden : 0)),
           flow_stride_(padded<F>(4 * p.hidden)),
           c_stride_(padded<A>(p.hidden)),
           dh_stride_(padded<F>(p.projected)),
@@ -167,6 +167,7 @@ public:
     }
 
     void finish(Crew& crew, Share& share) const {
+        if (!p_.dh_0) return;
         if (share.live(0) > 0) share.enter(0);
         Base::flow_back(crew, share, 0, flow_[0] + 0, flow_stride_, weights_, share.live(0),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {

@@ -222,8 +222,9 @@ def _recorded_form(form: Form | None) -> tuple[bool, bool, bool, Tensor | None]:
 
 
 def _wanted(needs: tuple[bool, ...], states: int) -> int:
-    """A bit for each of input and weights; the operator finds the states' gradients without being asked."""
-    return sum([need << place for place, need in enumerate((needs[0], *needs[1 + states :]))])
+    """A bit for the states, then one for each of input and weights."""
+    each = (any(needs[1 : 1 + states]), needs[0], *needs[1 + states :])
+    return sum([need << place for place, need in enumerate(each)])
 
 
 def _in_order(found: Sequence[Tensor], needs: tuple[bool, ...], states: int) -> Gradients:
