@@ -151,13 +151,13 @@ Results run(const Recurrence& r, Type type, const Schedule& schedule, int thread
     const int64_t columns = r.gradient_columns();
     Stored dgates(type, total * columns), h_before(type, total * r.projected), dh_0(type, r.h_0.size()),
         dc_0(type, r.c_0.size()), multiplied(type, multiplies_twice(r) ? total * r.hidden : 0);
-    const auto backward = [&](void* to, int64_t stride) {
+    const auto backward = [&](void* to, int64_t stride, bool of_states) {
         kernels.backward({r.kind, type, r.hidden, r.projected, schedule.rows(resets), threads, true, saved.data(),
                           kept, output.data(), h_0.data(), c_0.data(), weight_hh.data(), weight_hr.data(),
                           grad_output.data(), grad_h_n.data(), grad_c_n.data(), to, stride, h_before.data(),
-                          multiplied.data(), dh_0.data(), dc_0.data()});
+                          multiplied.data(), of_states ? dh_0.data() : nullptr, of_states ? dc_0.data() : nullptr});
     };
-    backward(dgates.data(), columns);
+    backward(dgates.data(), columns, true);
     Results results{{output.values(), h_n.values(), c_n.values(), dgates.values(), h_before.values(), dh_0.values(),
                      dc_0.values()}};
 
@@ -173,8 +173,8 @@ Results run(const Recurrence& r, Type type, const Schedule& schedule, int thread
     results.tensors.push_back(multiplied.values());
     results.tensors.push_back(multiplied_by_definition(r, saved.values(), h_before.values(), total));
     results.tensors.push_back(dgates.values());
-    if (kept > 0 && !r.projects) {   // once more, over what the forward kept
-        backward(saved.data(), kept);
+    if (kept > 0 && !r.projects) {   // once more, over what the forward kept, and not for the states
+        backward(saved.data(), kept, false);
         const Values over = saved.values();
         for (int64_t n = 0; n < total; ++n)
             for (int64_t k = 0; k < columns; ++k) results.tensors.back()[n * columns + k] = over[n * kept + k];

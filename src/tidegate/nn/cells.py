@@ -148,10 +148,13 @@ class RNNCell(_OneStateCell, torch.nn.RNNCell):
 
     def _short_step(self, input: Any, hx: Any) -> Sequence[Tensor]:
         # So small a step that a backward of our own costs more to call than it saves: 1.03 to 1.2 of torch.nn's time.
-        if torch.is_grad_enabled() and not (self.clip or backends.named()) and ops.short_way() is not None:
-            if self.nonlinearity in ("tanh", "relu"):
-                return (torch.nn.RNNCell.forward(self, input, hx),)
+        if torch.is_grad_enabled() and self._is_torchs() and ops.short_way() is not None:
+            return (torch.nn.RNNCell.forward(self, input, hx),)
         return super()._short_step(input, hx)
+
+    def _is_torchs(self) -> bool:
+        """It has torch.nn's equations, and nobody asked for a backend."""
+        return self.nonlinearity in ("tanh", "relu") and not self.clip and not backends.named()
 
     def _options(self) -> Options:
         if self.nonlinearity not in ("tanh", "relu", self._own_nonlinearity):

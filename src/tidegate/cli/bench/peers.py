@@ -24,12 +24,17 @@ PeerCall = Callable[[], list[Any]]
 
 @dataclass(frozen=True)
 class Peer:
-    """A runtime: its package, the modes that it can run, how it builds a call and, for "stream", a step."""
+    """A runtime: its package, the modes that it can run, how it builds a call and, for "stream", a step.
+
+    Attributes:
+        settles_in: seconds that its threads keep spinning after their last task, and so disturb whoever comes next.
+    """
 
     name: str
     modes: tuple[str, ...]
     build: Callable[[Case, Arrays, Any, int], PeerCall]
     build_step: Callable[[Case, Arrays, int], Step] | None = None
+    settles_in: float = 0.005
 
 
 def _build_onnxruntime(case: Case, weights: Arrays, input: Any, threads: int) -> PeerCall:
@@ -123,7 +128,7 @@ def _build_jax(case: Case, weights: Arrays, input: Any, threads: int) -> PeerCal
 
 
 PEERS = (
-    Peer("onnxruntime", ("infer", "cell", "stream"), _build_onnxruntime, _build_onnxruntime_step),
+    Peer("onnxruntime", ("infer", "cell", "stream"), _build_onnxruntime, _build_onnxruntime_step, settles_in=0.06),
     Peer("openvino", ("infer", "cell"), _build_openvino),
     Peer("jax", ("infer", "train", "cell"), _build_jax),
 )

@@ -17,7 +17,7 @@ from tidegate.cli.bench.peers import PEERS, Arrays, Peer
 from tidegate.cli.bench.shapes import Case
 from tidegate.cli.bench.timing import TimeSlice, local_slice
 
-# Thread pools keep spinning for some milliseconds after their last task.
+# So long torch's own threads spin after their last task, at most.
 _SETTLE_SECONDS = 0.005
 
 # In a worker: time the call, and the step, that were built last.
@@ -44,7 +44,7 @@ class PeerProcess:
     def time_slice(self, seconds: float) -> float:
         time.sleep(_SETTLE_SECONDS)
         taken = self._process.submit(_time_slice, seconds).result()
-        time.sleep(_SETTLE_SECONDS)
+        time.sleep(self.peer.settles_in)
         return taken
 
     def can_run(self, case: Case) -> bool:
@@ -59,7 +59,7 @@ class PeerProcess:
         """Time so many steps; the nanoseconds of each."""
         time.sleep(_SETTLE_SECONDS)
         taken = self._process.submit(_time_steps, count).result()
-        time.sleep(_SETTLE_SECONDS)
+        time.sleep(self.peer.settles_in)
         return taken
 
     def failure(self, case: Case, error: Exception) -> str:
