@@ -36,9 +36,17 @@ int64_t now() {
 constexpr int64_t crowded_for = 200'000'000;
 std::atomic<int64_t> crowded_until{0};
 
+// A thread whose work is done waits for those that have not come so far, or not even begun: a scheduler's slice, if
+// others have the processor. Less than this is no more than waking a thread that sleeps.
+constexpr int64_t late = 500'000;
+
+// Work that takes no longer alone than such a wait.
+constexpr int64_t not_worth_a_wait = 5'000'000;
+
 struct Enrolment {
     std::atomic<int> joined{0};    // members so far; `closed` is added once nobody else may join
     std::atomic<int> size{0};      // set when enrolment closes
+    std::atomic<int64_t> done_at{0};   // when the first was that had done its work
     int wanted;
     int64_t patience;
     Work work;
@@ -79,6 +87,8 @@ void enrol(int64_t, int64_t, void* context) {
     const int size = rank == 0 ? close_enrolment(enrolment) : await_size(enrolment);
     Crew crew(enrolment.crew_posts, rank, size);
     enrolment.work(enrolment.context, crew, enrolment.team_posts);
+    int64_t nobody = 0;
+    enrolment.done_at.compare_exchange_strong(nobody, now(), std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -140,7 +150,7 @@ void set_parallel_for(ParallelFor function) { parallel_for = function; }
 
 void run_crew(int wanted, int64_t patience, Work work, void* context) {
     wanted = std::clamp(wanted, 1, max_crew);
-    if (wanted == 1) {
+    if (wanted == 1 || (4 * patience < not_worth_a_wait && is_crowded())) {
         Post post;
         Crew crew(&post, 0, 1);
         work(context, crew, &post);
@@ -151,7 +161,10 @@ void run_crew(int wanted, int64_t patience, Work work, void* context) {
     enrolment.patience = patience;
     enrolment.work = work;
     enrolment.context = context;
+    const int64_t began_at = now();
     parallel_for(wanted, enrol, &enrolment);
+    const int64_t left_at = now(), done_at = enrolment.done_at.load(std::memory_order_relaxed);
+    if (left_at - done_at > std::max(late, (done_at - began_at) / 2)) note_crowding(left_at);
 }
 
 Team make_team(const Crew& all, Post* team_posts, int count) {

@@ -64,7 +64,8 @@ using Work = void (*)(void* context, Crew& all, Post* team_posts);
 using ParallelFor = void (*)(int64_t count, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 void set_parallel_for(ParallelFor function);
 
-// Runs `work` on up to `wanted` threads. `patience` is how many nanoseconds the first may wait for the rest.
+// Runs `work` on up to `wanted` threads. `patience`, a quarter of the time that it would take alone, is how many
+// nanoseconds the first may wait for the rest.
 void run_crew(int wanted, int64_t patience, Work work, void* context);
 
 // Cuts `all` into `count` teams, 1 <= count <= all.size().
@@ -74,8 +75,8 @@ Team make_team(const Crew& all, Post* team_posts, int count);
 // nanoseconds at most; where it takes far longer, the processor is crowded.
 void wait_until(const std::atomic<int64_t>& counter, int64_t value, int64_t expected);
 
-// Whether threads that met lately had to wait for one another far beyond their work, because other processes took the
-// processor. For a while, threads that would have to meet are better not started.
+// Whether threads that met lately had to wait for one another far beyond their work, because others took the processor.
+// For a while, threads that would have to meet, or have little to do, are better not started.
 bool is_crowded();
 
 // The threads worth starting: never more than the CPUs that this process may run on.

@@ -138,10 +138,11 @@ def test_lengths(kind, form, answers):
         assert_same(made, x, states(kind, calls, 3, 9), answers, calls=calls, lengths=torch.tensor(lengths))
 
 
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_rows_that_lie_apart(batch_first, answers):
+def test_rows_that_lie_apart(batch_first, steps, answers):
     """An input that is a part of a larger one, and an output of which a part is used, transposed."""
-    made, wide = module("GRU", 5, 6, batch_first=batch_first), randn(4, 3, 9)
+    made, wide = module("GRU", 5, 6, batch_first=batch_first), randn(1 + steps, 3, 9)
     x = wide[1:, :, 2:7]
 
     def outcome():

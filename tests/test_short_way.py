@@ -205,6 +205,14 @@ def test_state_given_is_state_kept(answers):
     assert torch.equal(output, h_n)
 
 
+@pytest.mark.parametrize("kind", CELLS + LAYERS)
+def test_rows_that_lie_apart(kind, answers):
+    """One step of an input that is a part of a larger one."""
+    x = randn(3, 9)[:, 2:7] if kind in CELLS else randn(2, 3, 9)[1:, :, 2:7]
+    pair = kind.startswith("LSTM")
+    assert_same(module(kind, 5, 4), x, None, answers, 1 + pair + (kind in LAYERS))
+
+
 LONG = {
     "a gradient": ("GRUCell", {}, lambda m, x: torch.enable_grad()(m)(x)),
     "autocast": ("GRUCell", {}, lambda m, x: torch.autocast("cpu", torch.bfloat16)(m)(x)),

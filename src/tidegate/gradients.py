@@ -157,10 +157,9 @@ class ShortRecurrence(torch.autograd.Function):
         count = len(cell.states)
         saved, *zeros = results[count + 1 :]
         states = zeros or tensors[:count]
-        lengths = form and form.lengths
-        ctx.save_for_backward(input, *states, *tensors[2:], lengths, results[0], saved)
+        ctx.save_for_backward(input, *states, *tensors[2:], form and form.lengths, results[0], saved)
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.backend, ctx.options, ctx.form = cell, backend, options, form and form._replace(lengths=None)
+        ctx.cell, ctx.backend, ctx.options, ctx.form = cell, backend, options, form
         ctx.kept_at = None if dispatch.has_saved_tensor_hooks() else saved.data_ptr()
         ctx.absent = (None,) * (len(cell.weights) - 4)
         needs_input, *needs = ctx.needs_input_grad[3:]
@@ -174,7 +173,7 @@ class ShortRecurrence(torch.autograd.Function):
         found = ()
         if dispatch.is_plain() and not torch.is_grad_enabled():
             ours = _is_ours(ctx, saved)
-            form = ctx.form and ctx.form._replace(lengths=lengths)
+            form = ctx.form if lengths is None else ctx.form._replace(lengths=lengths)  # checked for changes since
             arguments = (ctx.cell, ctx.options, form, tensors, output, saved, gradients, ctx.needs, ours)
             found = ctx.backend.recorded_backward(*arguments)
         if not found:
