@@ -37,8 +37,10 @@ constexpr int64_t crowded_for = 200'000'000;
 std::atomic<int64_t> crowded_until{0};
 
 // A thread whose work is done waits for those that have not come so far, or not even begun: a scheduler's slice, if
-// others have the processor. Less than this is no more than waking a thread that sleeps.
-constexpr int64_t late = 500'000;
+// others have the processor. Less than this is no more than waking a thread that sleeps; that takes longer now and then,
+// so that once does not count.
+constexpr int64_t late = 500'000, lately = 300'000'000;
+std::atomic<int64_t> late_at{0};
 
 // Work that takes no longer alone than such a wait.
 constexpr int64_t not_worth_a_wait = 5'000'000;
@@ -58,6 +60,11 @@ struct Enrolment {
 };
 
 void note_crowding(int64_t time) { crowded_until.store(time + crowded_for, std::memory_order_relaxed); }
+
+void note_lateness(int64_t time) {
+    const int64_t before = late_at.exchange(time, std::memory_order_relaxed);
+    if (before && time - before < lately) note_crowding(time);
+}
 
 // The first member closes the enrolment: when all have come, or when its patience ends.
 int close_enrolment(Enrolment& enrolment) {
@@ -164,7 +171,7 @@ void run_crew(int wanted, int64_t patience, Work work, void* context) {
     const int64_t began_at = now();
     parallel_for(wanted, enrol, &enrolment);
     const int64_t left_at = now(), done_at = enrolment.done_at.load(std::memory_order_relaxed);
-    if (left_at - done_at > std::max(late, (done_at - began_at) / 2)) note_crowding(left_at);
+    if (left_at - done_at > std::max(late, (done_at - began_at) / 2)) note_lateness(left_at);
 }
 
 Team make_team(const Crew& all, Post* team_posts, int count) {
