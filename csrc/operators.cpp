@@ -212,8 +212,8 @@ void add_weight_gradients(std::vector<Tensor>& results, const Gates& gates, cons
         std::memcpy(bias_hh + bytes / 3 * 2, sums.data() + bytes, bytes / 3);
 }
 
-// The gradients of the states, then of the rest that is wanted. In bfloat16 the weights' products are left to the caller: their
-// place is taken by dgates, the h that entered each step, and what the second recurrent matrix multiplied.
+// The gradients of the states, then of the rest that is wanted. In bfloat16 the weights' products are left to the caller:
+// their place is taken by dgates, the h that entered each step, and what the second recurrent matrix multiplied.
 std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& any_output, const Tensor& any_input,
                              const Tensor& any_h_0, const Optional& any_c_0, const Tensor& any_weight_ih,
                              const Tensor& any_weight_hh, const Optional& any_weight_hr, const Optional& any_lengths,

@@ -35,10 +35,11 @@ void run_product(const ProductProblem& p) {
             const int64_t first = i * block, size = p.count - first < block ? p.count - first : block;
             for (int64_t row = 0; row < size; ++row)
                 copy_factors(rows + row * stride, static_cast<const S*>(p.rows) + (first + row) * p.stride, p.depth);
-            columns.multiply(alone, rows, stride, size, size, [&](int64_t row, int64_t column, int64_t valid, Vec<A> sum) {
+            const auto put = [&](int64_t row, int64_t column, int64_t valid, Vec<A> sum) {
                 const int64_t place = p.places ? p.places[first + row] : first + row;
                 store(static_cast<S*>(p.out) + place * p.columns + column, sum, valid);
-            });
+            };
+            columns.multiply(alone, rows, stride, size, size, put);
         }
     };
     run_products(p.count, static_cast<double>(p.depth) * static_cast<double>(p.columns), p.threads, body);
