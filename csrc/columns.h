@@ -69,10 +69,10 @@ public:
             panels_.pack_columns(panel, matrix_, columns);
     }
 
-    // Calls each(row, column, valid columns, sums) for this thread's columns, a vector at a time; rows from `first` on
-    // have sums of zero and no product.
+    // Calls each(row, column, valid columns, sum) for this thread's columns, a vector at a time, of `count` rows; those
+    // after the first `with_product` have sums of zero.
     template <class Each>
-    void multiply(const Crew& crew, const F* rows, int64_t row_stride, int64_t first, int64_t count,
+    void multiply(const Crew& crew, const F* rows, int64_t row_stride, int64_t with_product, int64_t count,
                   Each&& each) const {
         const int64_t begin = crew.begin(panels_of(columns)), end = crew.end(panels_of(columns));
         const auto by_vector = [&](int64_t row, int64_t panel, const A* sums) {
@@ -83,11 +83,11 @@ public:
         };
         if constexpr (std::is_same_v<S, A>) {
             if (!packs_)
-                multiply_unpacked<A, wide>(rows, row_stride, first, matrix_, panels_.depth, columns, begin, end,
+                multiply_unpacked<A, wide>(rows, row_stride, with_product, matrix_, panels_.depth, columns, begin, end,
                                            by_vector);
         }
-        if (packs_) tidegate::TIDEGATE_ISA::multiply(rows, row_stride, first, panels_, begin, end, by_vector);
-        no_product(first, count, panels_, begin, end, by_vector);
+        if (packs_) tidegate::TIDEGATE_ISA::multiply(rows, row_stride, with_product, panels_, begin, end, by_vector);
+        no_product(with_product, count, panels_, begin, end, by_vector);
     }
 
     const int64_t columns;

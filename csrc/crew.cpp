@@ -37,8 +37,8 @@ constexpr int64_t crowded_for = 200'000'000;
 std::atomic<int64_t> crowded_until{0};
 
 // A thread whose work is done waits for those that have not come so far, or not even begun: a scheduler's slice, if
-// others have the processor. Less than this is no more than waking a thread that sleeps; now and then that takes longer,
-// so that once does not count.
+// others have the processor. Less than this is no more than waking a thread that sleeps; that takes longer at times, so
+// that once does not count.
 constexpr int64_t late = 500'000, lately = 300'000'000;
 std::atomic<int64_t> late_at{0};
 

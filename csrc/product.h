@@ -30,8 +30,11 @@ void run_product(const ProductProblem& p) {
         columns.pack(crew);
         crew.wait();
         F* rows = copies + crew.rank() * block * stride;
+        // Fewer blocks than threads: each thread takes its columns of all of them.
+        const bool by_columns = blocks < crew.size();
         const Crew alone(nullptr, 0, 1);
-        for (int64_t i = crew.begin(blocks); i < crew.end(blocks); ++i) {
+        const Crew &by_block = by_columns ? alone : crew, &by_column = by_columns ? crew : alone;
+        for (int64_t i = by_block.begin(blocks); i < by_block.end(blocks); ++i) {
             const int64_t first = i * block, size = p.count - first < block ? p.count - first : block;
             for (int64_t row = 0; row < size; ++row)
                 copy_factors(rows + row * stride, static_cast<const S*>(p.rows) + (first + row) * p.stride, p.depth);
@@ -39,7 +42,7 @@ void run_product(const ProductProblem& p) {
                 const int64_t place = p.places ? p.places[first + row] : first + row;
                 store(static_cast<S*>(p.out) + place * p.columns + column, sum, valid);
             };
-            columns.multiply(alone, rows, stride, size, size, put);
+            columns.multiply(by_column, rows, stride, size, size, put);
         }
     };
     run_products(p.count, static_cast<double>(p.depth) * static_cast<double>(p.columns), p.threads, body);

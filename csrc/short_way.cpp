@@ -155,6 +155,29 @@ Schedule schedule_of_rows(const Stack& s, const Optional& lengths, bool reverse)
     return Schedule(s.time, s.batch, reverse, static_cast<const int64_t*>(lengths->const_data_ptr()));
 }
 
+// results: output, h_n, of an LSTM c_n.
+Memory memory_of(const Tensor& input, const Layout& layout, const States& states, const std::vector<Tensor>& results,
+                 void* saved) {
+    return {static_cast<const char*>(input.const_data_ptr()),
+            layout.time_stride,
+            layout.batch_stride,
+            states.h_0,
+            states.c_0,
+            static_cast<char*>(results[0].mutable_data_ptr()),
+            static_cast<char*>(results[1].mutable_data_ptr()),
+            states.c_0 ? static_cast<char*>(results[2].mutable_data_ptr()) : nullptr,
+            static_cast<char*>(saved)};
+}
+
+void run(const Stack& s, const Memory& memory, const Optional& lengths, bool reverse) {
+    const bool bidirectional = s.directions > 1;
+    if (s.time == 1 && !bidirectional && !lengths && fits_step(s.kind, s.projects)) return run_one_step(s, memory);
+    const Schedule schedules[2] = {schedule_of_rows(s, lengths, reverse),
+                                   bidirectional ? schedule_of_rows(s, lengths, true) : Schedule(0, 0, true)};
+    clear_padding(s, memory, schedules[0].total());
+    run_layers(s, memory, schedules);
+}
+
 // input as `Layout` says; h and c (L*D, B, .) or (L*D, .); returns output, h_n and c_n.
 std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, const Tensor& c,
                            const std::vector<Tensor>& weights, int64_t layers, bool bidirectional, bool reverse,
@@ -168,30 +191,14 @@ std::vector<Tensor> layers(int64_t kind, const Tensor& input, const Tensor& h, c
     s.weights = pointers.data();
     Layout layout;
     if (layers < 1 || !read_input(s, input, false, batch_first, layout)) return {};
-    if (!read_weights(s, static_cast<int64_t>(weights.size())) || !states_fit(s, h, c, false, layout.batched)) return {};
-    if (!lengths_fit(s, layout, lengths)) return {};
+    if (!read_weights(s, static_cast<int64_t>(weights.size()))) return {};
+    if (!states_fit(s, h, c, false, layout.batched) || !lengths_fit(s, layout, lengths)) return {};
     std::vector<Tensor> results;
     results.reserve(3);
     results.push_back(make_output(s, layout));
     append_states(results, s, false, layout.batched);
     const States states(s, h, c);
-    const Memory memory = {static_cast<const char*>(input.const_data_ptr()),
-                           layout.time_stride,
-                           layout.batch_stride,
-                           states.h_0,
-                           states.c_0,
-                           static_cast<char*>(results[0].mutable_data_ptr()),
-                           static_cast<char*>(results[1].mutable_data_ptr()),
-                           states.c_0 ? static_cast<char*>(results[2].mutable_data_ptr()) : nullptr,
-                           nullptr};
-    if (s.time == 1 && !bidirectional && !lengths && fits_step(s.kind, s.projects)) {
-        run_one_step(s, memory);
-        return results;
-    }
-    const Schedule schedules[2] = {schedule_of_rows(s, lengths, reverse),
-                                   bidirectional ? schedule_of_rows(s, lengths, true) : Schedule(0, 0, true)};
-    clear_padding(s, memory, schedules[0].total());
-    run_layers(s, memory, schedules);
+    run(s, memory_of(input, layout, states, results, nullptr), lengths, reverse);
     return results;
 }
 
@@ -253,22 +260,8 @@ std::vector<Tensor> recorded_forward(int64_t kind, const Tensor& input, const Te
         if (is_lstm) c = results.back();
     }
     const States states(s, h, c);
-    const Memory memory = {static_cast<const char*>(input.const_data_ptr()),
-                           layout.time_stride,
-                           layout.batch_stride,
-                           states.h_0,
-                           states.c_0,
-                           static_cast<char*>(results[0].mutable_data_ptr()),
-                           static_cast<char*>(results[1].mutable_data_ptr()),
-                           is_lstm ? static_cast<char*>(results[2].mutable_data_ptr()) : nullptr,
-                           saved_columns ? static_cast<char*>(results[saved_place].mutable_data_ptr()) : nullptr};
-    if (s.time == 1 && !lengths && fits_step(s.kind, false)) {
-        run_one_step(s, memory);
-        return results;
-    }
-    const Schedule schedule = schedule_of_rows(s, lengths, reverse);
-    clear_padding(s, memory, schedule.total());
-    run_layers(s, memory, &schedule);
+    void* const saved = saved_columns ? results[saved_place].mutable_data_ptr() : nullptr;
+    run(s, memory_of(input, layout, states, results, saved), lengths, reverse);
     return results;
 }
 

@@ -32,8 +32,8 @@ def _double_precision() -> Generator[None]:
 
 
 def close(found: Any, expected: Any) -> None:
-    """float64, sums in another order: at most 7.1e-15 apart, on every instruction set."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-14)
+    """float64, sums in another order: at most 7.1e-15 apart, on every instruction set, torch's included."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=8e-15)
 
 
 def swapped_and_twin(module: torch.nn.Module) -> tuple[Any, Any]:

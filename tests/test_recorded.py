@@ -59,8 +59,9 @@ def states(kind, *shape):
 
 
 def close(ours, theirs):
-    """Sums in another order, of up to 65 terms: at most 4.7e-15 apart, of larger numbers than 1 relative to them."""
-    torch.testing.assert_close(ours, theirs, rtol=2e-15, atol=1e-14)
+    """Sums in another order, of up to 65 terms: at most 6.4e-15 apart, of larger numbers than 1 relative to them, on
+    every instruction set, torch's included."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-15, atol=8e-15)
 
 
 def gradients(made, x, hx, used=slice(None), **keywords):
@@ -138,6 +139,16 @@ def test_lengths(kind, form, answers):
         assert_same(made, x, states(kind, calls, 3, 9), answers, calls=calls, lengths=torch.tensor(lengths))
 
 
+def assert_same_outcome(outcome, answers, calls):
+    """The reference's, and each of so many calls went the short way."""
+    found = outcome()
+    assert len(answers) == calls
+    assert all(answers)
+    with tg.backend("reference"):
+        for ours, right in zip(found, outcome(), strict=True):
+            close(ours, right)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_rows_that_lie_apart(batch_first, steps, answers):
@@ -150,11 +161,7 @@ def test_rows_that_lie_apart(batch_first, steps, answers):
         loss = output.transpose(0, 1)[1:].square().sum() + output.sum() + h_n[0, 0].square().sum()
         return torch.autograd.grad(loss, [wide, *made.parameters()])
 
-    found = outcome()
-    assert answers == [4]
-    with tg.backend("reference"):
-        for ours, right in zip(found, outcome(), strict=True):
-            close(ours, right)
+    assert_same_outcome(outcome, answers, calls=1)
 
 
 @pytest.mark.usefixtures("named")
@@ -171,12 +178,7 @@ def test_a_row_of_a_larger_tensor(kind, answers):
         loss = torch.stack(after).transpose(0, 2)[1:].pow(2).sum() + after[0].sum()
         return torch.autograd.grad(loss, [frames, *tensors_in(given), *made.parameters()])
 
-    found = outcome()
-    assert len(answers) == 2
-    assert all(answers)
-    with tg.backend("reference"):
-        for ours, right in zip(found, outcome(), strict=True):
-            close(ours, right)
+    assert_same_outcome(outcome, answers, calls=2)
 
 
 @pytest.mark.usefixtures("named")

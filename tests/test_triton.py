@@ -138,6 +138,7 @@ def test_only_what_is_needed_and_absent_gradients_are_zero(variant):
 
 
 def test_through_the_front_door():
+    torch.manual_seed(0)
     layer = tg.LSTM(3, 5, num_layers=2, bidirectional=True, dtype=torch.float64)
     x = torch.randn(4, 3, 3, dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([4, 0, 2])
@@ -148,7 +149,8 @@ def test_through_the_front_door():
         total = output.square().sum() + sum(state.sum() for state in states)
         found[name] = (output.detach(), *torch.autograd.grad(total, [x, *layer.parameters()]))
     for ours, theirs in zip(found["triton"], found["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-15)  # sums in another order: 6e-16 apart
+        # Sums in another order: 8.9e-16 apart, on each of torch's instruction sets.
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-15)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the branch that is not taken overflows
@@ -161,8 +163,9 @@ def test_activations_near_zero_and_far_out():
     s, t = torch.empty_like(x), torch.empty_like(x)
     both[(1,)](x, s, t, N=x.numel())
     for found, function in ((s, torch.sigmoid), (t, torch.tanh)):
-        # 3 units in the last place; 1.8e-7 is the most, the exponential being NumPy's here. Denormals are exact.
-        torch.testing.assert_close(found, function(x.double()).float(), rtol=2.5e-7, atol=0, equal_nan=True)
+        # 3 units in the last place, 1.8e-7, is the most, on each of the paths of NumPy, whose exponential it is here.
+        # Denormals are exact.
+        torch.testing.assert_close(found, function(x.double()).float(), rtol=2e-7, atol=0, equal_nan=True)
 
 
 # Choosing

@@ -117,7 +117,6 @@ public:
           flow_n_(p.rows.batch * stride_, p.poison),
           carry_(p.rows.batch * stride_, p.poison) {}
 
-
     void pack(const Crew& all) const {
         weights_rz_.pack(all);
         weights_n_.pack(all);

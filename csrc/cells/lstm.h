@@ -142,7 +142,6 @@ public:
           carry_(p.rows.batch * c_stride_, p.poison),
           dh_(p.weight_hr ? p.rows.batch * dh_stride_ : 0, p.poison) {}
 
-
     void pack(const Crew& all) const {
         weights_.pack(all);
         projection_.pack(all);

@@ -159,7 +159,8 @@ class ShortRecurrence(torch.autograd.Function):
         states = zeros or tensors[:count]
         ctx.save_for_backward(input, *states, *tensors[2:], form and form.lengths, results[0], saved)
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.backend, ctx.options, ctx.form = cell, backend, options, form
+        ctx.cell, ctx.backend, ctx.form = cell, backend, form
+        ctx.constants = (form is not None and form.reverse, *options)
         ctx.kept_at = None if dispatch.has_saved_tensor_hooks() else saved.data_ptr()
         ctx.absent = (None,) * (len(cell.weights) - 4)
         needs_input, *needs = ctx.needs_input_grad[3:]
@@ -174,7 +175,7 @@ class ShortRecurrence(torch.autograd.Function):
         if dispatch.is_plain() and not torch.is_grad_enabled():
             ours = _is_ours(ctx, saved)
             form = ctx.form if lengths is None else ctx.form._replace(lengths=lengths)  # checked for changes since
-            arguments = (ctx.cell, ctx.options, form, tensors, output, saved, gradients, ctx.needs, ours)
+            arguments = (ctx.cell, ctx.constants[1:], form, tensors, output, saved, gradients, ctx.needs, ours)
             found = ctx.backend.recorded_backward(*arguments)
         if not found:
             found = ShortRecurrence._backward_of_call(ctx, gradients)
@@ -187,7 +188,6 @@ class ShortRecurrence(torch.autograd.Function):
         count = len(ctx.cell.states)
         states, weights = tensors[:count], tensors[count:]
         hidden_size = output.shape[-1]
-        ctx.constants = (ctx.form is not None and ctx.form.reverse, *ctx.options)
         grad_output, *grad_states = gradients
         in_rows = [None if grad is None else grad.reshape(-1, hidden_size) for grad in grad_states]
         inputs = (

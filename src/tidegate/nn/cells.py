@@ -131,7 +131,10 @@ class _OneStateCell(RecurrentCell):
 
 class RNNCell(_OneStateCell, torch.nn.RNNCell):
     """One step of an Elman RNN: torch.nn.RNNCell(input_size, hidden_size, bias, nonlinearity, device, dtype), and
-    `activations`, `clip`, `init` as in RNN."""
+    `activations`, `clip`, `init` as in RNN.
+
+    Where gradients are recorded and no backend is named, a step with torch.nn's equations is torch's own.
+    """
 
     cell = cells.RNN
 
