@@ -8,7 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/* csrc/*/*)
+SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-peers test-clients lint bench wheel clean

@@ -2,8 +2,8 @@
 // What the cells share: the carried h, the input's product by chunks of steps, the gradient that arrives at h.
 #pragma once
 
-#include "../columns.h"
-#include "../sequence.h"
+#include "engine/columns.h"
+#include "engine/sequence.h"
 
 namespace tidegate::TIDEGATE_ISA {
 

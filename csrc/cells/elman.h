@@ -3,7 +3,7 @@
 // backward needs, so nothing is saved. Columns of `dgates`: the gradient of the pre-activation.
 #pragma once
 
-#include "base.h"
+#include "cells/base.h"
 
 namespace tidegate::TIDEGATE_ISA {
 

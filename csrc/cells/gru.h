@@ -5,7 +5,7 @@
 // Columns of `dgates`: dr, dz, dn (of x's side), and for the reset-after form dn r (of h's side).
 #pragma once
 
-#include "base.h"
+#include "cells/base.h"
 
 namespace tidegate::TIDEGATE_ISA {
 

@@ -3,7 +3,7 @@
 // the other. Columns of `saved` and `dgates`: r, z, n.
 #pragma once
 
-#include "base.h"
+#include "cells/base.h"
 
 namespace tidegate::TIDEGATE_ISA {
 

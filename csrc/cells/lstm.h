@@ -5,7 +5,7 @@
 // Columns of `dgates`: di, df, dg, do, and with a projection also dh'.
 #pragma once
 
-#include "base.h"
+#include "cells/base.h"
 
 namespace tidegate::TIDEGATE_ISA {
 

@@ -11,10 +11,10 @@
 #include <thread>
 #include <vector>
 
-#include "crew.h"
-#include "isa.h"
+#include "engine/crew.h"
+#include "engine/isa.h"
 #include "recurrence.h"
-#include "schedule.h"
+#include "engine/schedule.h"
 
 namespace {
 

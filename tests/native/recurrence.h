@@ -12,7 +12,7 @@
 #include <random>
 #include <vector>
 
-#include "problem.h"
+#include "engine/problem.h"
 
 using Values = std::vector<double>;
 

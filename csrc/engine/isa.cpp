@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "isa.h"
+#include "engine/isa.h"
 
 #include <atomic>
 #include <cstdlib>

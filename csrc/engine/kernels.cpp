@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set, with TIDEGATE_ISA as its name.
 #include "cells/gru_reset_before.h"
-#include "isa.h"
-#include "product.h"
-#include "step.h"
+#include "engine/isa.h"
+#include "engine/product.h"
+#include "engine/step.h"
 
 namespace tidegate::TIDEGATE_ISA {
 namespace {

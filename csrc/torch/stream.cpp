@@ -14,9 +14,9 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
-#include "isa.h"
-#include "tensors.h"
+#include "torch/checks.h"
+#include "engine/isa.h"
+#include "torch/tensors.h"
 
 namespace tidegate {
 namespace {

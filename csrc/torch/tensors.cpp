@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "tensors.h"
+#include "torch/tensors.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 #include <stdexcept>
 
-#include "checks.h"
-#include "crew.h"
+#include "torch/checks.h"
+#include "engine/crew.h"
 
 namespace tidegate {
 

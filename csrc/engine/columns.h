@@ -3,7 +3,7 @@
 // over them, read where they lie where packing would cost more than a few rows bring.
 #pragma once
 
-#include "panel.h"
+#include "engine/panel.h"
 
 namespace tidegate::TIDEGATE_ISA {
 

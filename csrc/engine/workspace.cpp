@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "workspace.h"
+#include "engine/workspace.h"
 
 #include <new>
 

@@ -11,9 +11,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "crew.h"
-#include "vec.h"
-#include "workspace.h"
+#include "engine/crew.h"
+#include "engine/vec.h"
+#include "engine/workspace.h"
 
 namespace tidegate::TIDEGATE_ISA {
 

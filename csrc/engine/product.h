@@ -3,8 +3,8 @@
 // panel.h runs at the machine's rate wherever its instruction set is used, and because both read rows that lie apart.
 #pragma once
 
-#include "columns.h"
-#include "sequence.h"
+#include "engine/columns.h"
+#include "engine/sequence.h"
 
 namespace tidegate::TIDEGATE_ISA {
 

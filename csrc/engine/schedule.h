@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "problem.h"
+#include "engine/problem.h"
 
 namespace tidegate {
 

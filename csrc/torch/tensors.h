@@ -6,7 +6,7 @@
 
 #include <initializer_list>
 
-#include "problem.h"
+#include "engine/problem.h"
 
 namespace tidegate {
 

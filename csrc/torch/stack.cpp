@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "stack.h"
+#include "torch/stack.h"
 
 #include <cstring>
 #include <vector>
 
-#include "isa.h"
-#include "tensors.h"
+#include "engine/isa.h"
+#include "torch/tensors.h"
 
 namespace tidegate {
 

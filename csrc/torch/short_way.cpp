@@ -12,8 +12,8 @@
 #include <cstring>
 #include <vector>
 
-#include "stack.h"
-#include "tensors.h"
+#include "torch/stack.h"
+#include "torch/tensors.h"
 
 namespace tidegate {
 namespace {

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "problem.h"
+#include "engine/problem.h"
 
 namespace tidegate {
 

@@ -11,11 +11,11 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
-#include "crew.h"
-#include "isa.h"
-#include "schedule.h"
-#include "tensors.h"
+#include "torch/checks.h"
+#include "engine/crew.h"
+#include "engine/isa.h"
+#include "engine/schedule.h"
+#include "torch/tensors.h"
 
 namespace tidegate {
 namespace {

@@ -5,8 +5,8 @@
 #include <atomic>
 #include <deque>
 
-#include "panel.h"
-#include "problem.h"
+#include "engine/panel.h"
+#include "engine/problem.h"
 
 namespace tidegate::TIDEGATE_ISA {
 

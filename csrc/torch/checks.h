@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "schedule.h"
+#include "engine/schedule.h"
 
 namespace tidegate {
 

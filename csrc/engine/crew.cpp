@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "crew.h"
+#include "engine/crew.h"
 
 #include <sched.h>
 
