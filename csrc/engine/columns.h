@@ -3,11 +3,11 @@
 // over them, read where they lie where packing would cost more than a few rows bring.
 #pragma once
 
+#include "engine/cost.h"
+#include "engine/crew.h"
 #include "engine/panel.h"
 
 namespace tidegate::TIDEGATE_ISA {
-
-constexpr int64_t rows_not_worth_packing = 8;
 
 // Calls each(row, panel, sums) as `multiply`, for a row-major (depth, columns) matrix. Rows of the matrix pass by
 // `group` at a time, so that they are read in one go; each sum still runs over the depth in order.
@@ -89,6 +89,8 @@ public:
         if (packs_) tidegate::TIDEGATE_ISA::multiply(rows, row_stride, with_product, panels_, begin, end, by_vector);
         no_product(with_product, count, panels_, begin, end, by_vector);
     }
+
+    int64_t depth() const { return panels_.depth; }
 
     const int64_t columns;
 

@@ -106,13 +106,9 @@ public:
     // x and its part of h are two slots.
     template <int gates, bool own_n, class Point>
     void run(Point&& point) const {
-        // Below this many bytes of weights a thread costs more to wake than it brings.
-        constexpr int64_t wake_bytes = 500000;
         const int64_t vectors = ceil_div(p_.hidden, lanes);
         const int64_t bytes = gates * p_.hidden * (p_.hidden + p_.input_size) * static_cast<int64_t>(sizeof(S));
-        int64_t threads = bytes * p_.batch / wake_bytes;
-        threads = threads < 1 ? 1 : threads > p_.threads ? p_.threads : threads;
-        const auto body = [&](Crew& crew) {
+        auto body = [&](Crew& crew, Team&) {
             alignas(64) V sums[block][gates + own_n];
             for (int64_t i = crew.begin(vectors); i < crew.end(vectors); ++i)
                 for (int64_t first = 0; first < p_.batch; first += block) {
@@ -122,10 +118,7 @@ public:
                     for (int64_t row = 0; row < count; ++row) point(first + row, i * lanes, sums[row]);
                 }
         };
-        run_crew(
-            static_cast<int>(threads), 20000,
-            [](void* context, Crew& crew, Post*) { (*static_cast<decltype(body)*>(context))(crew); },
-            const_cast<void*>(static_cast<const void*>(&body)));
+        run_shared(share_step(bytes, p_.batch, p_.threads), body);
     }
 
     V h_before(int64_t row, int64_t unit) const { return load(h_.data + row * h_.stride + unit, p_.hidden - unit); }

@@ -113,13 +113,31 @@ std::vector<Tensor> forward(int64_t kind, const Tensor& any_input, const Tensor&
         std::memset(kept + schedule.total() * row, 0, static_cast<size_t>(padding * row));
     }
     const ForwardProblem problem = {
-        s.kind, s.type, input_size, s.hidden, s.projected, schedule.rows(check_resets(resets, time, s.batch)),
-        thread_count(), poison, input.const_data_ptr(), input.stride(0), input.stride(1), h_0.const_data_ptr(),
-        pointer(c_0), weight_ih.const_data_ptr(), weight_hh.const_data_ptr(), pointer(bias_ih), pointer(bias_hh),
-        pointer(weight_hr), output, s.projected, results[1].mutable_data_ptr(),
-        c_0 ? results[2].mutable_data_ptr() : nullptr, saved_columns ? results.back().mutable_data_ptr() : nullptr,
-        saved_columns, nullptr};
-    active_kernels().forward(&problem, 1, false);
+        .kind = s.kind,
+        .type = s.type,
+        .input_size = input_size,
+        .hidden = s.hidden,
+        .projected = s.projected,
+        .rows = schedule.rows(check_resets(resets, time, s.batch)),
+        .threads = thread_count(),
+        .poison = poison,
+        .input = input.const_data_ptr(),
+        .input_time_stride = input.stride(0),
+        .input_batch_stride = input.stride(1),
+        .h_0 = h_0.const_data_ptr(),
+        .c_0 = pointer(c_0),
+        .weight_ih = weight_ih.const_data_ptr(),
+        .weight_hh = weight_hh.const_data_ptr(),
+        .bias_ih = pointer(bias_ih),
+        .bias_hh = pointer(bias_hh),
+        .weight_hr = pointer(weight_hr),
+        .output = output,
+        .output_stride = s.projected,
+        .h_n = results[1].mutable_data_ptr(),
+        .c_n = c_0 ? results[2].mutable_data_ptr() : nullptr,
+        .saved = saved_columns ? results.back().mutable_data_ptr() : nullptr,
+        .saved_stride = saved_columns};
+    active_kernels().forward(&problem, 1, Together::layers);
     return results;
 }
 
@@ -141,23 +159,6 @@ struct Gates {
     int64_t rows() const { return gates_of(sizes.kind) * sizes.hidden; }
 };
 
-// The gradient of the input: dgates W_ih, row by row to where the input lies. With lengths, dgates is packed.
-Tensor input_gradient(const Gates& gates, const Tensor& weight_ih, int64_t time, bool packed) {
-    const Sizes& s = gates.sizes;
-    const int64_t total = gates.schedule.total(), columns = weight_ih.size(1);
-    Tensor result = make(s.type, {time, s.batch, columns});
-    std::vector<int64_t> places;
-    if (packed) {
-        std::memset(result.mutable_data_ptr(), 0, static_cast<size_t>(result.numel()) * bytes_of(s.type));
-        places.resize(static_cast<size_t>(total));
-        gates.schedule.places(places.data());
-    }
-    active_kernels().product({s.type, thread_count(), poison, total, gates.rows(), columns, gates.data, gates.stride,
-                              weight_ih.const_data_ptr(), packed ? places.data() : nullptr,
-                              result.mutable_data_ptr()});
-    return result;
-}
-
 // Appends the gradients of the weights and biases that are wanted, in the order of the bits.
 void add_weight_gradients(std::vector<Tensor>& results, const Gates& gates, const Tensor& input, const Tensor& output,
                           const Tensor& h_0, const uint8_t* resets, int64_t wanted) {
@@ -166,8 +167,14 @@ void add_weight_gradients(std::vector<Tensor>& results, const Gates& gates, cons
     const size_t total = static_cast<size_t>(gates.schedule.total());
     const int64_t rows = gates.rows(), element = static_cast<int64_t>(bytes_of(s.type));
     std::vector<char> sums(static_cast<size_t>(gates.columns * element));
-    OuterProblem problem = {s.type, thread_count(), poison, gates.schedule.total(), gates.data, gates.stride,
-                            gates.columns, 0, {}, sums.data()};
+    OuterProblem problem = {.type = s.type,
+                            .threads = thread_count(),
+                            .poison = poison,
+                            .count = gates.schedule.total(),
+                            .d = gates.data,
+                            .stride = gates.stride,
+                            .columns = gates.columns,
+                            .sums = sums.data()};
     const auto result = [&](std::initializer_list<int64_t> sizes) {
         Tensor tensor = make(s.type, sizes);
         results.push_back(tensor);
@@ -177,7 +184,8 @@ void add_weight_gradients(std::vector<Tensor>& results, const Gates& gates, cons
     };
     const auto multiply = [&](const std::vector<const void*>& with, int64_t columns, int64_t first, int64_t last,
                               char* out) {
-        problem.target[problem.targets++] = {with.data(), columns, first, last, out};
+        problem.target[problem.targets++] = {
+            .rows = with.data(), .columns = columns, .skip_first = first, .skip_last = last, .out = out};
     };
     std::vector<const void*> input_rows, h_rows, multiplied_rows;
     for (size_t n = 0; gates.multiplied && n < total; ++n)
@@ -192,8 +200,8 @@ void add_weight_gradients(std::vector<Tensor>& results, const Gates& gates, cons
     if (wanted & hh_bit) {
         h_rows.resize(total);
         gates.schedule.h_rows(static_cast<const char*>(output.const_data_ptr()),
-                              static_cast<const char*>(h_0.const_data_ptr()), s.projected * element, resets,
-                              h_rows.data());
+                              s.projected * element, static_cast<const char*>(h_0.const_data_ptr()),
+                              s.projected * element, resets, h_rows.data());
         char* out = result({rows, s.projected});
         // A GRU's n gate has its own gradient on h's side, in the last columns, or its own rows.
         const int64_t gap = kind == Kind::gru || kind == Kind::gru_reset_before ? 2 * s.hidden : rows;
@@ -251,16 +259,43 @@ std::vector<Tensor> backward(int64_t kind, const Tensor& saved, const Tensor& an
     std::vector<Tensor> results = {of_states ? make(s.type, {s.batch, s.projected}) : make(s.type, {0})};
     if (c_0) results.push_back(of_states ? make(s.type, {s.batch, s.hidden}) : make(s.type, {0}));
     const uint8_t* reset_marks = check_resets(resets, time, s.batch);
-    active_kernels().backward({s.kind, s.type, s.hidden, s.projected, schedule.rows(reset_marks), thread_count(),
-                               poison, saved.const_data_ptr(), saved_stride, output.const_data_ptr(),
-                               h_0.const_data_ptr(), pointer(c_0), weight_hh.const_data_ptr(), pointer(weight_hr),
-                               pointer(grad_output), pointer(grad_h_n), pointer(grad_c_n),
-                               dgates.mutable_data_ptr(), gates.stride,
-                               h_before ? h_before->mutable_data_ptr() : nullptr,
-                               multiplied ? multiplied->mutable_data_ptr() : nullptr,
-                               of_states ? results[0].mutable_data_ptr() : nullptr,
-                               of_states && c_0 ? results[1].mutable_data_ptr() : nullptr});
-    if (wanted & input_bit) results.push_back(input_gradient(gates, weight_ih, time, lengths.has_value()));
+    Optional dinput;
+    if (wanted & input_bit) {
+        dinput = make(s.type, {time, s.batch, input.size(2)});
+        if (lengths)
+            std::memset(dinput->mutable_data_ptr(), 0, static_cast<size_t>(dinput->numel()) * bytes_of(s.type));
+    }
+    const BackwardProblem problem = {.kind = s.kind,
+                                     .type = s.type,
+                                     .input_size = input.size(2),
+                                     .hidden = s.hidden,
+                                     .projected = s.projected,
+                                     .rows = schedule.rows(reset_marks),
+                                     .threads = thread_count(),
+                                     .poison = poison,
+                                     .saved = saved.const_data_ptr(),
+                                     .saved_stride = saved_stride,
+                                     .h = output.const_data_ptr(),
+                                     .h_stride = s.projected,
+                                     .h_0 = h_0.const_data_ptr(),
+                                     .c_0 = pointer(c_0),
+                                     .weight_ih = weight_ih.const_data_ptr(),
+                                     .weight_hh = weight_hh.const_data_ptr(),
+                                     .weight_hr = pointer(weight_hr),
+                                     .grad_output = pointer(grad_output),
+                                     .grad_time_stride = s.batch * s.projected,
+                                     .grad_batch_stride = s.projected,
+                                     .grad_h_n = pointer(grad_h_n),
+                                     .grad_c_n = pointer(grad_c_n),
+                                     .dgates = dgates.mutable_data_ptr(),
+                                     .dgates_stride = gates.stride,
+                                     .h_before = h_before ? h_before->mutable_data_ptr() : nullptr,
+                                     .multiplied = multiplied ? multiplied->mutable_data_ptr() : nullptr,
+                                     .dh_0 = of_states ? results[0].mutable_data_ptr() : nullptr,
+                                     .dc_0 = of_states && c_0 ? results[1].mutable_data_ptr() : nullptr,
+                                     .dinput = dinput ? dinput->mutable_data_ptr() : nullptr};
+    active_kernels().backward(&problem, 1, Together::layers);
+    if (dinput) results.push_back(*dinput);
     if (!products)
         for (const Optional& tensor : {Optional(dgates), h_before, multiplied})
             results.push_back(tensor ? *tensor : make(s.type, {0}));

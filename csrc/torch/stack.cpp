@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "engine/cost.h"
 #include "engine/isa.h"
 #include "torch/tensors.h"
 
@@ -90,7 +91,7 @@ void run_layers(const Stack& s, const Memory& m, const Schedule* schedules) {
     }
     const int together = static_cast<int>(stacked ? s.layers : s.directions);
     for (size_t first = 0; first < problems.size(); first += static_cast<size_t>(together))
-        active_kernels().forward(&problems[first], together, stacked);
+        active_kernels().forward(&problems[first], together, stacked ? Together::layers : Together::directions);
 }
 
 void clear_padding(const Stack& s, const Memory& m, int64_t total) {

@@ -2,6 +2,7 @@
 // A stack of layers of one kind, sizes and type, as the short way has read it, and how it runs.
 #pragma once
 
+#include "cells/table.h"
 #include "torch/checks.h"
 
 namespace tidegate {

@@ -79,8 +79,8 @@ Tensor pack(int64_t kind_number, const std::vector<Tensor>& weights, bool biased
         }
         layers.push_back(problem);
     }
-    layout.first = active_kernels().pack(layers[0]);
-    if (layout.layers > 1) layout.other = active_kernels().pack(layers[1]);
+    layout.first = active_kernels().packed_size(layers[0]);
+    if (layout.layers > 1) layout.other = active_kernels().packed_size(layers[1]);
     const int64_t bytes = computed_bytes(type), head = static_cast<int64_t>(sizeof(Layout)) / bytes;
     Tensor packed = make(type == Type::f64 ? Type::f64 : Type::f32,
                          {head + layout.first + (layout.layers - 1) * layout.other});
@@ -123,7 +123,7 @@ void run(const Layout& layout, Type type, int64_t batch, const char* weights, co
             problem.c_n = c + layer * c_bytes;
         }
         problem.packed = const_cast<char*>(weights);
-        active_kernels().forward(&problem, 1, false);
+        active_kernels().forward(&problem, 1, Together::layers);
         weights += (layer == 0 ? layout.first : layout.other) * computed_bytes(type);
     }
 }

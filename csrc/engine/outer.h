@@ -1,52 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two large products of the backward: the input's gradient and the weights'. Here because the register tile of
-// panel.h runs at the machine's rate wherever its instruction set is used, and because both read rows that lie apart.
+// The gradients of weights: products over all positions, of rows that lie apart.
 #pragma once
 
 #include "engine/columns.h"
 #include "engine/sequence.h"
 
 namespace tidegate::TIDEGATE_ISA {
-
-// Runs `body(crew)` on as many threads as the work is worth: `count` rows by so many weights.
-template <class Body>
-inline void run_products(int64_t count, double weights, int most, Body& body) {
-    const double flops = 2 * static_cast<double>(count) * weights;
-    run_crew(
-        static_cast<int>(threads_worth_waking(flops, weights, most)), patience_for(flops),
-        [](void* context, Crew& crew, Post*) { (*static_cast<Body*>(context))(crew); }, &body);
-}
-
-template <class S>
-void run_product(const ProductProblem& p) {
-    using A = computed<S>;
-    using F = factor<S>;
-    constexpr int64_t block = 48;   // rows that pass over a panel while it is in the nearest cache
-    // Padded, so that rows do not fall on one cache set.
-    const int64_t stride = padded<F>(p.depth), blocks = ceil_div(p.count, block);
-    const Columns<S> columns(p.weight, p.depth, p.columns, p.count, p.poison);
-    const Buffer<F> copies(p.threads * block * stride, p.poison);
-    auto body = [&](Crew& crew) {
-        columns.pack(crew);
-        crew.wait();
-        F* rows = copies + crew.rank() * block * stride;
-        // Fewer blocks than threads: each thread takes its columns of all of them.
-        const bool by_columns = blocks < crew.size();
-        const Crew alone(nullptr, 0, 1);
-        const Crew &by_block = by_columns ? alone : crew, &by_column = by_columns ? crew : alone;
-        for (int64_t i = by_block.begin(blocks); i < by_block.end(blocks); ++i) {
-            const int64_t first = i * block, size = p.count - first < block ? p.count - first : block;
-            for (int64_t row = 0; row < size; ++row)
-                copy_factors(rows + row * stride, static_cast<const S*>(p.rows) + (first + row) * p.stride, p.depth);
-            const auto put = [&](int64_t row, int64_t column, int64_t valid, Vec<A> sum) {
-                const int64_t place = p.places ? p.places[first + row] : first + row;
-                store(static_cast<S*>(p.out) + place * p.columns + column, sum, valid);
-            };
-            columns.multiply(by_column, rows, stride, size, size, put);
-        }
-    };
-    run_products(p.count, static_cast<double>(p.depth) * static_cast<double>(p.columns), p.threads, body);
-}
 
 // The transposed product, by blocks of positions. D's block is packed into tiles of R columns, [tile][position][R], and
 // X's into panels; each element of the result is the sum of the blocks in order, whoever computes it.
@@ -239,8 +198,8 @@ private:
 template <class A>
 void run_outer(const OuterProblem& problem) {
     const Outer<A> outer(problem);
-    auto body = [&](Crew& crew) { outer.run(crew); };
-    run_products(problem.count, outer.weights(), problem.threads, body);
+    auto body = [&](Crew& all, Team&) { outer.run(all); };
+    run_shared(share_product(problem.count, outer.weights(), problem.threads), body);
 }
 
 }  // namespace tidegate::TIDEGATE_ISA
