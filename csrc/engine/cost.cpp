@@ -23,10 +23,13 @@ constexpr int64_t chunk_rows_of_layers = 16, least_chunk_of_layers = 4;
 // Flops that could be done while threads meet at a barrier.
 constexpr double meeting_flops = 2e4;
 
-// Side by side must take less than so much of the time one by one. Several rows that stay together use each weight that
-// is read oftener; one row alone gains nothing, and where a thread's half of the weights fitted the nearest cache, all of
-// one layer's may not.
-constexpr double saving_of_rows = 1.15, saving_of_one_row = 0.95;
+// Side by side must take less than so much of the time one by one, as these flops tell it. Several rows that stay
+// together use each weight that is read oftener; one row alone gains nothing, and where a thread's half of the weights
+// fitted the nearest cache, all of one layer's may not. A backward does more at each unit, which counts as no flops.
+struct Saving {
+    double of_rows, of_one_row;
+};
+constexpr Saving forward_saving = {1.15, 0.95}, backward_saving = {1.2, 1.15};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -93,8 +96,11 @@ Sharing share_problems(const LoopWork* works, int count, Together together, int 
     const double wait = layers ? static_cast<double>(groups - 1) / static_cast<double>(chunks) : 0;
     const double side_by_side =
         (static_cast<double>(ceil_div(count, groups)) + wait) * step_cost(largest * rows, size);
-    const double saving = most > 1 ? saving_of_rows : saving_of_one_row;
-    if (groups < 2 || side_by_side > saving * one_by_one || is_crowded()) return {};
+    const Saving saving = is_backward ? backward_saving : forward_saving;
+    const double enough = (most > 1 ? saving.of_rows : saving.of_one_row) * one_by_one;
+    // Reading weights is no reason to wake a thread here: each group reads all of its own.
+    if (groups < 2 || flops < static_cast<double>(groups) * wake_flops || side_by_side > enough || is_crowded())
+        return {};
     return {.threads = static_cast<int>(groups * size),
             .teams = static_cast<int>(groups),
             .patience = patience_for(flops),

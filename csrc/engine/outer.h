@@ -14,6 +14,7 @@ class Outer {
     static constexpr int wide = 2, lanes = width<A>, R = Tiles<A, wide>::max_rows;
     static constexpr int parts = (R + lanes - 1) / lanes;   // vectors that hold a tile's row
     static constexpr int64_t block = 256;
+    static constexpr int64_t block_of_sums = 32;   // D's columns are added up in float so far, then in double
 
 public:
     explicit Outer(const OuterProblem& p)
@@ -24,6 +25,7 @@ public:
           panel_stride_(rows_ * wide * lanes),
           d_(tiles_ * tile_stride_, p.poison),
           sums_(tiles_ * parts * lanes, p.poison),
+          totals_(p.columns, p.poison),
           x_(all_panels(p) * panel_stride_, p.poison) {}
 
     void run(Crew& crew) const {
@@ -107,9 +109,17 @@ private:
     // Row by row, because D's rows are long and lie apart; a vector that runs past its tile is overwritten by the next
     // row's.
     void pack_d(int64_t begin, int64_t end, int64_t first, int64_t size) const {
-        const A* from = static_cast<const A*>(p_.d) + first * p_.stride;
+        for (int64_t n = 0; n < size; n += block_of_sums) {
+            pack_rows_of_d(begin, end, first, n, size - n < block_of_sums ? size : n + block_of_sums);
+            add_sums(begin, end, first + n == 0);
+        }
+    }
+
+    // The rows n .. last - 1 of the block.
+    void pack_rows_of_d(int64_t begin, int64_t end, int64_t first, int64_t n, int64_t last) const {
+        const A* from = static_cast<const A*>(p_.d) + (first + n) * p_.stride;
         for (int64_t i = begin * parts * lanes; i < end * parts * lanes; i += lanes) store(sums_ + i, Vec<A>{});
-        for (int64_t n = 0; n < size; ++n, from += p_.stride)
+        for (; n < last; ++n, from += p_.stride)
             for (int64_t tile = begin; tile < end; ++tile)
                 for (int part = 0; part < parts; ++part) {
                     const int64_t column = tile * R + part * lanes;
@@ -118,11 +128,18 @@ private:
                     store(d_ + tile * tile_stride_ + n * R + part * lanes, values);
                     store(sums, load(sums) + values);
                 }
+    }
+
+    void add_sums(int64_t begin, int64_t end, bool fresh) const {
         for (int64_t tile = begin; tile < end; ++tile) {
             const int64_t column = tile * R;
-            A* total = static_cast<A*>(p_.sums) + column;
+            A* to = static_cast<A*>(p_.sums) + column;
+            double* totals = totals_ + column;
             const A* sums = sums_ + tile * parts * lanes;
-            for (int r = 0; r < R && column + r < p_.columns; ++r) total[r] = first == 0 ? sums[r] : total[r] + sums[r];
+            for (int r = 0; r < R && column + r < p_.columns; ++r) {
+                totals[r] = (fresh ? 0 : totals[r]) + static_cast<double>(sums[r]);
+                to[r] = static_cast<A>(totals[r]);
+            }
         }
     }
 
@@ -192,7 +209,9 @@ private:
 
     const OuterProblem& p_;
     const int64_t tiles_, rows_, tile_stride_, panel_stride_;   // rows_: positions of a block
-    const Buffer<A> d_, sums_, x_;
+    const Buffer<A> d_, sums_;
+    const Buffer<double> totals_;
+    const Buffer<A> x_;
 };
 
 template <class A>

@@ -4,8 +4,9 @@
 // A panel holds columns of a product, C vectors wide, depth-major: [depth][C][lane], or, where a lane of the sums takes
 // two factors at a time, [depth / 2][C][lane][2], an odd depth ending in zeros. For a gated cell the C vectors are
 // the gates of one vector of hidden units, so that all that a unit needs comes out of one tile.
-// Each sum runs over the depth in order in one accumulator, whatever the tile: a row's bits do not depend on the
-// number of rows or threads.
+// Each sum runs over the depth in order, whatever the tile: a row's bits do not depend on the number of rows or threads.
+// A block of depth is added up in one accumulator, then to the sum of the blocks before it, because the rounding error of
+// one long sum in float grows with its length.
 #pragma once
 
 #include <type_traits>
@@ -14,6 +15,8 @@
 #include "engine/buffer.h"
 
 namespace tidegate::TIDEGATE_ISA {
+
+constexpr int64_t block_words = 256;
 
 template <class F, int C>
 class Panels {
@@ -120,16 +123,29 @@ void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t p
             }
         }
     };
+    const auto each_sum = [&](auto put) [[gnu::always_inline]] {
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+            for (int m = 0; m < M; ++m)
+#pragma GCC unroll 24
+                for (int c = 0; c < C; ++c) put(acc[r][m][c], sums + ((r * M + m) * C + c) * lanes);
+    };
     const int64_t words = depth / in_word;
-    for (int64_t word = 0; word < words; ++word) add(word, splat_word<F>);
+    int64_t word = 0;
+    while (words - word > block_words) {
+        const bool is_first = word == 0;
+        for (const int64_t end = word + block_words; word < end; ++word) add(word, splat_word<F>);
+        each_sum([&](Vec<A>& sum, A* to) [[gnu::always_inline]] {
+            store(to, is_first ? sum : load(to) + sum);
+            sum = Vec<A>{};
+        });
+    }
+    const bool has_blocks = word > 0;
+    for (; word < words; ++word) add(word, splat_word<F>);
     // Whatever lies behind a row may be a NaN, which a weight of zero does not stop.
     if (depth % in_word) add(words, splat_first<F>);
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 24
-        for (int m = 0; m < M; ++m)
-#pragma GCC unroll 24
-            for (int c = 0; c < C; ++c) store(sums + ((r * M + m) * C + c) * lanes, acc[r][m][c]);
+    each_sum([&](Vec<A>& sum, A* to) [[gnu::always_inline]] { store(to, has_blocks ? load(to) + sum : sum); });
 }
 
 template <class F, int C>

@@ -48,27 +48,42 @@ inline void multiply_rows(const RowProduct<S>* products, int count, int64_t vali
     using A = computed<S>;
     using V = Vec<A>;
     constexpr int lanes = width<A>;
-    V acc[W][R];
+    V acc[W][R], blocks[W][R];   // blocks: the sum of those before, if there were any
+    bool has_blocks = false;
 #pragma GCC unroll 16
     for (int w = 0; w < W; ++w)
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[w][r] = V{};
+    const auto end_block = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int w = 0; w < W; ++w)
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                blocks[w][r] = has_blocks ? blocks[w][r] + acc[w][r] : acc[w][r];
+                acc[w][r] = V{};
+            }
+        has_blocks = true;
+    };
     for (int i = 0; i < count; ++i) {
         const RowProduct<S> p = products[i];
         const int64_t depth = p.x.columns, whole = depth / lanes * lanes, rest = depth - whole;
         const S* row[W];
 #pragma GCC unroll 16
         for (int w = 0; w < W; ++w) row[w] = p.weights + (w < valid ? w : valid - 1) * depth;
-        for (int64_t k = 0; k < whole; k += lanes) {
-            V x[R];
+        for (int64_t k = 0; k < whole;) {
+            const int64_t end = whole - k > block_words * lanes ? k + block_words * lanes : whole;
+            for (; k < end; k += lanes) {
+                V x[R];
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) x[r] = load(p.x.data + r * p.x.stride + k);
+                for (int r = 0; r < R; ++r) x[r] = load(p.x.data + r * p.x.stride + k);
 #pragma GCC unroll 16
-            for (int w = 0; w < W; ++w) {
-                const V weight = load(row[w] + k);
+                for (int w = 0; w < W; ++w) {
+                    const V weight = load(row[w] + k);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) acc[w][r] += weight * x[r];
+                    for (int r = 0; r < R; ++r) acc[w][r] += weight * x[r];
+                }
             }
+            if (k < whole) end_block();
         }
         if (!rest) continue;
 #pragma GCC unroll 16
@@ -77,6 +92,13 @@ inline void multiply_rows(const RowProduct<S>* products, int count, int64_t vali
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) acc[w][r] += weight * load(p.x.data + r * p.x.stride + whole, rest);
         }
+    }
+    if (has_blocks) {
+        end_block();
+#pragma GCC unroll 16
+        for (int w = 0; w < W; ++w)
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) acc[w][r] = blocks[w][r];
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
