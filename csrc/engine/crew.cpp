@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <thread>
 
 #include "engine/cost.h"
 
@@ -168,11 +167,6 @@ Team make_team(const Crew& all, Post* team_posts, int count) {
     const int first = first_of(mine);
     const int size = (mine + 1 < count ? first_of(mine + 1) : all.size()) - first;
     return {Crew(team_posts + first, all.rank() - first, size), mine, count};
-}
-
-int available_cpus() {
-    static const int cpus = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-    return cpus;
 }
 
 }  // namespace tidegate

@@ -86,7 +86,7 @@ private:
             x[n] = static_cast<const A*>(target.rows[n]);
             d[n] = splat<A>(static_cast<const A*>(p_.d)[n * p_.stride + column]);
         }
-        const auto sum = [&](auto load_from) [[gnu::always_inline]] {
+        const auto sum = [&](auto load_from) __attribute__((always_inline)) {
             Vec<A> total{};
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) total += d[n] * (x[n] ? load_from(x[n]) : Vec<A>{});

@@ -106,7 +106,7 @@ void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t p
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 24
             for (int c = 0; c < C; ++c) acc[r][m][c] = load(bias + (m * C + c) * lanes);
-    const auto add = [&](int64_t word, auto splat_factors) [[gnu::always_inline]] {
+    const auto add = [&](int64_t word, auto splat_factors) __attribute__((always_inline)) {
 #pragma GCC unroll 24
         for (int m = 0; m < M; ++m) {
             Vec<A> w[C];
@@ -123,7 +123,7 @@ void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t p
             }
         }
     };
-    const auto each_sum = [&](auto put) [[gnu::always_inline]] {
+    const auto each_sum = [&](auto put) __attribute__((always_inline)) {
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
@@ -136,7 +136,7 @@ void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t p
     while (words - word > block_words) {
         const bool is_first = word == 0;
         for (const int64_t end = word + block_words; word < end; ++word) add(word, splat_word<F>);
-        each_sum([&](Vec<A>& sum, A* to) [[gnu::always_inline]] {
+        each_sum([&](Vec<A>& sum, A* to) __attribute__((always_inline)) {
             store(to, is_first ? sum : load(to) + sum);
             sum = Vec<A>{};
         });
@@ -145,7 +145,7 @@ void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t p
     for (; word < words; ++word) add(word, splat_word<F>);
     // Whatever lies behind a row may be a NaN, which a weight of zero does not stop.
     if (depth % in_word) add(words, splat_first<F>);
-    each_sum([&](Vec<A>& sum, A* to) [[gnu::always_inline]] { store(to, has_blocks ? load(to) + sum : sum); });
+    each_sum([&](Vec<A>& sum, A* to) __attribute__((always_inline)) { store(to, has_blocks ? load(to) + sum : sum); });
 }
 
 template <class F, int C>

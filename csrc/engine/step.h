@@ -9,15 +9,15 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
+template <int first>
+struct EverySecond {
+    static constexpr int of(int i) { return 2 * i + first; }
+};
+
 // Adds neighbours: the first half of the result is of a, the second of b.
 template <class A>
 [[gnu::always_inline]] inline Vec<A> pair_sums(Vec<A> a, Vec<A> b) {
-    typename Lanes<A>::Int even{}, odd{};
-    for (int i = 0; i < width<A>; ++i) {
-        even[i] = 2 * i;
-        odd[i] = 2 * i + 1;
-    }
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    return pick_lanes<A, EverySecond<0>>(a, b) + pick_lanes<A, EverySecond<1>>(a, b);
 }
 
 // Lanes of `count` vectors summed, count a power of two: once for every factor of two, their halves side by side.

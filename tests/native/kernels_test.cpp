@@ -68,6 +68,7 @@ int main(int count, char** names) {
     std::vector<std::string> isas(names + 1, names + count);
     if (isas.empty()) isas = supported_isas();
     set_parallel_for(parallel_for);
+    check_workspace();
     for (const std::string& isa : isas) {
         force_isa(isa);
         check_activations();

@@ -95,4 +95,5 @@ void check_shape(const Shape& shape, tidegate::Kind kind, tidegate::Type type, i
 void check_together(const Shape& shape, tidegate::Kind kind, tidegate::Type type, int count,
                     tidegate::Together together, bool has_lengths, int most_threads);
 void check_long_sums();
+void check_workspace();
 void check_activations();

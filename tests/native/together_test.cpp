@@ -10,7 +10,7 @@ namespace {
 class Group {
 public:
     Group(const Shape& shape, Kind kind, Type type, int count, Together together, bool has_lengths)
-        : type_(type), stacked_(together == Together::layers), together_(together) {
+        : stacked_(together == Together::layers), together_(together) {
         const int64_t projected = shape.projected();
         width_ = stacked_ ? projected : count * projected;
         layers_.reserve(static_cast<size_t>(count));
@@ -109,7 +109,6 @@ private:
         return all;
     }
 
-    const Type type_;
     const bool stacked_;
     const Together together_;
     int64_t width_;
