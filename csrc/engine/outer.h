@@ -14,7 +14,7 @@ class Outer {
     static constexpr int wide = 2, lanes = width<A>, R = Tiles<A, wide>::max_rows;
     static constexpr int parts = (R + lanes - 1) / lanes;   // vectors that hold a tile's row
     static constexpr int64_t block = 256;
-    static constexpr int64_t block_of_sums = 32;   // D's columns are added up in float so far, then in double
+    static constexpr int64_t block_of_sums = 64;   // D's columns are added up in float so far, then in double
 
 public:
     explicit Outer(const OuterProblem& p)
@@ -25,7 +25,7 @@ public:
           panel_stride_(rows_ * wide * lanes),
           d_(tiles_ * tile_stride_, p.poison),
           sums_(tiles_ * parts * lanes, p.poison),
-          totals_(p.columns, p.poison),
+          totals_(sums_.size(), p.poison),
           x_(all_panels(p) * panel_stride_, p.poison) {}
 
     void run(Crew& crew) const {
@@ -111,8 +111,10 @@ private:
     void pack_d(int64_t begin, int64_t end, int64_t first, int64_t size) const {
         for (int64_t n = 0; n < size; n += block_of_sums) {
             pack_rows_of_d(begin, end, first, n, size - n < block_of_sums ? size : n + block_of_sums);
-            add_sums(begin, end, first + n == 0);
+            for (int64_t i = begin * parts * lanes; i < end * parts * lanes; ++i)
+                totals_[i] = (first + n == 0 ? 0 : totals_[i]) + static_cast<double>(sums_[i]);
         }
+        if (first + size == p_.count) put_sums(begin, end);
     }
 
     // The rows n .. last - 1 of the block.
@@ -130,17 +132,10 @@ private:
                 }
     }
 
-    void add_sums(int64_t begin, int64_t end, bool fresh) const {
-        for (int64_t tile = begin; tile < end; ++tile) {
-            const int64_t column = tile * R;
-            A* to = static_cast<A*>(p_.sums) + column;
-            double* totals = totals_ + column;
-            const A* sums = sums_ + tile * parts * lanes;
-            for (int r = 0; r < R && column + r < p_.columns; ++r) {
-                totals[r] = (fresh ? 0 : totals[r]) + static_cast<double>(sums[r]);
-                to[r] = static_cast<A>(totals[r]);
-            }
-        }
+    void put_sums(int64_t begin, int64_t end) const {
+        for (int64_t tile = begin; tile < end; ++tile)
+            for (int r = 0; r < R && tile * R + r < p_.columns; ++r)
+                static_cast<A*>(p_.sums)[tile * R + r] = static_cast<A>(totals_[tile * parts * lanes + r]);
     }
 
     void pack_x(const Crew& crew, const OuterTarget& target, A* x, int64_t first, int64_t size) const {
@@ -209,7 +204,7 @@ private:
 
     const OuterProblem& p_;
     const int64_t tiles_, rows_, tile_stride_, panel_stride_;   // rows_: positions of a block
-    const Buffer<A> d_, sums_;
+    const Buffer<A> d_, sums_;       // sums_, totals_: of D's columns, by tile and part
     const Buffer<double> totals_;
     const Buffer<A> x_;
 };

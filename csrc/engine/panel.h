@@ -123,29 +123,16 @@ void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t p
             }
         }
     };
-    const auto each_sum = [&](auto put) __attribute__((always_inline)) {
-#pragma GCC unroll 24
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 24
-            for (int m = 0; m < M; ++m)
-#pragma GCC unroll 24
-                for (int c = 0; c < C; ++c) put(acc[r][m][c], sums + ((r * M + m) * C + c) * lanes);
-    };
     const int64_t words = depth / in_word;
-    int64_t word = 0;
-    while (words - word > block_words) {
-        const bool is_first = word == 0;
-        for (const int64_t end = word + block_words; word < end; ++word) add(word, splat_word<F>);
-        each_sum([&](Vec<A>& sum, A* to) __attribute__((always_inline)) {
-            store(to, is_first ? sum : load(to) + sum);
-            sum = Vec<A>{};
-        });
-    }
-    const bool has_blocks = word > 0;
-    for (; word < words; ++word) add(word, splat_word<F>);
+    for (int64_t word = 0; word < words; ++word) add(word, splat_word<F>);
     // Whatever lies behind a row may be a NaN, which a weight of zero does not stop.
     if (depth % in_word) add(words, splat_first<F>);
-    each_sum([&](Vec<A>& sum, A* to) __attribute__((always_inline)) { store(to, has_blocks ? load(to) + sum : sum); });
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 24
+            for (int c = 0; c < C; ++c) store(sums + ((r * M + m) * C + c) * lanes, acc[r][m][c]);
 }
 
 template <class F, int C>
@@ -193,6 +180,21 @@ inline void copy_factors(F* to, const S* from, int64_t count) {
         for (int64_t k = 0; k < count; k += lanes) store(to + k, load(from + k, count - k), count - k);
 }
 
+// A tile over any depth, a block at a time. `count` sums.
+template <class F, int C>
+[[gnu::noinline]] void run_blocks(typename Tiles<F, C>::Function tile, const F* rows, int64_t row_stride,
+                                  const Panels<F, C>& panels, int64_t panel, int64_t count, computed<F>* sums) {
+    using A = computed<F>;
+    constexpr int64_t factors = block_words * factors_in_word<F>, most = Tiles<F, C>::budget * width<A>;
+    alignas(64) A sums_of_block[most], zeros[most] = {};
+    for (int64_t k = 0; k < panels.depth; k += factors) {
+        const int64_t depth = panels.depth - k < factors ? panels.depth - k : factors;
+        tile(rows + k, row_stride, panels.at(panel) + k / factors_in_word<F> * panels.columns, panels.stride,
+             k == 0 ? panels.bias_at(panel) : zeros, depth, k == 0 ? sums : sums_of_block);
+        for (int64_t i = 0; k > 0 && i < count; i += width<A>) store(sums + i, load(sums + i) + load(sums_of_block + i));
+    }
+}
+
 // Calls each(row, panel, sums) with sums[C][lane] = bias + rows[row] . panel, for all rows and panels begin .. end - 1.
 // A panel stays in the nearest cache while the rows pass over it.
 template <class F, int C, class Each>
@@ -210,8 +212,11 @@ inline void multiply(const F* rows, int64_t row_stride, int64_t count, const Pan
             const int64_t first = count * i / tiles;
             const int size = static_cast<int>(count * (i + 1) / tiles - first);
             const auto run = T::find(size, group);
-            run(rows + first * row_stride, row_stride, panels.at(panel), panels.stride, panels.bias_at(panel),
-                panels.depth, sums);
+            const F* const from = rows + first * row_stride;
+            if (panels.depth > block_words * factors_in_word<F>)
+                run_blocks<F, C>(run, from, row_stride, panels, panel, size * group * panels.columns, sums);
+            else
+                run(from, row_stride, panels.at(panel), panels.stride, panels.bias_at(panel), panels.depth, sums);
             for (int r = 0; r < size; ++r)
                 for (int m = 0; m < group; ++m) each(first + r, panel + m, sums + (r * group + m) * panels.columns);
         }

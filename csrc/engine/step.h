@@ -34,10 +34,11 @@ struct StepRows {
     int64_t stride, columns;
 };
 
-// A product of rows: of the weights' `valid` rows from `weights` on, and of x.
+// A product of rows: of the weights' `valid` rows from `weights` on, `stride` apart, and of x.
 template <class S>
 struct RowProduct {
     const S* weights;
+    int64_t stride;
     StepRows<computed<S>> x;
 };
 
@@ -48,42 +49,27 @@ inline void multiply_rows(const RowProduct<S>* products, int count, int64_t vali
     using A = computed<S>;
     using V = Vec<A>;
     constexpr int lanes = width<A>;
-    V acc[W][R], blocks[W][R];   // blocks: the sum of those before, if there were any
-    bool has_blocks = false;
+    V acc[W][R];
 #pragma GCC unroll 16
     for (int w = 0; w < W; ++w)
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[w][r] = V{};
-    const auto end_block = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 16
-        for (int w = 0; w < W; ++w)
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                blocks[w][r] = has_blocks ? blocks[w][r] + acc[w][r] : acc[w][r];
-                acc[w][r] = V{};
-            }
-        has_blocks = true;
-    };
     for (int i = 0; i < count; ++i) {
         const RowProduct<S> p = products[i];
         const int64_t depth = p.x.columns, whole = depth / lanes * lanes, rest = depth - whole;
         const S* row[W];
 #pragma GCC unroll 16
-        for (int w = 0; w < W; ++w) row[w] = p.weights + (w < valid ? w : valid - 1) * depth;
-        for (int64_t k = 0; k < whole;) {
-            const int64_t end = whole - k > block_words * lanes ? k + block_words * lanes : whole;
-            for (; k < end; k += lanes) {
-                V x[R];
+        for (int w = 0; w < W; ++w) row[w] = p.weights + (w < valid ? w : valid - 1) * p.stride;
+        for (int64_t k = 0; k < whole; k += lanes) {
+            V x[R];
 #pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) x[r] = load(p.x.data + r * p.x.stride + k);
+            for (int r = 0; r < R; ++r) x[r] = load(p.x.data + r * p.x.stride + k);
 #pragma GCC unroll 16
-                for (int w = 0; w < W; ++w) {
-                    const V weight = load(row[w] + k);
+            for (int w = 0; w < W; ++w) {
+                const V weight = load(row[w] + k);
 #pragma GCC unroll 4
-                    for (int r = 0; r < R; ++r) acc[w][r] += weight * x[r];
-                }
+                for (int r = 0; r < R; ++r) acc[w][r] += weight * x[r];
             }
-            if (k < whole) end_block();
         }
         if (!rest) continue;
 #pragma GCC unroll 16
@@ -92,13 +78,6 @@ inline void multiply_rows(const RowProduct<S>* products, int count, int64_t vali
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) acc[w][r] += weight * load(p.x.data + r * p.x.stride + whole, rest);
         }
-    }
-    if (has_blocks) {
-        end_block();
-#pragma GCC unroll 16
-        for (int w = 0; w < W; ++w)
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) acc[w][r] = blocks[w][r];
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -116,6 +95,7 @@ class OneStep {
     static constexpr int lanes = width<A>;
     static constexpr int most_rows = vector_registers == 32 ? 4 : 2;   // in one product
     static constexpr int64_t block = 32;                               // rows whose sums are kept at a time
+    static constexpr int64_t longest = 2 * block_words * lanes;        // that a sum runs over in one go
 
 public:
     explicit OneStep(const StepProblem& p)
@@ -206,12 +186,28 @@ private:
             V sums[R] = {};
             RowProduct<S> products[2] = {};
             int count = 0;
-            if (with_x) products[count++] = {static_cast<const S*>(p_.weight_ih) + begin * x.columns, x};
-            if (with_h) products[count++] = {static_cast<const S*>(p_.weight_hh) + begin * h.columns, h};
-            if (valid > 0) multiply_rows<S, W, R>(products, count, valid, sums);
+            if (with_x) products[count++] = {static_cast<const S*>(p_.weight_ih) + begin * x.columns, x.columns, x};
+            if (with_h) products[count++] = {static_cast<const S*>(p_.weight_hh) + begin * h.columns, h.columns, h};
+            if (valid > 0 && x.columns + h.columns > longest) add_pieces<W, R>(products, count, valid, sums);
+            else if (valid > 0) multiply_rows<S, W, R>(products, count, valid, sums);
             for (int r = 0; r < R; ++r) grouped[r][group] = sums[r];
         }
         for (int r = 0; r < R; ++r) result[r] = side_by_side<A, lanes / W>(grouped[r]);
+    }
+
+    // Of products so deep that they are summed by pieces, as a tile's are by blocks.
+    template <int W, int R>
+    [[gnu::noinline]] static void add_pieces(const RowProduct<S>* products, int count, int64_t valid, V (&sums)[R]) {
+        for (int i = 0; i < count; ++i)
+            for (int64_t k = 0; k < products[i].x.columns; k += longest) {
+                RowProduct<S> piece = products[i];
+                piece.weights += k;
+                piece.x.data += k;
+                piece.x.columns = piece.x.columns - k < longest ? piece.x.columns - k : longest;
+                V more[R];
+                multiply_rows<S, W, R>(&piece, 1, valid, more);
+                for (int r = 0; r < R; ++r) sums[r] += more[r];
+            }
     }
 
     V bias(const void* tensor, int gate, int64_t unit) const {
