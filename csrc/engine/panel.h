@@ -16,7 +16,7 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
-constexpr int64_t block_words = 256;
+constexpr int64_t block_words = 384;
 
 template <class F, int C>
 class Panels {
@@ -186,7 +186,8 @@ template <class F, int C>
                                   const Panels<F, C>& panels, int64_t panel, int64_t count, computed<F>* sums) {
     using A = computed<F>;
     constexpr int64_t factors = block_words * factors_in_word<F>, most = Tiles<F, C>::budget * width<A>;
-    alignas(64) A sums_of_block[most], zeros[most] = {};
+    alignas(64) static constexpr A zeros[most] = {};
+    alignas(64) A sums_of_block[most];
     for (int64_t k = 0; k < panels.depth; k += factors) {
         const int64_t depth = panels.depth - k < factors ? panels.depth - k : factors;
         tile(rows + k, row_stride, panels.at(panel) + k / factors_in_word<F> * panels.columns, panels.stride,

@@ -95,7 +95,7 @@ class OneStep {
     static constexpr int lanes = width<A>;
     static constexpr int most_rows = vector_registers == 32 ? 4 : 2;   // in one product
     static constexpr int64_t block = 32;                               // rows whose sums are kept at a time
-    static constexpr int64_t longest = 2 * block_words * lanes;        // that a sum runs over in one go
+    static constexpr int64_t longest = block_words * lanes;            // that a sum runs over in one go
 
 public:
     explicit OneStep(const StepProblem& p)
