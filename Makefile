@@ -1,5 +1,6 @@
 # Everything a contributor runs. Each target makes .venv first if need be, and can be run again.
 #
+#   CXX     the C++ compiler of test-native: GCC 11 or later, clang 14 or later
 #   PYTHON  the interpreter .venv is made from (3.10 or later)
 #   TORCH   what pip installs as torch, before anything else: a later, ranged torch would bring gigabytes of CUDA
 #           packages. Where your registry's torch is a CUDA build and you want the CPU's, add PyTorch's CPU index here.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-peers test-clients lint bench wheel clean
+.PHONY: help install demo test test-slow test-native test-peers test-clients lint bench wheel clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +35,12 @@ test: install  ## Run every test but the exhaustive ones.
 
 test-slow: install  ## Run the exhaustive tests.
 	$(BIN)/python -m pytest -m slow
+
+# A folder for each compiler: CMake keeps to the one that it began with.
+test-native:  ## Build the kernels without torch and run their own test; CXX=clang++ takes another compiler.
+	cmake -S . -B build/native-$(notdir $(CXX)) -DTIDEGATE_NATIVE_TEST=ON -DCMAKE_CXX_COMPILER=$(CXX)
+	cmake --build build/native-$(notdir $(CXX))
+	cd build/native-$(notdir $(CXX)) && ctest --output-on-failure
 
 test-peers: install  ## Run the tests against Keras, Flax and ONNX runtimes; installs them into .venv.
 	$(BIN)/python -m pip install --quiet keras flax jax jaxlib

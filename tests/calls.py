@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate import backends, cells
-from tidegate.cells import Call, Cell
+from tidegate import backends, cells, ops
+from tidegate.call import Layer
+from tidegate.cells import Cell
 
 # The backends that can run here: all three but on a machine without a compiler.
 RUNNABLE = [name for name, backend in backends.BY_NAME.items() if not backend.availability()]
@@ -39,8 +40,8 @@ def make_call(
     reverse: bool = False,
     requires_grad: bool = False,
     seed: int = 0,
-) -> Call:
-    """A call of one of VARIANTS with random tensors; lengths include 0 and T where there is room for both."""
+) -> Layer:
+    """A layer of one of VARIANTS with random tensors; lengths include 0 and T where there is room for both."""
     cell, options, projected = VARIANTS[variant]
     generator = torch.Generator().manual_seed(seed)
     proj = max(1, hidden_size // 2) if projected else hidden_size
@@ -59,7 +60,7 @@ def make_call(
     states = tuple(tensor(batch, sizes[state]) for state in cell.states)
     valid = torch.tensor(list(itertools.islice(itertools.cycle((steps, 0, max(steps - 1, 0), steps // 2)), batch)))
     marks = torch.rand(steps, batch, generator=generator) < 0.3
-    return Call(
+    return Layer(
         cell,
         tensor(steps, batch, input_size),
         states,
@@ -69,3 +70,9 @@ def make_call(
         reverse,
         {**cell.default_options, **options},
     )
+
+
+def run_layer(layer: Layer) -> tuple[Tensor, ...]:
+    """One layer as a module's call: output (T, B, P) and the final states, (B, size) each."""
+    output, *finals = ops.run(layer.call())
+    return (output, *(final.squeeze(0) for final in finals))

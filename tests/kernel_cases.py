@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import calls
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tidegate import reference
-from tidegate.cells import Call, Options, States, Weights
-from tidegate.kernels import cpu
+from tidegate.backends import CPU, Backend, run_layer, run_layer_backward, saved_shape
+from tidegate.call import Layer
+from tidegate.cells import Options, States, Weights
 
 # An error may exceed twice that of the reference in the same dtype by this much of the largest value. bfloat16: the
 # gates that the backward reads are stored in it, where the reference keeps float32. float16 is three bits finer.
@@ -33,7 +33,7 @@ def make_call(
     bias: bool = True,
     batch_first: bool = False,
     seed: int = 0,
-) -> Call:
+) -> Layer:
     """A call of (T, B, I, H), its weights as large as trained ones; what no valid step reads of the input is NaN."""
     steps, batch, input_size, hidden_size = shape
     call = calls.make_call(
@@ -50,7 +50,7 @@ def make_call(
     return call._replace(input=input, states=tuple(state * 2 for state in call.states), weights=weights).to(dtype)
 
 
-def cases(shape: tuple[int, int, int, int], variant: str, dtype: torch.dtype) -> Iterator[Call]:
+def cases(shape: tuple[int, int, int, int], variant: str, dtype: torch.dtype) -> Iterator[Layer]:
     """Every combination of lengths, resets and direction; biases and strides vary along."""
     for i, (lengths, resets, reverse) in enumerate(itertools.product((False, True), repeat=3)):
         yield make_call(
@@ -59,7 +59,7 @@ def cases(shape: tuple[int, int, int, int], variant: str, dtype: torch.dtype) ->
         )  # fmt: skip
 
 
-def grads_for(call: Call) -> tuple[Tensor, ...]:
+def grads_for(call: Layer) -> tuple[Tensor, ...]:
     """Gradients that arrive at the output and the final states."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((call.input.shape[0], *call.states[0].shape), *(state.shape for state in call.states))
@@ -67,7 +67,7 @@ def grads_for(call: Call) -> tuple[Tensor, ...]:
     return tuple(grad.to(call.input.device, call.input.dtype) for grad in drawn)
 
 
-def expected(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def expected(call: Layer, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """Output, final states and the gradients of `Call.tensors` by the reference, in the call's own dtype."""
     call = call._replace(
         input=call.input.detach().requires_grad_(),
@@ -82,7 +82,7 @@ def expected(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
     return (*(o.detach() for o in outputs), *(None if t is None else next(got) for t in call.tensors))
 
 
-def on_the_kink_side_of(output: Tensor, call: Call) -> Call:
+def on_the_kink_side_of(output: Tensor, call: Layer) -> Layer:
     """`call`, an RNN's with relu, with relu's slope 1 where `output` is positive and 0 elsewhere.
 
     The slope jumps at 0. A product of bfloat16 h leaves some pre-activations on its other side than one of float32 h;
@@ -98,20 +98,31 @@ def on_the_kink_side_of(output: Tensor, call: Call) -> Call:
     return call._replace(cell=dataclasses.replace(call.cell, step=step))
 
 
-def computed(call: Call, grads: tuple[Tensor, ...], backend: Any = cpu) -> tuple[Tensor | None, ...]:
-    """The same by a backend's module."""
-    *outputs, saved = backend.forward(call, True)
-    assert saved.shape == backend.saved_shape(call)
+def forward(call: Layer, save: bool, backend: Backend = CPU) -> tuple[Tensor, ...]:
+    return run_layer(backend, call, save)
+
+
+def backward(
+    call: Layer, output: Tensor, saved: Tensor, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...],
+    backend: Backend = CPU,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    return run_layer_backward(backend, call, output, saved, grads, needs)
+
+
+def computed(call: Layer, grads: tuple[Tensor, ...], backend: Backend = CPU) -> tuple[Tensor | None, ...]:
+    """The same by a backend."""
+    *outputs, saved = forward(call, True, backend)
+    assert saved.shape == saved_shape(backend, call)
     needs = tuple(tensor is not None for tensor in call.tensors)
-    return (*outputs, *backend.backward(call, outputs[0], saved, grads[0], grads[1:], needs))
+    return (*outputs, *backward(call, outputs[0], saved, grads, needs, backend))
 
 
-def names(call: Call) -> list[str]:
+def names(call: Layer) -> list[str]:
     finals = [f"{state}_n" for state in call.cell.states]
     return ["output", *finals, "dinput", *(f"d{s}_0" for s in call.cell.states), *(f"d{w}" for w in call.weights)]
 
 
-def assert_right(call: Call, values: tuple[Tensor | None, ...] | None = None, backend: Any = cpu) -> None:
+def assert_right(call: Layer, values: tuple[Tensor | None, ...] | None = None, backend: Backend = CPU) -> None:
     """Every output and gradient of `call` is as good as the reference in its dtype, measured against float64."""
     grads = grads_for(call)
     values = computed(call, grads, backend) if values is None else values

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import needs
 import pytest
 import torch
 from calls import VARIANTS
-from kernel_cases import FLOORS, assert_right, cases, computed, grads_for, make_call
+from kernel_cases import FLOORS, assert_right, backward, cases, computed, forward, grads_for, make_call
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,7 +28,7 @@ SHAPES = [
     (1, 1, 1, 1), (4, 3, 1, 3), (7, 2, 5, 17), (3, 1, 100, 100), (2, 33, 7, 129), (5, 9, 40, 40), (1, 20, 16, 64),
     (2, 300, 2, 17), (2, 5, 3, 257),
 ]  # fmt: skip
-EMPTY = [(0, 3, 2, 5), (3, 0, 2, 5), (0, 0, 1, 1)]
+EMPTY = [(3, 0, 2, 5), (1, 0, 1, 1)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
@@ -41,8 +42,8 @@ def _poisoned_buffers():
 
 def check_inference(call) -> None:
     """Without saving, the same bits; a single step, whose sums run in another order, is as good as the reference."""
-    *kept, _ = cpu.forward(call, True)
-    *dropped, saved = cpu.forward(call, False)
+    *kept, _ = forward(call, True)
+    *dropped, saved = forward(call, False)
     assert saved.shape == (0,)
     if call.input.shape[0] == 1:
         assert_right(call, (*dropped, *computed(call, grads_for(call))[len(dropped) :]))
@@ -55,7 +56,7 @@ def check_inference(call) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_agrees_with_the_reference(variant, dtype, shape):
     for call in cases(shape, variant, dtype):
-        assert cpu.unsupported_reasons(call) == []
+        assert cpu.unsupported_reasons(call.call()) == []
         assert_right(call)
         check_inference(call)
 
@@ -143,18 +144,18 @@ def test_one_cpu_and_two_threads_do_not_hang():
     code = """
 import os, sys, time, torch
 sys.path.insert(0, "tests")
-from kernel_cases import make_call
+from kernel_cases import forward, make_call
 from tidegate.kernels import cpu
 call = make_call("gru", (300, 1, 128, 256), dtype=torch.float32)
 cpu.operators()
 torch.set_num_threads(2)
-cpu.forward(call, False)
+forward(call, False)
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 for thread in os.listdir("/proc/self/task"):
     os.sched_setaffinity(int(thread), os.sched_getaffinity(0))
 start = time.perf_counter()
 for _ in range(10):
-    cpu.forward(call, False)
+    forward(call, False)
 print(time.perf_counter() - start)
 """
     result = run_python(code)
@@ -170,7 +171,7 @@ class _InWorker(Dataset[Tensor]):
         return 4
 
     def __getitem__(self, index: int) -> Tensor:
-        return cpu.forward(self.call, False)[0]
+        return forward(self.call, False)[0]
 
 
 def test_after_fork_in_a_loader():
@@ -183,11 +184,11 @@ def test_after_fork_in_a_loader():
 
 def test_two_python_threads_at_once():
     calls = [make_call("lstm", (60, 3, 64, 128), dtype=torch.float32, seed=seed) for seed in range(2)]
-    right = [cpu.forward(call, False) for call in calls]
+    right = [forward(call, False) for call in calls]
     same: dict[int, bool] = {}
 
     def work(i: int) -> None:
-        runs = [cpu.forward(calls[i], False) for _ in range(30)]
+        runs = [forward(calls[i], False) for _ in range(30)]
         same[i] = all(torch.equal(a, b) for run in runs for a, b in zip(run, right[i], strict=True))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
@@ -201,7 +202,7 @@ def test_two_python_threads_at_once():
 
 def test_the_interpreter_runs_meanwhile():
     call = make_call("lstm", (2000, 32, 128, 256), dtype=torch.float32)
-    thread = threading.Thread(target=cpu.forward, args=(call, False))
+    thread = threading.Thread(target=forward, args=(call, False))
     thread.start()
     ticks = 0
     while thread.is_alive():
@@ -224,7 +225,7 @@ def test_nan_and_infinity_stay_in_their_row(variant, dtype, isa):
     call.input[1, 2, 4] = torch.inf
     call.states[0][4, -1] = torch.nan
     call.states[0][5, -1] = -torch.inf
-    right, found = reference.forward(call), cpu.forward(call, True)
+    right, found = reference.forward(call), forward(call, True)
     for a, b in zip(found, right, strict=False):
         assert torch.equal(a.isnan(), b.isnan())
         assert torch.equal(a.isinf(), b.isinf())
@@ -248,12 +249,12 @@ def test_nothing_comes_from_padding_or_across_a_reset(variant):
 def test_only_what_is_needed(variant):
     call = make_call(variant, (5, 3, 4, 6))
     grads = grads_for(call)
-    *outputs, saved = cpu.forward(call, True)
+    *outputs, saved = forward(call, True)
     every = tuple(tensor is not None for tensor in call.tensors)
-    all_grads = cpu.backward(call, outputs[0], saved, grads[0], grads[1:], every)
+    all_grads = backward(call, outputs[0], saved, grads, every)
     for i, needed in enumerate(every):
         needs = tuple(needed and j == i for j in range(len(every)))
-        some = cpu.backward(call, outputs[0], saved, grads[0], grads[1:], needs)
+        some = backward(call, outputs[0], saved, grads, needs)
         for j, grad in enumerate(some):
             assert (grad is not None) == needs[j]
             assert grad is None or torch.equal(grad, all_grads[j])
@@ -263,13 +264,13 @@ def test_only_what_is_needed(variant):
 def test_absent_gradients_are_zero(variant):
     call = make_call(variant, (5, 3, 4, 6), lengths=True)
     grads = grads_for(call)
-    *outputs, saved = cpu.forward(call, True)
+    *outputs, saved = forward(call, True)
     needs = tuple(tensor is not None for tensor in call.tensors)
     for present in range(len(grads)):
         some = [grad if i == present else None for i, grad in enumerate(grads)]
         zeros = [grad if i == present else torch.zeros_like(grad) for i, grad in enumerate(grads)]
-        got = cpu.backward(call, outputs[0], saved, some[0], tuple(some[1:]), needs)
-        same = cpu.backward(call, outputs[0], saved, zeros[0], tuple(zeros[1:]), needs)
+        got = backward(call, outputs[0], saved, tuple(some), needs)
+        same = backward(call, outputs[0], saved, tuple(zeros), needs)
         for a, b in zip(got, same, strict=True):
             assert (a is None) == (b is None)
             assert a is None or torch.equal(a, b)
@@ -282,15 +283,16 @@ def test_overwriting_what_the_forward_kept(variant, dtype):
     for lengths in (False, True):
         call = make_call(variant, (7, 5, 4, 19), dtype=dtype, lengths=lengths, resets=True, reverse=lengths)
         grads = grads_for(call)
-        *outputs, saved = cpu.forward(call, True)
+        *outputs, saved = forward(call, True)
         before = saved.clone()
         needs = tuple(tensor is not None for tensor in call.tensors)
-        apart = cpu.backward(call, outputs[0], saved, grads[0], grads[1:], needs)
+        apart = backward(call, outputs[0], saved, grads, needs)
         assert torch.equal(saved, before)
-        in_place = cpu.backward(call, outputs[0], saved, grads[0], grads[1:], needs, overwrite=True)
+        whole = (grads[0], *(grad.unsqueeze(0) for grad in grads[1:]))
+        in_place = cpu.backward(call.call(), saved, whole, needs, True)
         for a, b in zip(apart, in_place, strict=True):
             assert (a is None) == (b is None)
-            assert a is None or torch.equal(a, b)
+            assert a is None or torch.equal(a, b if a.dim() == b.dim() else b.squeeze(0))
         can = variant.startswith(("gru", "lstm")) and variant != "lstm-proj" and dtype != torch.bfloat16
         assert torch.equal(saved, before) != can
 
@@ -383,44 +385,58 @@ def test_sigmoid_and_tanh_at_the_edges(isa, dtype):
 # Errors
 
 
-def forward_arguments(**changes):
+def arguments_of(form: int, **changes: Any) -> tuple[Any, ...]:
+    """Of the forward operator, for an LSTM over (4, 3, 5) with 6 units, some of them changed."""
     call = make_call("lstm", (4, 3, 5, 6), dtype=torch.float32)
-    w = call.weights
-    arguments = {
-        "kind": 2, "input": call.input, "h_0": call.states[0], "c_0": call.states[1], "weight_ih": w["weight_ih"],
-        "weight_hh": w["weight_hh"], "bias_ih": w["bias_ih"], "bias_hh": w["bias_hh"], "weight_hr": None,
-        "lengths": None, "resets": None, "reverse": False, "save": False,
+    w, (h, c) = call.weights, (state.unsqueeze(0) for state in call.states)
+    given = {
+        "form": form, "input": call.input, "h_0": h, "c_0": c, "weight_ih": w["weight_ih"],
+        "weight_hh": w["weight_hh"], "bias_ih": w["bias_ih"], "bias_hh": w["bias_hh"], "rest": None,
     }  # fmt: skip
-    return arguments | changes
+    return tuple((given | changes).values())
+
+
+LSTM_FORM = 2 + (1 << 14)
+WITH_LENGTHS, WITH_RESETS, WITH_PROJECTION = 1 << 11, 1 << 12, 1 << 13
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("form", "changes", "message"),
     [
-        ({"kind": 9}, "kind: expected 0 to 4, got 9"),
-        ({"input": torch.zeros(4, 2, 5)}, "input: expected 3 rows, got 2"),
-        ({"input": torch.zeros(4, 3)}, "input: expected three dimensions, got 2"),
-        ({"input": torch.zeros(4, 3, 5).double()}, "input: expected the dtype of the other tensors"),
-        ({"h_0": torch.zeros(3, 7)}, r"weight_hh: expected \(24, 7\), got \(24, 6\)"),
-        ({"h_0": torch.zeros(3, 6).half()}, "h_0: expected float32, float64 or bfloat16"),
-        ({"c_0": None}, "c_0: expected a tensor for an LSTM"),
-        ({"c_0": torch.zeros(3, 5)}, r"c_0: expected \(3, 6\), got \(3, 5\)"),
-        ({"weight_ih": torch.zeros(24, 4)}, r"weight_ih: expected \(24, 5\), got \(24, 4\)"),
-        ({"bias_hh": torch.zeros(23)}, r"bias_hh: expected \(24\), got \(23\)"),
-        ({"weight_hr": torch.zeros(5, 6)}, r"weight_hr: expected \(6, 6\), got \(5, 6\)"),
-        ({"lengths": torch.tensor([1, 5, 2])}, "lengths: expected 0 to 4, got 5"),
-        ({"lengths": torch.tensor([1, -1, 2])}, "lengths: expected 0 to 4, got -1"),
-        ({"lengths": torch.tensor([1, 2, 2], dtype=torch.int32)}, "lengths: expected int64"),
-        ({"resets": torch.zeros(3, 3, dtype=torch.bool)}, r"resets: expected \(4, 3\), got \(3, 3\)"),
+        (9 + (1 << 14), {}, "form: expected one of 5 kinds, got"),
+        (2, {}, "form: expected a layout, a direction and at least one layer"),
+        (LSTM_FORM + (7 << 4), {}, "form: expected a layout, a direction"),
+        (LSTM_FORM + (1 << 14), {}, "rest: expected 4 weights of other cells, got 0"),
+        (LSTM_FORM, {"input": torch.zeros(4, 2, 5)}, r"h_0: expected \(1, 2, 6\), got \(1, 3, 6\)"),
+        (LSTM_FORM, {"input": torch.zeros(4, 3)}, "input: expected 3 dimensions, got 2"),
+        (LSTM_FORM, {"input": torch.zeros(0, 3, 5)}, "input: expected at least one step"),
+        (LSTM_FORM, {"input": torch.zeros(4, 3, 5).double()}, "weight_ih: expected the dtype of the other tensors"),
+        (LSTM_FORM, {"input": torch.zeros(4, 3, 5).half()}, "input: expected float32, float64 or bfloat16"),
+        (LSTM_FORM, {"input": torch.zeros(4, 3, 5, device="meta")}, "input: expected a tensor on the cpu"),
+        (LSTM_FORM, {"h_0": torch.zeros(1, 3, 7)}, r"h_0: expected \(1, 3, 6\), got \(1, 3, 7\)"),
+        (LSTM_FORM, {"c_0": torch.zeros(1, 3, 5)}, r"c_0: expected \(1, 3, 6\), got \(1, 3, 5\)"),
+        (3 + (1 << 14), {"weight_hh": torch.zeros(18, 6)}, r"weight_ih: expected \(18, 5\), got \(24, 5\)"),
+        (LSTM_FORM, {"weight_ih": torch.zeros(24, 4)}, r"weight_ih: expected \(24, 5\), got \(24, 4\)"),
+        (LSTM_FORM, {"weight_hh": torch.zeros(24, 5)}, "weight_hh: expected 6 columns, got 5"),
+        (LSTM_FORM, {"weight_hh": torch.zeros(0, 6)}, "weight_hh: expected at least one hidden unit"),
+        (LSTM_FORM, {"bias_hh": torch.zeros(23)}, r"bias_hh: expected \(24\), got \(23\)"),
+        (LSTM_FORM + WITH_PROJECTION, {}, "rest: expected what the form says, got 0 tensors"),
+        (LSTM_FORM + WITH_PROJECTION, {"rest": [torch.zeros(5, 6)]}, r"weight_hr: expected \(6, 6\), got \(5, 6\)"),
+        (LSTM_FORM + WITH_LENGTHS, {"rest": [torch.tensor([1, 5, 2])]}, "lengths: expected 0 to 4, got 5"),
+        (LSTM_FORM + WITH_LENGTHS, {"rest": [torch.tensor([1, -1, 2])]}, "lengths: expected 0 to 4, got -1"),
+        (LSTM_FORM + WITH_LENGTHS, {"rest": [torch.tensor([1, 2, 2]).int()]}, "lengths: expected the dtype"),
+        (LSTM_FORM + WITH_RESETS, {"rest": [torch.zeros(3, 3).bool()]}, r"resets: expected \(4, 3\), got \(3, 3\)"),
     ],
 )
-def test_wrong_arguments_are_named(changes, message):
+def test_wrong_arguments_are_named(form, changes, message):
     with pytest.raises(RuntimeError, match=message):
-        cpu.operators().forward(**forward_arguments(**changes))
+        cpu.operators().forward(*arguments_of(form, **changes))
 
 
 def test_reasons():
     call = make_call("gru", (2, 3, 4, 5))
-    assert cpu.unsupported_reasons(call.to(torch.float16)) == ["input is float16, not float32, float64 or bfloat16"]
-    assert cpu.unsupported_reasons(call._replace(input=call.input.float()))[0] == "h_0 is float64, unlike input"
-    assert "input is on meta" in cpu.unsupported_reasons(call._replace(input=call.input.to("meta")))
+    half, meta = call.to(torch.float16), call._replace(input=call.input.to("meta"))
+    assert cpu.unsupported_reasons(half.call()) == ["input is float16, not float32, float64 or bfloat16"]
+    assert "input is on meta" in cpu.unsupported_reasons(meta.call())
+    none = call._replace(input=call.input[:0])
+    assert cpu.unsupported_reasons(none.call()) == ["the kernels need at least one step"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import VARIANTS, make_call
+from calls import VARIANTS, make_call, run_layer
 
-from tidegate import backends, ops, signature
+from tidegate import backends, signature
 
 FORMS = [
     (lengths, resets, reverse) for lengths in (False, True) for resets in (False, True) for reverse in (False, True)
@@ -25,8 +25,8 @@ def test_opcheck_of_the_forward(variant: str, lengths: bool, resets: bool, rever
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_of_the_backward(variant: str, bias: bool) -> None:
     call = make_call(variant, bias=bias, lengths=True)
-    backend = backends.select(call, "")
-    output, *states, saved = backends.run_forward(backend, call, save=True)
+    backend = backends.select(call.call(), "")
+    output, *states, saved = backends.run_layer(backend, call, save=True)
     needs = [tensor is not None for tensor in call.tensors]
     cotangents = (torch.ones_like(output), *(torch.ones_like(state) for state in states))
     arguments = (*signature.arguments(call), backend.name, output, saved, *cotangents, needs)
@@ -36,7 +36,7 @@ def test_opcheck_of_the_backward(variant: str, bias: bool) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_gradient_that_is_not_needed_is_empty(variant: str) -> None:
     call = make_call(variant)
-    output, *states, saved = backends.run_forward(backends.REFERENCE, call, save=True)
+    output, *states, saved = backends.run_layer(backends.REFERENCE, call, save=True)
     needs = [k == 1 for k in range(len(call.tensors))]
     cotangents = (torch.ones_like(output), *(None for _ in states))
     arguments = (*signature.arguments(call), "reference", output, saved, *cotangents, needs)
@@ -48,12 +48,12 @@ def test_a_gradient_that_is_not_needed_is_empty(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_operator_answers_as_the_door_does(name: str, variant: str) -> None:
     call = make_call(variant, lengths=True, reverse=True)
-    if backends.BY_NAME[name].unsupported_reasons(call):
+    if backends.BY_NAME[name].unsupported_reasons(call.call()):
         with pytest.raises(backends.UnsupportedError):
-            backends.select(call, name)
+            backends.select(call.call(), name)
         return
     with backends.backend(name):
-        expected = ops.recurrence(call)
+        expected = run_layer(call)
     found = signature.forward_operator(call.cell)(*signature.arguments(call), name, False)[:-1]
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -71,7 +71,7 @@ def test_results_share_no_memory(variant: str) -> None:
 
 def test_in_place_change_of_h_n_leaves_the_output_alone() -> None:
     for steps in (1, 4):
-        output, h_n = ops.recurrence(make_call("gru", steps=steps))
+        output, h_n = run_layer(make_call("gru", steps=steps))
         before = output.clone()
         h_n.zero_()
         assert torch.equal(output, before)

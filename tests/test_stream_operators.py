@@ -11,29 +11,42 @@ import torch
 from torch import Tensor
 
 import tidegate as tg
+from tidegate.call import Layout
 from tidegate.kernels import cpu
 
 pytestmark = needs.compiled_operators
 
 
-def weights(kind: int = 3, layers: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+GRU, LSTM = 3, 2
+
+
+def form(kind: int, layout: Layout, layers: int = 1, projects: bool = False) -> int:
+    return kind + (layout << 4) + (projects << 13) + (layers << 14)
+
+
+def weights(kind: int = GRU, layers: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Of layers with input_size 5 and hidden_size 7."""
-    rows = (4 if kind == 2 else 3) * 7
+    rows = (4 if kind == LSTM else 3) * 7
     sizes = [((rows, 5 if k == 0 else 7), (rows, 7), (rows,), (rows,)) for k in range(layers)]
     return [torch.zeros(size, dtype=dtype) for layer in sizes for size in layer]
 
 
+def pack(kind: int, given: list[Tensor], layers: int = 1, projects: bool = False) -> Tensor:
+    operator = cpu.operators().pack.default
+    return operator(form(kind, Layout.UNBATCHED_STEP, layers, projects), *given[:4], given[4:] or None)
+
+
+def step(packed: Tensor, x: Tensor, h: Tensor, c: Tensor | None = None, kind: int = GRU, layers: int = 1) -> Any:
+    layout = Layout.STEP if x.dim() > 1 else Layout.UNBATCHED_STEP
+    return cpu.operators().forward.default(form(kind, layout, layers), x, h, c, packed, None, None, None, None)
+
+
 def test_a_step_refuses_what_does_not_fit() -> None:
-    pack, step = cpu.operators().pack.default, cpu.operators().step.default
     h, c, x = torch.zeros(1, 2, 7), torch.zeros(1, 2, 7), torch.zeros(2, 5)
-    gru, lstm, two = (
-        pack(3, weights(), True, False),
-        pack(2, weights(2), True, False),
-        pack(3, weights(3, 2), True, False),
-    )
+    gru, lstm, two = pack(GRU, weights()), pack(LSTM, weights(LSTM)), pack(GRU, weights(GRU, 2), 2)
     step(gru, x, h)
-    step(lstm, x, h, c)
-    step(two, x, torch.zeros(2, 2, 7))
+    step(lstm, x, h, c, LSTM)
+    step(two, x, torch.zeros(2, 2, 7), None, GRU, 2)
     cases: list[tuple[Any, ...]] = [
         (gru[1:], x, h),
         (gru[:-1], x, h),
@@ -50,33 +63,47 @@ def test_a_step_refuses_what_does_not_fit() -> None:
         (gru, x, h.double()),
         (gru, x, h[:, :, :6]),
         (gru, x, torch.zeros(2, 2, 7)),
-        (gru, x, torch.zeros(2, 7, 1).permute(2, 0, 1).transpose(1, 2).contiguous()),
         (gru, x, h, c),
         (gru, x.half(), h.half()),
-        (lstm, x, h),
-        (lstm, x, h, c[:, :1]),
-        (lstm, x, h, c.double()),
+        (gru, x, h, None, LSTM),
+        (two, x, h),
+        (gru, x, torch.zeros(2, 2, 7), None, GRU, 2),
+        (lstm, x, h, c[:, :1], LSTM),
+        (lstm, x, h, c.double(), LSTM),
     ]
     for number, case in enumerate(cases):
         with pytest.raises(RuntimeError, match="expected"):
             pytest.fail(f"case {number} was taken: {step(*case)}")
 
 
+def test_no_header_is_trusted() -> None:
+    """Whatever stands in the 64 bytes before the weights: refused, or no byte outside of them is read."""
+    packed, h, x = pack(GRU, weights()), torch.zeros(1, 2, 7), torch.zeros(2, 5)
+    for place in range(16):
+        for value in (0, 1, -1, 2**31 - 1, -(2**31), 8, 6, 1 << 20):
+            crafted = packed.clone()
+            before = crafted.view(torch.int32)[place].item()
+            crafted.view(torch.int32)[place] = value
+            if value != before:
+                with pytest.raises(RuntimeError, match="expected"):
+                    pytest.fail(f"word {place} = {value} was taken: {step(crafted, x, h)}")
+
+
 def test_pack_refuses_what_does_not_fit() -> None:
-    pack = cpu.operators().pack.default
     good = weights()
-    cases: list[tuple[int, list[Tensor], bool, bool]] = [
-        (5, good, True, False),
-        (3, good[:3], True, False),
-        (3, good, True, True),
-        (2, good, True, False),
-        (3, [good[0][:, :4].t(), *good[1:]], True, False),
-        (3, [good[0], good[1].double(), *good[2:]], True, False),
-        (3, [good[0], good[1][:, :6].contiguous(), *good[2:]], True, False),
-        (3, [good[0], good[1][0], *good[2:]], True, False),
-        (3, [*good[:3], good[3][:-1]], True, False),
-        (3, [tensor.half() for tensor in good], True, False),
-        (2, [*weights(2), torch.zeros(6, 7)], True, True),
+    cases: list[tuple[Any, ...]] = [
+        (5, good),
+        (GRU, [*good, good[0]]),
+        (GRU, good, 2),
+        (GRU, [*good, torch.zeros(7, 7)], 1, True),
+        (LSTM, good),
+        (GRU, [good[0][:, :4].t(), *good[1:]]),
+        (GRU, [good[0], good[1].double(), *good[2:]]),
+        (GRU, [good[0], good[1][:, :6].contiguous(), *good[2:]]),
+        (GRU, [good[0], good[1][0], *good[2:]]),
+        (GRU, [*good[:3], good[3][:-1]]),
+        (GRU, [tensor.half() for tensor in good]),
+        (LSTM, [*weights(LSTM), torch.zeros(6, 7)], 1, True),
     ]
     for number, case in enumerate(cases):
         with pytest.raises(RuntimeError, match="expected"):
@@ -116,6 +143,5 @@ def test_weights_packed_for_another_instruction_set_are_refused(
 
 @needs.instruction_sets("avx512_bf16")
 def test_weights_packed_for_another_dtype_are_refused() -> None:
-    packed = cpu.operators().pack.default(3, weights(), True, False)
     with pytest.raises(RuntimeError, match="dtype"):
-        cpu.operators().step.default(packed, torch.zeros(2, 5).bfloat16(), torch.zeros(1, 2, 7).bfloat16())
+        step(pack(GRU, weights()), torch.zeros(2, 5).bfloat16(), torch.zeros(1, 2, 7).bfloat16())

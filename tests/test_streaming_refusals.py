@@ -11,7 +11,7 @@ import torch
 from stream_layers import unchanged
 
 import tidegate as tg
-from tidegate import backends
+from tidegate import reference
 from tidegate.backends import backend
 
 
@@ -95,16 +95,16 @@ def test_a_failure_in_mid_step_leaves_the_state_alone(monkeypatch: pytest.Monkey
         stream = tg.LSTM(5, 7, 3).stream(2)
     stream.step(torch.randn(2, 5))
     before, count = stream.state, 0
-    run = backends.run_forward
+    product = reference.linear
 
     def fail_at_the_last_layer(*arguments: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         if count == 3:
             raise RuntimeError("planted")
-        return run(*arguments, **options)
+        return product(*arguments, **options)
 
-    monkeypatch.setattr(backends, "run_forward", fail_at_the_last_layer)
+    monkeypatch.setattr(reference, "linear", fail_at_the_last_layer)
     for act in (lambda: stream.step(torch.randn(2, 5)), lambda: stream.steps(torch.randn(4, 2, 5))):
         count = 0
         with pytest.raises(RuntimeError, match="planted"):

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from calls import RUNNABLE, VARIANTS, make_call
+from calls import RUNNABLE, VARIANTS, make_call, run_layer
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import tidegate as tg
-from tidegate import backends, ops
+from tidegate import backends
 
 KINDS: dict[str, Callable[..., Any]] = {
     "rnn": tg.RNN,
@@ -57,10 +57,10 @@ def test_gradcheck_of_first_and_second_order(
         full: list[Any] = [None] * len(call.tensors)
         for place, value in zip(places, values, strict=True):
             full[place] = value
-        return ops.recurrence(call.with_tensors(full))
+        return run_layer(call.with_tensors(full))
 
     expected = contextlib.nullcontext()
-    if backends.BY_NAME[name].unsupported_reasons(call):
+    if backends.BY_NAME[name].unsupported_reasons(call.call()):
         expected = pytest.raises(tg.UnsupportedError, match=name)
     with expected, tg.backend(name):
         assert torch.autograd.gradcheck(run, tensors, fast_mode=True)

@@ -12,7 +12,7 @@ import needs
 import pytest
 import torch
 from calls import VARIANTS
-from kernel_cases import assert_right, cases, computed, grads_for, make_call
+from kernel_cases import assert_right, backward, cases, computed, forward, grads_for, make_call
 from test_backends import run_python
 
 import tidegate as tg
@@ -47,7 +47,7 @@ def test_agrees_with_the_reference(variant, kernel, recompute):
     for i, call in enumerate(cases((3, batch, 2, 19), variant, torch.float64)):
         if i in chosen:
             with plan.using(kernel, recompute):
-                assert_right(call, backend=kernels)
+                assert_right(call, backend=backends.TRITON)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -56,7 +56,7 @@ def test_agrees_with_the_reference(variant, kernel, recompute):
 def test_lower_dtypes(variant, kernel, dtype):
     call = make_call(variant, (3, 3, 5, 17), dtype=dtype, lengths=True, resets=True, reverse=kernel == "streamed")
     with plan.using(kernel, recompute=kernel == "resident"):
-        assert_right(call, backend=kernels)
+        assert_right(call, backend=backends.TRITON)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 3, 37), *EMPTY], ids=str)
@@ -64,9 +64,9 @@ def test_lower_dtypes(variant, kernel, dtype):
 def test_edges(variant, shape):
     for kernel in ("resident", "streamed"):
         with plan.using(kernel):
-            assert_right(make_call(variant, shape, dtype=torch.float64, batch_first=True), backend=kernels)
+            assert_right(make_call(variant, shape, dtype=torch.float64, batch_first=True), backend=backends.TRITON)
             call = make_call(variant, shape, dtype=torch.float64, lengths=True, resets=True, reverse=True)
-            assert_right(call, backend=kernels)
+            assert_right(call, backend=backends.TRITON)
 
 
 # Without float16 for relu: what torch rounds before the kernel may fall on the kink's other side.
@@ -83,9 +83,9 @@ def test_one_step_after_torch_s_products(variant, dtype):
             assert plan.choose(plan.size_of(call), plan.Device(True)).kernel == "step"
             for recompute in (False, True):
                 with plan.using(recompute=recompute):
-                    assert_right(call, backend=kernels)
-    *kept, _ = kernels.forward(call, True)
-    *dropped, saved = kernels.forward(call, False)
+                    assert_right(call, backend=backends.TRITON)
+    *kept, _ = forward(call, True, backends.TRITON)
+    *dropped, saved = forward(call, False, backends.TRITON)
     assert saved.shape == (0,)
     assert all(torch.equal(a, b) for a, b in zip(kept, dropped, strict=True))
 
@@ -95,8 +95,8 @@ def test_one_step_after_torch_s_products(variant, dtype):
 def test_without_saving_the_same_bits(variant, kernel):
     call = make_call(variant, (3, 2, 4, 17), dtype=torch.float32, resets=True)
     with plan.using(kernel):
-        *kept, _ = kernels.forward(call, True)
-        *dropped, saved = kernels.forward(call, False)
+        *kept, _ = forward(call, True, backends.TRITON)
+        *dropped, saved = forward(call, False, backends.TRITON)
     assert saved.shape == (0,)
     assert all(torch.equal(a, b) for a, b in zip(kept, dropped, strict=True))
 
@@ -109,9 +109,9 @@ def test_programs_that_share_a_tile_give_the_same_bits(variant):
     results = []
     for programs in (1, 2, 3):
         with plan.using("per_step", programs=programs):
-            results.append(computed(call, grads, kernels))
+            results.append(computed(call, grads, backends.TRITON))
     with plan.using("streamed"):
-        results.append(computed(call, grads, kernels))
+        results.append(computed(call, grads, backends.TRITON))
     for result in results[1:]:
         assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
@@ -120,20 +120,20 @@ def test_programs_that_share_a_tile_give_the_same_bits(variant):
 def test_only_what_is_needed_and_absent_gradients_are_zero(variant):
     call = make_call(variant, (3, 2, 4, 6), lengths=True)
     grads = grads_for(call)
-    *outputs, saved = kernels.forward(call, True)
+    *outputs, saved = forward(call, True, backends.TRITON)
     every = tuple(tensor is not None for tensor in call.tensors)
-    all_grads = kernels.backward(call, outputs[0], saved, grads[0], grads[1:], every)
+    all_grads = backward(call, outputs[0], saved, grads, every, backends.TRITON)
     for i in range(len(every)):
         needs = tuple(needed and j == i for j, needed in enumerate(every))
-        some = kernels.backward(call, outputs[0], saved, grads[0], grads[1:], needs)
+        some = backward(call, outputs[0], saved, grads, needs, backends.TRITON)
         for j, grad in enumerate(some):
             assert (grad is not None) == needs[j]
             assert grad is None or torch.equal(grad, all_grads[j])
     for present in range(len(grads)):
         some = [grad if i == present else None for i, grad in enumerate(grads)]
         zeros = [grad if i == present else torch.zeros_like(grad) for i, grad in enumerate(grads)]
-        got = kernels.backward(call, outputs[0], saved, some[0], tuple(some[1:]), every)
-        same = kernels.backward(call, outputs[0], saved, zeros[0], tuple(zeros[1:]), every)
+        got = backward(call, outputs[0], saved, tuple(some), every, backends.TRITON)
+        same = backward(call, outputs[0], saved, tuple(zeros), every, backends.TRITON)
         assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(got, same, strict=True))
 
 
@@ -173,9 +173,9 @@ def test_activations_near_zero_and_far_out():
 
 def test_it_runs_only_when_named():
     call = make_call("gru", (3, 2, 4, 5), dtype=torch.float32)
-    assert kernels.unsupported_reasons(call) == []
-    assert backends.select(call, "triton") is backends.TRITON
-    assert backends.select(call, "") is not backends.TRITON
+    assert kernels.unsupported_reasons(call.call()) == []
+    assert backends.select(call.call(), "triton") is backends.TRITON
+    assert backends.select(call.call(), "") is not backends.TRITON
     layer, x = tg.GRU(4, 5), torch.rand(3, 2, 4)
     assert "triton: it runs only when named, as in tidegate.backend('triton'): no GPU has" in str(tg.explain(layer, x))
     with tg.backend("triton"):
@@ -186,25 +186,25 @@ def test_it_runs_only_when_named():
 
 def test_reasons(monkeypatch):
     call = make_call("gru", (2, 3, 4, 5), dtype=torch.float32)
-    assert kernels.unsupported_reasons(make_call("lstm-proj", (2, 3, 4, 6))) == [
+    assert kernels.unsupported_reasons(make_call("lstm-proj", (2, 3, 4, 6)).call()) == [
         "LSTM with projections is not among the kernels"
     ]
     assert (
         "beyond torch.nn's equations"
-        in kernels.unsupported_reasons(call._replace(options={**call.options, "clip": 1.0}))[0]
+        in kernels.unsupported_reasons(call._replace(options={**call.options, "clip": 1.0}).call())[0]
     )
-    assert kernels.unsupported_reasons(call._replace(input=call.input.double()))[0] == (
+    assert kernels.unsupported_reasons(call._replace(input=call.input.double()).call())[0] == (
         "h_0 is float32 on cpu, unlike input"
     )
-    assert kernels.unsupported_reasons(call.to(torch.complex64)) == [
+    assert kernels.unsupported_reasons(call.to(torch.complex64).call()) == [
         "input is complex64, not float32, bfloat16 or float16"
     ]
     meta = call.with_tensors([None if tensor is None else tensor.to("meta") for tensor in call.tensors])
-    assert kernels.unsupported_reasons(meta) == ["input is on meta"]
+    assert kernels.unsupported_reasons(meta.call()) == ["input is on meta"]
     huge = call.input[:1, :1].expand(2**15, 2**15, 4)
-    assert "T*B*hidden_size is 2**31 or more" in kernels.unsupported_reasons(call._replace(input=huge))
+    assert "T*B*hidden_size is 2**31 or more" in kernels.unsupported_reasons(call._replace(input=huge).call())
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert kernels.unsupported_reasons(call.to(torch.float64)) == [
+    assert kernels.unsupported_reasons(call.to(torch.float64).call()) == [
         "no CUDA device", "input is on cpu", "float64 runs under Triton's interpreter alone",
     ]  # fmt: skip
 

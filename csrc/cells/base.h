@@ -2,6 +2,7 @@
 // What the cells share: the carried h, the input's product by chunks of steps, the gradient that arrives at h.
 #pragma once
 
+#include "cells/table.h"
 #include "engine/columns.h"
 #include "engine/sequence.h"
 
@@ -16,9 +17,8 @@ public:
     using F = factor<S>;
     using V = Vec<A>;
     static constexpr int lanes = width<A>;
-
-    // Elements of all packed weights, so far as this object's are made.
-    int64_t packed_size() const { return packed_size_; }
+    static constexpr double barrier_flops = forward_barrier_flops;
+    static double input_flops(const ForwardProblem&) { return 0; }   // the loop's own contain them
 
     int64_t chunk_steps() const { return chunk_steps_; }
     int64_t first_slot(const Team& team) const {
@@ -44,8 +44,8 @@ protected:
     // Where the next panels lie in the weights that were packed before; null if they are to be packed for this call.
     template <int C>
     A* memory(int64_t count, int64_t depth) {
-        A* at = p_.packed ? static_cast<A*>(p_.packed) + packed_size_ : nullptr;
-        packed_size_ += Panels<F, C>::size(count, depth);
+        A* at = p_.packed ? static_cast<A*>(p_.packed) + packed_before_ : nullptr;
+        packed_before_ += Panels<F, C>::size(count, depth);
         return at;
     }
 
@@ -56,9 +56,10 @@ protected:
         for (; step < end; ++step)
             for (int64_t i = 0; i < share.live(step); ++i, ++slot) {
                 if (!team.crew.dealt(slot)) continue;
-                const int64_t place = share.place(step, share.rank(i)), batch = p_.rows.batch;
-                const S* from = static_cast<const S*>(p_.input) + place / batch * p_.input_time_stride +
-                                place % batch * p_.input_batch_stride;
+                const int64_t rank = share.rank(i);
+                const S* from = static_cast<const S*>(p_.input) +
+                                time_of(p_.rows, step, rank) * p_.input_time_stride +
+                                p_.rows.order[rank] * p_.input_batch_stride;
                 copy_factors(x_ + (first + slot) * x_stride_, from, p_.input_size);
             }
         team.crew.wait();
@@ -111,7 +112,9 @@ protected:
     }
 
     void write_h(const LiveRow& row, int64_t step, int64_t unit, int64_t valid, V h) const {
-        store(static_cast<S*>(p_.output) + row.place * p_.output_stride + unit, h, valid);
+        const int64_t at = row.place * p_.output_stride + unit;
+        store(static_cast<S*>(p_.output) + at, h, valid);
+        if (p_.kept) store(static_cast<S*>(p_.kept) + at, h, valid);
         carry_h(step + 1, row.rank, unit, valid, row.cut_next ? V{} : h);
         if (row.last) store(static_cast<S*>(p_.h_n) + row.row * projected_ + unit, h, valid);
     }
@@ -121,7 +124,7 @@ protected:
 
     const ForwardProblem& p_;
     const int64_t hidden_, projected_, h_stride_, x_stride_, chunk_steps_, input_columns_;
-    int64_t packed_size_ = 0;
+    int64_t packed_before_ = 0;
     static constexpr bool factors_apart = !std::is_same_v<H, F>;
     const Buffer<H> h_[2];           // by rank
     const Buffer<F> h_factors_[2];   // by rank; empty where h_ holds them
@@ -133,11 +136,19 @@ protected:
 template <class S>
 class BackwardBase {
 public:
+    using Stored = S;
     using A = computed<S>;
     using F = factor<S>;
     using V = Vec<A>;
     static constexpr int lanes = width<A>;
     using Columns = tidegate::TIDEGATE_ISA::Columns<S>;
+    static constexpr double barrier_flops = backward_barrier_flops;
+
+    // Columns of dgates that the input's gradient comes from.
+    static int64_t input_gates(const BackwardProblem& p) { return facts(p.kind).gates * p.hidden; }
+    static double input_flops(const BackwardProblem& p) {
+        return p.dinput ? 2.0 * static_cast<double>(input_gates(p)) * static_cast<double>(p.input_size) : 0;
+    }
 
 protected:
     explicit BackwardBase(const BackwardProblem& p) : p_(p), hidden_(p.hidden), projected_(p.projected) {}
@@ -165,7 +176,8 @@ protected:
     V grad_h(const LiveRow& row, int64_t unit, int64_t valid, V from_next) const {
         V dh = row.cut_next ? V{} : from_next;
         if (row.last) dh = from(p_.grad_h_n, row.row * projected_ + unit, valid);
-        if (p_.grad_output) dh += from(p_.grad_output, row.place * projected_ + unit, valid);
+        if (p_.grad_output)
+            dh += from(p_.grad_output, row.time * p_.grad_time_stride + row.row * p_.grad_batch_stride + unit, valid);
         return dh;
     }
 
@@ -173,7 +185,7 @@ protected:
         V h{};
         if (!row.cut)
             h = row.first ? from(p_.h_0, row.row * projected_ + unit, valid)
-                          : from(p_.output, row.place_before * projected_ + unit, valid);
+                          : from(p_.h, row.place_before * p_.h_stride + unit, valid);
         if (p_.h_before) store(static_cast<S*>(p_.h_before) + row.position * projected_ + unit, h, valid);
         return h;
     }

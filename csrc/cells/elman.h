@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vanilla RNN: h' = act(W_ih x + b_ih + W_hh h + b_hh), act being tanh or relu. The output says all that the
+// The vanilla RNN: h' = act(W_ih x + b_ih + W_hh h + b_hh), act being tanh or relu. h says all that the
 // backward needs, so nothing is saved. Columns of `dgates`: the gradient of the pre-activation.
 #pragma once
 
@@ -39,6 +39,9 @@ class ElmanForward : public ForwardBase<S, factor<S>> {
 public:
     static double row_flops(const ForwardProblem& p) { return 2.0 * p.hidden * (p.hidden + p.input_size); }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
+    static int64_t packed_size(const ForwardProblem& p) {
+        return Panels<F, wide>::size(panels_of(p), p.input_size) + Panels<F, wide>::size(panels_of(p), p.hidden);
+    }
 
     ElmanForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, panels_of(p) * wide * lanes),
@@ -100,7 +103,7 @@ public:
     void step(Crew& crew, const Share& share, int64_t step) const {
         Base::flow_back(crew, share, step, flow_[(step + 1) & 1] + 0, stride_, weights_, share.live(step + 1),
                         [&](const LiveRow& row, int64_t unit, int64_t valid, V sum) {
-                            const V h = Base::from(p_.output, row.place * hidden_ + unit, valid);
+                            const V h = Base::from(p_.h, row.place * p_.h_stride + unit, valid);
                             const V d = this->grad_h(row, unit, valid, sum) * Unit::template slope<A>(h);
                             if (p_.h_before) this->h_before(row, unit, valid);
                             store(flow_[step & 1] + row.rank * stride_ + unit, d, valid);

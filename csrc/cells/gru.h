@@ -31,6 +31,9 @@ class GruForward : public ForwardBase<S, computed<S>> {
 public:
     static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
+    static int64_t packed_size(const ForwardProblem& p) {
+        return Panels<F, 3>::size(panels_of(p), p.input_size) + Panels<F, 3>::size(panels_of(p), p.hidden);
+    }
 
     GruForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, panels_of(p) * 3 * lanes),

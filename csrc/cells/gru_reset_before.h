@@ -18,6 +18,10 @@ public:
     static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
     static int64_t rz_panels(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
+    static int64_t packed_size(const ForwardProblem& p) {
+        return Panels<F, 2>::size(rz_panels(p), p.input_size) + Panels<F, 2>::size(rz_panels(p), p.hidden) +
+               Panels<F, wide>::size(panels_of(p), p.input_size) + Panels<F, wide>::size(panels_of(p), p.hidden);
+    }
 
     GruResetBeforeForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, (rz_panels(p) + panels_of(p)) * 2 * lanes),

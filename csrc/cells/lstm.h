@@ -38,6 +38,10 @@ public:
     static int64_t projection_panels(const ForwardProblem& p) {
         return p.weight_hr ? ceil_div(p.projected, wide * lanes) : 0;
     }
+    static int64_t packed_size(const ForwardProblem& p) {
+        return Panels<F, 4>::size(panels_of(p), p.input_size) + Panels<F, 4>::size(panels_of(p), p.projected) +
+               Panels<F, wide>::size(projection_panels(p), p.hidden);
+    }
 
     LstmForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, panels_of(p) * 4 * lanes),
@@ -202,7 +206,9 @@ private:
         const V di = dc * g * i * (1 - i);
         const V df = dc * c_before(row, unit, valid) * f * (1 - f);
         const V dg = dc * i * (1 - g * g);
-        const V d_o = dm * tanh_c * o * (1 - o);
+        V d_o = dm * tanh_c;
+        if (p_.grad_o) d_o += Base::from(p_.grad_o, row.row * hidden_ + unit, valid);
+        d_o = d_o * o * (1 - o);
         if (p_.multiplied) store(static_cast<S*>(p_.multiplied) + row.position * hidden_ + unit, o * tanh_c, valid);
         store(carry(row) + unit, dc * f, valid);
         write(flow_[step & 1] + row.rank * flow_stride_ + unit, valid, di, df, dg, d_o);

@@ -3,19 +3,21 @@
 // over them, read where they lie where packing would cost more than a few rows bring.
 #pragma once
 
+#include "engine/cost.h"
+#include "engine/crew.h"
 #include "engine/panel.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
-constexpr int64_t rows_not_worth_packing = 8;
-
 // Calls each(row, panel, sums) as `multiply`, for a row-major (depth, columns) matrix. Rows of the matrix pass by
-// `group` at a time, so that they are read in one go; each sum still runs over the depth in order.
+// `group` at a time, so that they are read in one go; each sum still runs over the depth as a tile's does.
 template <class A, int C, class Each>
 inline void multiply_unpacked(const A* rows, int64_t row_stride, int64_t count, const A* matrix, int64_t depth,
                               int64_t columns, int64_t begin, int64_t end, Each&& each) {
     constexpr int64_t lanes = width<A>, panel_columns = C * lanes, most_panels = 8, group = 8;
-    alignas(64) A sums[rows_not_worth_packing * most_panels * panel_columns];
+    static_assert(block_words % group == 0);
+    constexpr int64_t most_sums = rows_not_worth_packing * most_panels * panel_columns;
+    alignas(64) A sums[most_sums], sums_of_blocks[most_sums];
     const auto add = [&]<int K>(std::integral_constant<int, K>, int64_t k, int64_t first, int64_t valid) {
         const A* from = matrix + k * columns + first;
         for (int64_t j = 0; j < valid; j += lanes) {
@@ -35,10 +37,21 @@ inline void multiply_unpacked(const A* rows, int64_t row_stride, int64_t count, 
     for (int64_t panel = begin; panel < end; panel += most_panels) {
         const int64_t last = end < panel + most_panels ? end : panel + most_panels, first = panel * panel_columns;
         const int64_t wide = (last - panel) * panel_columns, valid = columns - first < wide ? columns - first : wide;
-        std::memset(sums, 0, sizeof(A) * static_cast<size_t>(count * most_panels * panel_columns));
+        const int64_t sums_in_use = count * most_panels * panel_columns;
         int64_t k = 0;
-        for (; k + group <= depth; k += group) add(std::integral_constant<int, group>(), k, first, valid);
-        for (; k < depth; ++k) add(std::integral_constant<int, 1>(), k, first, valid);
+        while (true) {
+            const int64_t block_end = depth - k > block_words ? k + block_words : depth;
+            const bool is_first = k == 0, is_last = block_end == depth;
+            std::memset(sums, 0, sizeof(A) * static_cast<size_t>(sums_in_use));
+            for (; k + group <= block_end; k += group) add(std::integral_constant<int, group>(), k, first, valid);
+            for (; k < block_end; ++k) add(std::integral_constant<int, 1>(), k, first, valid);
+            if (is_first && is_last) break;
+            for (int64_t i = 0; i < sums_in_use; i += lanes) {
+                const Vec<A> total = is_first ? load(sums + i) : load(sums_of_blocks + i) + load(sums + i);
+                store((is_last ? sums : sums_of_blocks) + i, total);
+            }
+            if (is_last) break;
+        }
         for (int64_t row = 0; row < count; ++row)
             for (int64_t i = panel; i < last; ++i)
                 each(row, i, sums + (row * most_panels + i - panel) * panel_columns);
@@ -82,13 +95,15 @@ public:
             }
         };
         if constexpr (std::is_same_v<S, A>) {
-            if (!packs_)
+            if (!packs_ && with_product > 0)
                 multiply_unpacked<A, wide>(rows, row_stride, with_product, matrix_, panels_.depth, columns, begin, end,
                                            by_vector);
         }
         if (packs_) tidegate::TIDEGATE_ISA::multiply(rows, row_stride, with_product, panels_, begin, end, by_vector);
         no_product(with_product, count, panels_, begin, end, by_vector);
     }
+
+    int64_t depth() const { return panels_.depth; }
 
     const int64_t columns;
 

@@ -5,7 +5,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <thread>
+
+#include "engine/cost.h"
 
 namespace tidegate {
 namespace {
@@ -20,30 +21,13 @@ void pause() {
 #endif
 }
 
-// Some 20 microseconds of spinning; then the thread that is waited for may need this very core.
-constexpr int spins_before_yield = 1000;
-
-// A first member that waited so often for more than twice its own work, and 100 microseconds, is better off alone.
-constexpr int starved_barriers = 2;
-constexpr int64_t starving = 100'000;
-
 int64_t now() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
 }
 
-// How long one such meeting, which costs some milliseconds, speaks against the next.
-constexpr int64_t crowded_for = 200'000'000;
 std::atomic<int64_t> crowded_until{0};
-
-// A thread whose work is done waits for those that have not come so far, or not even begun: a scheduler's slice, if
-// others have the processor. Less than this is no more than waking a thread that sleeps; that takes longer at times, so
-// that once does not count.
-constexpr int64_t late = 500'000, lately = 300'000'000;
 std::atomic<int64_t> late_at{0};
-
-// Work that takes no longer alone than such a wait.
-constexpr int64_t not_worth_a_wait = 5'000'000;
 
 struct Enrolment {
     std::atomic<int> joined{0};    // members so far; `closed` is added once nobody else may join
@@ -183,11 +167,6 @@ Team make_team(const Crew& all, Post* team_posts, int count) {
     const int first = first_of(mine);
     const int size = (mine + 1 < count ? first_of(mine + 1) : all.size()) - first;
     return {Crew(team_posts + first, all.rank() - first, size), mine, count};
-}
-
-int available_cpus() {
-    static const int cpus = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-    return cpus;
 }
 
 }  // namespace tidegate

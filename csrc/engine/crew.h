@@ -79,7 +79,7 @@ void wait_until(const std::atomic<int64_t>& counter, int64_t value, int64_t expe
 // For a while, threads that would have to meet, or have little to do, are better not started.
 bool is_crowded();
 
-// The threads worth starting: never more than the CPUs that this process may run on.
+// The CPUs that this process may use, by its affinity and its control group's quota: no more threads are worth starting.
 int available_cpus();
 
 }  // namespace tidegate

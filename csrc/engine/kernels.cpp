@@ -2,11 +2,52 @@
 // Compiled once per instruction set, with TIDEGATE_ISA as its name.
 #include "cells/gru_reset_before.h"
 #include "engine/isa.h"
-#include "engine/product.h"
+#include "engine/outer.h"
+#include "engine/side_by_side.h"
 #include "engine/step.h"
 
 namespace tidegate::TIDEGATE_ISA {
 namespace {
+
+template <class T>
+struct Tag {
+    using type = T;
+};
+
+// Calls go(Tag<S>()) with the stored type.
+template <class Go>
+auto with_type(Type type, Go&& go) {
+    switch (type) {
+        case Type::f32: return go(Tag<float>());
+        case Type::f64: return go(Tag<double>());
+        case Type::bf16: break;
+    }
+    return go(Tag<bf16>());
+}
+
+// Calls go(Tag<Cell>()) with the class that runs the forward, or the backward, of a kind.
+template <class S, class Go>
+auto with_forward(Kind kind, Go&& go) {
+    switch (kind) {
+        case Kind::rnn_tanh: return go(Tag<ElmanForward<S, TanhUnit>>());
+        case Kind::rnn_relu: return go(Tag<ElmanForward<S, ReluUnit>>());
+        case Kind::lstm: return go(Tag<LstmForward<S>>());
+        case Kind::gru: return go(Tag<GruForward<S>>());
+        case Kind::gru_reset_before: break;
+    }
+    return go(Tag<GruResetBeforeForward<S>>());
+}
+template <class S, class Go>
+auto with_backward(Kind kind, Go&& go) {
+    switch (kind) {
+        case Kind::rnn_tanh: return go(Tag<ElmanBackward<S, TanhUnit>>());
+        case Kind::rnn_relu: return go(Tag<ElmanBackward<S, ReluUnit>>());
+        case Kind::lstm: return go(Tag<LstmBackward<S>>());
+        case Kind::gru: return go(Tag<GruBackward<S>>());
+        case Kind::gru_reset_before: break;
+    }
+    return go(Tag<GruResetBeforeBackward<S>>());
+}
 
 // Whether the weights are better read where they lie.
 bool is_one_step(const ForwardProblem& problem) {
@@ -17,101 +58,64 @@ bool is_one_step(const ForwardProblem& problem) {
 
 template <class S>
 void forward_one_step(const ForwardProblem& p) {
-    run_step<S>({p.kind, p.type, p.threads, p.rows.batch, p.input_size, p.hidden, p.input, p.input_batch_stride, p.h_0,
-                 p.c_0, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh, p.h_n, p.c_n, p.saved,
-                 p.saved_stride});
-    if (p.output == p.h_n) return;
-    for (int64_t row = 0; row < p.rows.batch; ++row)
-        std::memcpy(static_cast<S*>(p.output) + row * p.output_stride, static_cast<const S*>(p.h_n) + row * p.hidden,
-                    static_cast<size_t>(p.hidden) * sizeof(S));
-}
-
-template <class S>
-void forward_as(const ForwardProblem* problems, int count, bool stacked) {
-    if (is_one_step(problems[0])) {
-        for (int i = 0; i < count; ++i) forward_one_step<S>(problems[i]);
-        return;
-    }
-    switch (problems[0].kind) {
-        case Kind::rnn_tanh: return run_forwards<ElmanForward<S, TanhUnit>>(problems, count, stacked);
-        case Kind::rnn_relu: return run_forwards<ElmanForward<S, ReluUnit>>(problems, count, stacked);
-        case Kind::lstm: return run_forwards<LstmForward<S>>(problems, count, stacked);
-        case Kind::gru: return run_forwards<GruForward<S>>(problems, count, stacked);
-        case Kind::gru_reset_before: return run_forwards<GruResetBeforeForward<S>>(problems, count, stacked);
-    }
-}
-
-template <class S>
-int64_t pack_as(const ForwardProblem& problem) {
-    switch (problem.kind) {
-        case Kind::rnn_tanh:
-        case Kind::rnn_relu: return pack_weights<ElmanForward<S, TanhUnit>>(problem);
-        case Kind::lstm: return pack_weights<LstmForward<S>>(problem);
-        case Kind::gru: return pack_weights<GruForward<S>>(problem);
-        case Kind::gru_reset_before: return pack_weights<GruResetBeforeForward<S>>(problem);
-    }
-    return 0;
-}
-
-template <class S>
-void backward_as(const BackwardProblem& problem) {
-    switch (problem.kind) {
-        case Kind::rnn_tanh: return run_backward<ElmanBackward<S, TanhUnit>>(problem);
-        case Kind::rnn_relu: return run_backward<ElmanBackward<S, ReluUnit>>(problem);
-        case Kind::lstm: return run_backward<LstmBackward<S>>(problem);
-        case Kind::gru: return run_backward<GruBackward<S>>(problem);
-        case Kind::gru_reset_before: return run_backward<GruResetBeforeBackward<S>>(problem);
+    run_step<S>({.kind = p.kind,
+                 .type = p.type,
+                 .threads = p.threads,
+                 .batch = p.rows.batch,
+                 .input_size = p.input_size,
+                 .hidden = p.hidden,
+                 .input = p.input,
+                 .input_stride = p.input_batch_stride,
+                 .h_0 = p.h_0,
+                 .c_0 = p.c_0,
+                 .weight_ih = p.weight_ih,
+                 .weight_hh = p.weight_hh,
+                 .bias_ih = p.bias_ih,
+                 .bias_hh = p.bias_hh,
+                 .h = p.h_n,
+                 .c = p.c_n,
+                 .saved = p.saved,
+                 .saved_stride = p.saved_stride});
+    for (void* to : {p.output, p.kept}) {
+        if (!to || to == p.h_n) continue;
+        for (int64_t row = 0; row < p.rows.batch; ++row)
+            std::memcpy(static_cast<S*>(to) + row * p.output_stride, static_cast<const S*>(p.h_n) + row * p.hidden,
+                        static_cast<size_t>(p.hidden) * sizeof(S));
     }
 }
 
-template <class S>
-void activate_as(bool hyperbolic, const void* in, void* out, int64_t count) {
-    using A = computed<S>;
-    for (int64_t i = 0; i < count; i += width<A>) {
-        const Vec<A> x = load(static_cast<const S*>(in) + i, count - i);
-        store(static_cast<S*>(out) + i, hyperbolic ? tanh<A>(x) : sigmoid<A>(x), count - i);
-    }
+void forward(const ForwardProblem* problems, int count, Together together) {
+    with_type(problems[0].type, [&]<class S>(Tag<S>) {
+        if (is_one_step(problems[0])) {
+            for (int i = 0; i < count; ++i) forward_one_step<S>(problems[i]);
+            return;
+        }
+        with_forward<S>(problems[0].kind,
+                        [&]<class Cell>(Tag<Cell>) { run_forwards<Cell>(problems, count, together); });
+    });
 }
 
-void forward(const ForwardProblem* problems, int count, bool stacked) {
-    switch (problems[0].type) {
-        case Type::f32: return forward_as<float>(problems, count, stacked);
-        case Type::f64: return forward_as<double>(problems, count, stacked);
-        case Type::bf16: return forward_as<bf16>(problems, count, stacked);
-    }
+int64_t packed_size(const ForwardProblem& problem) {
+    return with_type(problem.type, [&]<class S>(Tag<S>) {
+        return with_forward<S>(problem.kind, [&]<class Cell>(Tag<Cell>) { return Cell::packed_size(problem); });
+    });
 }
 
-int64_t pack(const ForwardProblem& problem) {
-    switch (problem.type) {
-        case Type::f32: return pack_as<float>(problem);
-        case Type::f64: return pack_as<double>(problem);
-        case Type::bf16: return pack_as<bf16>(problem);
-    }
-    return 0;
+void pack(const ForwardProblem& problem) {
+    with_type(problem.type, [&]<class S>(Tag<S>) {
+        with_forward<S>(problem.kind, [&]<class Cell>(Tag<Cell>) { pack_weights<Cell>(problem); });
+    });
 }
 
 void step(const StepProblem& problem) {
-    switch (problem.type) {
-        case Type::f32: return run_step<float>(problem);
-        case Type::f64: return run_step<double>(problem);
-        case Type::bf16: return run_step<bf16>(problem);
-    }
+    with_type(problem.type, [&]<class S>(Tag<S>) { run_step<S>(problem); });
 }
 
-void backward(const BackwardProblem& problem) {
-    switch (problem.type) {
-        case Type::f32: return backward_as<float>(problem);
-        case Type::f64: return backward_as<double>(problem);
-        case Type::bf16: return backward_as<bf16>(problem);
-    }
-}
-
-void product(const ProductProblem& problem) {
-    switch (problem.type) {
-        case Type::f32: return run_product<float>(problem);
-        case Type::f64: return run_product<double>(problem);
-        case Type::bf16: return run_product<bf16>(problem);
-    }
+void backward(const BackwardProblem* problems, int count, Together together) {
+    with_type(problems[0].type, [&]<class S>(Tag<S>) {
+        with_backward<S>(problems[0].kind,
+                         [&]<class Cell>(Tag<Cell>) { run_backwards<Cell>(problems, count, together); });
+    });
 }
 
 void outer(const OuterProblem& problem) {
@@ -120,23 +124,19 @@ void outer(const OuterProblem& problem) {
 }
 
 void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t count) {
-    switch (type) {
-        case Type::f32: return activate_as<float>(hyperbolic, in, out, count);
-        case Type::f64: return activate_as<double>(hyperbolic, in, out, count);
-        case Type::bf16: return activate_as<bf16>(hyperbolic, in, out, count);
-    }
+    with_type(type, [&]<class S>(Tag<S>) {
+        using A = computed<S>;
+        for (int64_t i = 0; i < count; i += width<A>) {
+            const Vec<A> x = load(static_cast<const S*>(in) + i, count - i);
+            store(static_cast<S*>(out) + i, hyperbolic ? tanh<A>(x) : sigmoid<A>(x), count - i);
+        }
+    });
 }
 
-template <class S>
-constexpr int32_t layout_of = vector_bytes * 16 + static_cast<int32_t>(sizeof(factor<S>));
-
 int32_t layout(Type type) {
-    switch (type) {
-        case Type::f32: return layout_of<float>;
-        case Type::f64: return layout_of<double>;
-        case Type::bf16: return layout_of<bf16>;
-    }
-    return 0;
+    return with_type(type, []<class S>(Tag<S>) {
+        return vector_bytes * 16 + static_cast<int32_t>(sizeof(factor<S>));
+    });
 }
 
 #define TIDEGATE_TEXT(name) #name
@@ -144,6 +144,14 @@ int32_t layout(Type type) {
 
 }  // namespace
 
-const Kernels kernels = {TIDEGATE_NAME(TIDEGATE_ISA), layout, forward, pack, step, backward, product, outer, activate};
+const Kernels kernels = {.name = TIDEGATE_NAME(TIDEGATE_ISA),
+                         .layout = layout,
+                         .forward = forward,
+                         .packed_size = packed_size,
+                         .pack = pack,
+                         .step = step,
+                         .backward = backward,
+                         .outer = outer,
+                         .activate = activate};
 
 }  // namespace tidegate::TIDEGATE_ISA

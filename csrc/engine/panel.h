@@ -4,48 +4,19 @@
 // A panel holds columns of a product, C vectors wide, depth-major: [depth][C][lane], or, where a lane of the sums takes
 // two factors at a time, [depth / 2][C][lane][2], an odd depth ending in zeros. For a gated cell the C vectors are
 // the gates of one vector of hidden units, so that all that a unit needs comes out of one tile.
-// Each sum runs over the depth in order in one accumulator, whatever the tile: a row's bits do not depend on the
-// number of rows or threads.
+// Each sum runs over the depth in order, whatever the tile: a row's bits do not depend on the number of rows or threads.
+// A block of depth is added up in one accumulator, then to the sum of the blocks before it, because the rounding error of
+// one long sum in float grows with its length.
 #pragma once
 
 #include <type_traits>
 #include <utility>
 
-#include "engine/crew.h"
-#include "engine/vec.h"
-#include "engine/workspace.h"
+#include "engine/buffer.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// An aligned array for one call. With `poison` it starts as NaN, so that a read before a write shows.
-template <class A>
-class Buffer {
-public:
-    Buffer(int64_t count, bool poison)
-        : data_(static_cast<A*>(take_workspace(static_cast<size_t>(count) * sizeof(A)))), size_(count) {
-        if (poison && data_) std::memset(static_cast<void*>(data_), 0xff, static_cast<size_t>(count) * sizeof(A));
-    }
-    ~Buffer() { give_workspace_back(data_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-
-    A* operator+(int64_t offset) const { return data_ + offset; }
-    A& operator[](int64_t index) const { return data_[index]; }
-    int64_t size() const { return size_; }
-
-private:
-    A* const data_;
-    const int64_t size_;
-};
-
-// A row length in memory: whole vectors, and an odd number of cache lines so that rows do not fall on one set.
-template <class A>
-constexpr int64_t padded(int64_t columns) {
-    constexpr int64_t line = 64 / sizeof(A);
-    return (ceil_div(columns, line) | 1) * line;
-}
+constexpr int64_t block_words = 256;
 
 template <class F, int C>
 class Panels {
@@ -135,7 +106,7 @@ void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t p
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 24
             for (int c = 0; c < C; ++c) acc[r][m][c] = load(bias + (m * C + c) * lanes);
-    const auto add = [&](int64_t word, auto splat_factors) [[gnu::always_inline]] {
+    const auto add = [&](int64_t word, auto splat_factors) __attribute__((always_inline)) {
 #pragma GCC unroll 24
         for (int m = 0; m < M; ++m) {
             Vec<A> w[C];
@@ -209,6 +180,21 @@ inline void copy_factors(F* to, const S* from, int64_t count) {
         for (int64_t k = 0; k < count; k += lanes) store(to + k, load(from + k, count - k), count - k);
 }
 
+// A tile over any depth, a block at a time. `count` sums.
+template <class F, int C>
+[[gnu::noinline]] void run_blocks(typename Tiles<F, C>::Function tile, const F* rows, int64_t row_stride,
+                                  const Panels<F, C>& panels, int64_t panel, int64_t count, computed<F>* sums) {
+    using A = computed<F>;
+    constexpr int64_t factors = block_words * factors_in_word<F>, most = Tiles<F, C>::budget * width<A>;
+    alignas(64) A sums_of_block[most], zeros[most] = {};
+    for (int64_t k = 0; k < panels.depth; k += factors) {
+        const int64_t depth = panels.depth - k < factors ? panels.depth - k : factors;
+        tile(rows + k, row_stride, panels.at(panel) + k / factors_in_word<F> * panels.columns, panels.stride,
+             k == 0 ? panels.bias_at(panel) : zeros, depth, k == 0 ? sums : sums_of_block);
+        for (int64_t i = 0; k > 0 && i < count; i += width<A>) store(sums + i, load(sums + i) + load(sums_of_block + i));
+    }
+}
+
 // Calls each(row, panel, sums) with sums[C][lane] = bias + rows[row] . panel, for all rows and panels begin .. end - 1.
 // A panel stays in the nearest cache while the rows pass over it.
 template <class F, int C, class Each>
@@ -226,8 +212,11 @@ inline void multiply(const F* rows, int64_t row_stride, int64_t count, const Pan
             const int64_t first = count * i / tiles;
             const int size = static_cast<int>(count * (i + 1) / tiles - first);
             const auto run = T::find(size, group);
-            run(rows + first * row_stride, row_stride, panels.at(panel), panels.stride, panels.bias_at(panel),
-                panels.depth, sums);
+            const F* const from = rows + first * row_stride;
+            if (panels.depth > block_words * factors_in_word<F>)
+                run_blocks<F, C>(run, from, row_stride, panels, panel, size * group * panels.columns, sums);
+            else
+                run(from, row_stride, panels.at(panel), panels.stride, panels.bias_at(panel), panels.depth, sums);
             for (int r = 0; r < size; ++r)
                 for (int m = 0; m < group; ++m) each(first + r, panel + m, sums + (r * group + m) * panels.columns);
         }

@@ -38,8 +38,16 @@ Schedule::Schedule(int64_t time, int64_t batch, bool reverse, const int64_t* len
 }
 
 Rows Schedule::rows(const uint8_t* resets) const {
-    return {time_,          batch_,         steps_,       total_,         reverse_,
-            order_.data(),  length_.data(), live_.data(), offset_.data(), resets};
+    return {.time = time_,
+            .batch = batch_,
+            .steps = steps_,
+            .total = total_,
+            .reverse = reverse_,
+            .order = order_.data(),
+            .length = length_.data(),
+            .live = live_.data(),
+            .offset = offset_.data(),
+            .resets = resets};
 }
 
 void Schedule::places(int64_t* to) const {
@@ -54,7 +62,7 @@ void Schedule::input_rows(const char* input, int64_t time_stride, int64_t batch_
             to[offset_[step] + rank] = input + time_of(step, rank) * time_stride + order_[rank] * batch_stride;
 }
 
-void Schedule::h_rows(const char* output, const char* h_0, int64_t h_bytes, const uint8_t* resets,
+void Schedule::h_rows(const char* h, int64_t h_stride, const char* h_0, int64_t h_0_stride, const uint8_t* resets,
                       const void** to) const {
     for (int64_t step = 0; step < steps_; ++step)
         for (int64_t rank = 0; rank < live_[step]; ++rank) {
@@ -62,8 +70,8 @@ void Schedule::h_rows(const char* output, const char* h_0, int64_t h_bytes, cons
             const int64_t before = reverse_ ? t + 1 : t - 1, marked = reverse_ ? t + 1 : t;
             const bool cut = resets && marked < length_[rank] && resets[marked * batch_ + row];
             to[offset_[step] + rank] = cut         ? nullptr
-                                       : step == 0 ? h_0 + row * h_bytes
-                                                   : output + (before * batch_ + row) * h_bytes;
+                                       : step == 0 ? h_0 + row * h_0_stride
+                                                   : h + (before * batch_ + row) * h_stride;
         }
 }
 

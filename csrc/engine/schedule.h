@@ -22,9 +22,10 @@ public:
     void places(int64_t* to) const;
 
     // For each position, where the input's row lies and where the h that entered the step does, null being zero.
-    // Strides are in bytes; output and h_0 have rows of `h_bytes`.
+    // Strides are in bytes; rows of h are `h_stride` apart, those of h_0 `h_0_stride`.
     void input_rows(const char* input, int64_t time_stride, int64_t batch_stride, const void** to) const;
-    void h_rows(const char* output, const char* h_0, int64_t h_bytes, const uint8_t* resets, const void** to) const;
+    void h_rows(const char* h, int64_t h_stride, const char* h_0, int64_t h_0_stride, const uint8_t* resets,
+                const void** to) const;
 
 private:
     int64_t time_of(int64_t step, int64_t rank) const { return reverse_ ? length_[rank] - 1 - step : step; }

@@ -9,15 +9,15 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
+template <int first>
+struct EverySecond {
+    static constexpr int of(int i) { return 2 * i + first; }
+};
+
 // Adds neighbours: the first half of the result is of a, the second of b.
 template <class A>
 [[gnu::always_inline]] inline Vec<A> pair_sums(Vec<A> a, Vec<A> b) {
-    typename Lanes<A>::Int even{}, odd{};
-    for (int i = 0; i < width<A>; ++i) {
-        even[i] = 2 * i;
-        odd[i] = 2 * i + 1;
-    }
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    return pick_lanes<A, EverySecond<0>>(a, b) + pick_lanes<A, EverySecond<1>>(a, b);
 }
 
 // Lanes of `count` vectors summed, count a power of two: once for every factor of two, their halves side by side.
@@ -34,10 +34,11 @@ struct StepRows {
     int64_t stride, columns;
 };
 
-// A product of rows: of the weights' `valid` rows from `weights` on, and of x.
+// A product of rows: of the weights' `valid` rows from `weights` on, `stride` apart, and of x.
 template <class S>
 struct RowProduct {
     const S* weights;
+    int64_t stride;
     StepRows<computed<S>> x;
 };
 
@@ -58,7 +59,7 @@ inline void multiply_rows(const RowProduct<S>* products, int count, int64_t vali
         const int64_t depth = p.x.columns, whole = depth / lanes * lanes, rest = depth - whole;
         const S* row[W];
 #pragma GCC unroll 16
-        for (int w = 0; w < W; ++w) row[w] = p.weights + (w < valid ? w : valid - 1) * depth;
+        for (int w = 0; w < W; ++w) row[w] = p.weights + (w < valid ? w : valid - 1) * p.stride;
         for (int64_t k = 0; k < whole; k += lanes) {
             V x[R];
 #pragma GCC unroll 4
@@ -94,6 +95,7 @@ class OneStep {
     static constexpr int lanes = width<A>;
     static constexpr int most_rows = vector_registers == 32 ? 4 : 2;   // in one product
     static constexpr int64_t block = 32;                               // rows whose sums are kept at a time
+    static constexpr int64_t longest = 2 * block_words * lanes;        // that a sum runs over in one go
 
 public:
     explicit OneStep(const StepProblem& p)
@@ -106,13 +108,9 @@ public:
     // x and its part of h are two slots.
     template <int gates, bool own_n, class Point>
     void run(Point&& point) const {
-        // Below this many bytes of weights a thread costs more to wake than it brings.
-        constexpr int64_t wake_bytes = 500000;
         const int64_t vectors = ceil_div(p_.hidden, lanes);
         const int64_t bytes = gates * p_.hidden * (p_.hidden + p_.input_size) * static_cast<int64_t>(sizeof(S));
-        int64_t threads = bytes * p_.batch / wake_bytes;
-        threads = threads < 1 ? 1 : threads > p_.threads ? p_.threads : threads;
-        const auto body = [&](Crew& crew) {
+        auto body = [&](Crew& crew, Team&) {
             alignas(64) V sums[block][gates + own_n];
             for (int64_t i = crew.begin(vectors); i < crew.end(vectors); ++i)
                 for (int64_t first = 0; first < p_.batch; first += block) {
@@ -122,10 +120,7 @@ public:
                     for (int64_t row = 0; row < count; ++row) point(first + row, i * lanes, sums[row]);
                 }
         };
-        run_crew(
-            static_cast<int>(threads), 20000,
-            [](void* context, Crew& crew, Post*) { (*static_cast<decltype(body)*>(context))(crew); },
-            const_cast<void*>(static_cast<const void*>(&body)));
+        run_shared(share_step(bytes, p_.batch, p_.threads), body);
     }
 
     V h_before(int64_t row, int64_t unit) const { return load(h_.data + row * h_.stride + unit, p_.hidden - unit); }
@@ -191,12 +186,28 @@ private:
             V sums[R] = {};
             RowProduct<S> products[2] = {};
             int count = 0;
-            if (with_x) products[count++] = {static_cast<const S*>(p_.weight_ih) + begin * x.columns, x};
-            if (with_h) products[count++] = {static_cast<const S*>(p_.weight_hh) + begin * h.columns, h};
-            if (valid > 0) multiply_rows<S, W, R>(products, count, valid, sums);
+            if (with_x) products[count++] = {static_cast<const S*>(p_.weight_ih) + begin * x.columns, x.columns, x};
+            if (with_h) products[count++] = {static_cast<const S*>(p_.weight_hh) + begin * h.columns, h.columns, h};
+            if (valid > 0 && x.columns + h.columns > longest) add_pieces<W, R>(products, count, valid, sums);
+            else if (valid > 0) multiply_rows<S, W, R>(products, count, valid, sums);
             for (int r = 0; r < R; ++r) grouped[r][group] = sums[r];
         }
         for (int r = 0; r < R; ++r) result[r] = side_by_side<A, lanes / W>(grouped[r]);
+    }
+
+    // Of products so deep that they are summed by pieces, as a tile's are by blocks.
+    template <int W, int R>
+    [[gnu::noinline]] static void add_pieces(const RowProduct<S>* products, int count, int64_t valid, V (&sums)[R]) {
+        for (int i = 0; i < count; ++i)
+            for (int64_t k = 0; k < products[i].x.columns; k += longest) {
+                RowProduct<S> piece = products[i];
+                piece.weights += k;
+                piece.x.data += k;
+                piece.x.columns = piece.x.columns - k < longest ? piece.x.columns - k : longest;
+                V more[R];
+                multiply_rows<S, W, R>(&piece, 1, valid, more);
+                for (int r = 0; r < R; ++r) sums[r] += more[r];
+            }
     }
 
     V bias(const void* tensor, int gate, int64_t unit) const {

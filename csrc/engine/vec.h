@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -216,23 +217,37 @@ inline Vec<computed<F>> splat_first(const F* from) {
     else return (Vec<computed<F>>)(typename Lanes<computed<F>>::Uint{} + from->bits);
 }
 
+// Lane i of the result is lane Pick::of(i) of a, or, counted on, of b. GCC has the portable way from 12 on.
+template <class A, class Pick, int... lane>
+[[gnu::always_inline]] inline Vec<A> pick_lanes(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, Pick::of(lane)...);
+#else
+    return __builtin_shuffle(a, b, typename Lanes<A>::Int{Pick::of(lane)...});
+#endif
+}
+template <class A, class Pick>
+[[gnu::always_inline]] inline Vec<A> pick_lanes(Vec<A> a, Vec<A> b) {
+    return pick_lanes<A, Pick>(a, b, std::make_integer_sequence<int, width<A>>());
+}
+
+// The lower half of a's and b's lanes in turn, or the upper.
+template <int lanes, bool upper>
+struct Interleaved {
+    static constexpr int of(int i) { return i / 2 + i % 2 * lanes + upper * (lanes / 2); }
+};
+
 // rows[i][j] becomes rows[j][i]: log2(width) rounds of interleaving the halves.
 template <class A>
 inline void transpose(Vec<A> (&rows)[width<A>]) {
-    using Int = typename Lanes<A>::Int;
     constexpr int lanes = width<A>;
-    Int low{}, high{};
-    for (int i = 0; i < lanes; ++i) {
-        low[i] = i / 2 + (i % 2) * lanes;
-        high[i] = low[i] + lanes / 2;
-    }
     for (int round = 1; round < lanes; round *= 2) {
         Vec<A> next[lanes];
-        unroll<lanes / 2>([&]<int i>() [[gnu::always_inline]] {
-            next[2 * i] = __builtin_shuffle(rows[i], rows[i + lanes / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + lanes / 2], high);
+        unroll<lanes / 2>([&]<int i>() __attribute__((always_inline)) {
+            next[2 * i] = pick_lanes<A, Interleaved<lanes, false>>(rows[i], rows[i + lanes / 2]);
+            next[2 * i + 1] = pick_lanes<A, Interleaved<lanes, true>>(rows[i], rows[i + lanes / 2]);
         });
-        unroll<lanes>([&]<int i>() [[gnu::always_inline]] { rows[i] = next[i]; });
+        unroll<lanes>([&]<int i>() __attribute__((always_inline)) { rows[i] = next[i]; });
     }
 }
 

@@ -11,9 +11,16 @@ namespace tidegate {
 void* take_workspace(size_t bytes);
 
 // Gives it back, in any order. Once all is back, the thread keeps one block of what its largest call took, if that is
-// not more than `kept_workspace` bytes.
+// not more than `kept_workspace` bytes, until it ends or others need the budget.
 void give_workspace_back(void* memory);
 
 constexpr size_t kept_workspace = size_t{64} << 20;
+
+// What all threads together keep, so that many that called once do not hold memory for ever. A thread that needs a block
+// beyond it takes those of threads that are in no call, the longest unused first.
+constexpr size_t workspace_budget = size_t{256} << 20;
+
+// Bytes of all blocks, in use or kept.
+size_t workspace_held();
 
 }  // namespace tidegate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 from tidegate.accelerate import accelerate, report, restore
-from tidegate.backends import backend
+from tidegate.backends import backend, trace
 from tidegate.errors import ConversionError, UnsupportedError
 from tidegate.explain import explain
 from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, dynamic_rnn
@@ -41,6 +41,7 @@ __all__ = [
     "report",
     "restore",
     "to_onnx",
+    "trace",
 ]
 
 

@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.nn.modules.rnn import RNNCellBase
 
 from tidegate import nn
+from tidegate.nn.options import ACCELERATED, OWN_OPTIONS
 
 M = TypeVar("M", bound=Module)
 
@@ -28,7 +29,6 @@ _SWAPS: dict[type, type] = {
     torch.nn.GRUCell: nn.GRUCell,
 }
 _BACK = {ours: theirs for theirs, ours in _SWAPS.items()}
-_MARK = "_accelerated"
 # What tidegate's layers look up that torch.nn's keep on the instance.
 _REPLACED = {"_flat_weights"}
 
@@ -72,8 +72,9 @@ def accelerate(model: M) -> M:
     """Swap every torch.nn.RNN, LSTM, GRU and cell inside `model`, at any depth, for tidegate's, in place.
 
     Exact types only: a subclass may override what is replaced, so it is left alone, and `report` says so. So is a
-    module whose `forward` was replaced on the instance, or that has an attribute of its own by the name of one of
-    tidegate's (`clip`, `reverse`, ...). Classes that torch itself makes around an exact one, for parametrizations and
+    module whose `forward` was replaced on the instance, or that has something of its own by the name of one of tidegate's
+    methods (`stream`, ...). A swapped module knows torch.nn's attributes alone: what its owner keeps on it as `clip` or
+    `reverse` stays his. Classes that torch itself makes around an exact one, for parametrizations and
     fully_shard, count as the class inside.
     `isinstance(module, torch.nn.GRU)` is False while a layer is swapped (torch.nn.RNNBase stays true), as for every
     tidegate layer; it stays true for cells. Doing it twice is doing it once.
@@ -94,8 +95,7 @@ def accelerate(model: M) -> M:
 def restore(model: M) -> M:
     """Undo `accelerate`: every module that it swapped, in this process or before pickling, is torch.nn's again.
 
-    A module built as tidegate's stays what it is, and so does one that was given what torch.nn cannot do, or whose
-    `forward` was replaced meanwhile.
+    A module built as tidegate's stays what it is, and so does one whose `forward` was replaced meanwhile.
 
     Returns:
         `model` itself.
@@ -105,7 +105,7 @@ def restore(model: M) -> M:
     """
     for module in _modules(model):
         former = _swapped_class(type(module), _BACK)
-        if former is not None and vars(module).get(_MARK) and not _obstacle_to_restoring(module):
+        if former is not None and vars(module).get(ACCELERATED) and not _obstacle_to_restoring(module):
             _to_torch(module, former)
     return model
 
@@ -127,7 +127,7 @@ def report(model: Module) -> Report:
     for module, places in names.items():
         why = _why(module)
         if why:
-            swapped = bool(vars(module).get(_MARK))
+            swapped = bool(vars(module).get(ACCELERATED))
             entries.append(Entry(tuple(places), _class_name(module), swapped, why))
     return Report(tuple(entries))
 
@@ -144,14 +144,12 @@ def _to_tidegate(module: Module, swapped: type) -> None:
     attributes.pop("_flat_weights", None)
     if "_flat_weight_refs" in attributes:
         attributes["_flat_weight_refs"] = []
-    attributes[_MARK] = True
+    attributes[ACCELERATED] = True
     module.__class__ = swapped
 
 
 def _to_torch(module: Module, former: type) -> None:
-    ours: Any = module
-    for name in {*ours.cell.options, "reverse", "init", _MARK} - {"nonlinearity"}:
-        vars(module).pop(name, None)
+    del vars(module)[ACCELERATED]
     module.__class__ = former
     if isinstance(module, torch.nn.RNNBase):
         # Parametrized weights are computed here; a list that held their graph could not be deep-copied.
@@ -190,22 +188,18 @@ def _obstacle(module: Module) -> str:
 def _names_taken(module: Module) -> list[str]:
     """What the owner keeps on a torch.nn module under a name that means something to tidegate's class: `clip`, say."""
     theirs = next(cls for cls in type(module).__mro__ if cls in _SWAPS)
-    meanings = set(dir(_SWAPS[theirs])) - set(dir(theirs)) - _REPLACED
-    return sorted(meanings & {*vars(module), *module._parameters, *module._buffers, *module._modules})
+    ours: Any = _SWAPS[theirs]
+    meanings = set(dir(ours)) - set(dir(theirs)) - _REPLACED
+    # What an instance keeps by the name of an option stands before the class's, and a swapped module reads no options.
+    attributes = set(vars(module)) - {*ours.cell.options, *OWN_OPTIONS}
+    return sorted(meanings & {*attributes, *module._parameters, *module._buffers, *module._modules})
 
 
 def _obstacle_to_restoring(module: Module) -> str:
     """Why a swapped module stays swapped; "" if nothing stands in the way."""
     if "forward" in vars(module):
         return "swapped; restore would leave it: its forward was replaced on the instance"
-    ours: Any = module
-    changed = [
-        f"{name}={getattr(module, name)!r}"
-        for name, (_, default) in ours.cell.options.items()
-        if getattr(module, name) not in (default, "relu")
-    ]
-    changed += ["reverse=True"] * vars(module).get("reverse", False)
-    return f"swapped; restore would leave it: torch.nn has no {', '.join(changed)}" if changed else ""
+    return ""
 
 
 def _why(module: Module) -> str:
@@ -219,7 +213,7 @@ def _why(module: Module) -> str:
     if _swapped_class(type(module), _SWAPS) is not None:
         return _obstacle(module) or "not swapped: tidegate.accelerate would"
     if _swapped_class(type(module), _BACK) is not None:
-        if not vars(module).get(_MARK):
+        if not vars(module).get(ACCELERATED):
             return "tidegate's own"
         return _obstacle_to_restoring(module) or "swapped"
     base = next((cls for cls in type(module).__mro__ if cls in _SWAPS or cls in _BACK), torch.nn.RNNBase)

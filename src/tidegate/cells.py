@@ -5,12 +5,13 @@ Letters: T time, B batch, I input_size, H hidden_size, P proj_size (LSTM; the si
 G number of gates. Gate blocks are rows of `weight_ih` (G*H, I), `weight_hh` (G*H, P), `bias_ih` and `bias_hh` (G*H),
 in the order of `Cell.gates`, which is torch.nn's. Kernels, converters and documentation follow this file.
 
-Options beyond torch.nn's (activations, clips, peepholes, coupled gates) have defaults that mean torch.nn's equations;
-`extensions(call)` names those in use, and a kernel that has only torch.nn's equations refuses them.
+Options beyond torch.nn's (activations, clips, peepholes, coupled gates) have defaults that mean torch.nn's equations.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,122 +27,90 @@ Weights = dict[str, Any]  # Tensor, or None for an optional one
 Options = dict[str, Any]
 
 
+class Parameter(NamedTuple):
+    """One tensor that a cell learns.
+
+    Attributes:
+        shape: its sizes in letters: I, H, P, or a number of them, "4*H".
+        when: the module's attribute that has it, "bias" say; "" if it is always there.
+    """
+
+    shape: tuple[str, ...]
+    when: str = ""
+
+
+Sizes = dict[str, int]
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One kind of recurrent cell.
+    """One kind of recurrent cell: everything else about it is derived from this.
 
     Attributes:
         name: the operator's name, `torch.ops.tidegate.<name>`.
         gates: row blocks of the weights, in order.
-        states: "h" alone, or "h" and "c".
-        weights: parameter names, in the operator's order; those in `optional_weights` may be None.
-        options: name to its values' type and default, in the operator's order.
-        activations: what the option `activations` gives a function for, in order; none for the RNN's `nonlinearity`.
+        states: name to the letter of its size, "h" first.
+        parameters: name to shape, in the operator's order.
+        options: name to its values' type and default, in the operator's order. A module has each as an argument and
+            an attribute of this name.
         step: one step, `(gates_x (B, G*H), states, weights, options) -> new states`, where
             gates_x = x_t W_ih^T + b_ih. Plain torch operations, differentiable any number of times.
+        activations: what the option `activations` gives a function for, in order; none for the RNN's `nonlinearity`.
+        plain: the values of options, beside the defaults, that every kernel of this cell knows.
     """
 
     name: str
     gates: tuple[str, ...]
-    states: tuple[str, ...]
-    weights: tuple[str, ...]
+    states: dict[str, str]
+    parameters: dict[str, Parameter]
     options: dict[str, tuple[type, Any]]
     step: Callable[[Tensor, States, Weights, Options], States]
     activations: tuple[str, ...] = ()
+    plain: tuple[tuple[str, Any], ...] = ()
 
-    @property
-    def optional_weights(self) -> tuple[str, ...]:
-        return tuple(name for name in self.weights if name not in ("weight_ih", "weight_hh"))
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names."""
+        return tuple(self.parameters)
+
+    @functools.cached_property
+    def read_options(self) -> Callable[[Any], tuple[Any, ...]]:
+        """The values of the options, of a module that has them as attributes: quicker than one by one."""
+        names = tuple(self.options)
+        if len(names) > 1:
+            return operator.attrgetter(*names)
+        return lambda module: tuple(getattr(module, name) for name in names)
 
     @property
     def default_options(self) -> Options:
         return {name: default for name, (_, default) in self.options.items()}
 
+    def sizes(self, weights: Weights) -> Sizes:
+        """What the letters stand for, by the shapes of a layer's weights. A letter of an optional parameter that is
+        not there, as P without a projection, is H."""
+        found: Sizes = {}
+        absent: set[str] = set()
+        for name, parameter in self.parameters.items():
+            letters = {factor_of(size)[1] for size in parameter.shape}
+            weight = weights[name]
+            if weight is None:
+                absent |= letters - {"I", "H"}
+            elif weight.dim() == len(parameter.shape):
+                for size, expression in zip(weight.shape, parameter.shape, strict=True):
+                    factor, letter = factor_of(expression)
+                    found.setdefault(letter, size // factor)
+        return found | {letter: found.get("H", 0) for letter in absent | (set(self.states.values()) - found.keys())}
 
-class Call(NamedTuple):
-    """One layer in one direction over a whole sequence: all that a backend needs to know.
-
-    Attributes:
-        cell: RNN, LSTM or GRU below.
-        input: (T, B, I), any strides.
-        states: the initial states: h_0 (B, P), for an LSTM also c_0 (B, H).
-        weights: by name: weight_ih (G*H, I), weight_hh (G*H, P), bias_ih (G*H) or None, bias_hh (G*H) or None,
-            for an LSTM also weight_hr (P, H) or None and weight_peephole (3*H), rows i | f | o, or None.
-        lengths: (B,) int64 on any device, each in 0..T, or None for T everywhere. Past a row's length the output is
-            0 and the state stays; the reverse direction starts at the last valid step.
-        resets: (T, B) bool, or None. `resets[t, b]` makes t the first step of a new sequence in row b: forward, the
-            state entering t is zero; in reverse, the state entering t-1 is zero. A mark past a row's length means
-            nothing.
-        reverse: from the last valid step to the first; output[t] still belongs to input[t].
-        options: the cell's options by name.
-    """
-
-    cell: Cell
-    input: Tensor
-    states: States
-    weights: Weights
-    lengths: Tensor | None
-    resets: Tensor | None
-    reverse: bool
-    options: Options
-
-    @property
-    def hidden_size(self) -> int:
-        return self.weights["weight_hh"].shape[0] // len(self.cell.gates)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What a gradient may be asked of, in the operator's order: input, states, weights."""
-        return (self.input, *self.states, *self.weights.values())
-
-    def with_tensors(self, tensors: Sequence[Any]) -> Call:
-        """The same call on other tensors, given in the order of `tensors`."""
-        split = 1 + len(self.states)
-        weights = dict(zip(self.weights, tensors[split:], strict=True))
-        return self._replace(input=tensors[0], states=tuple(tensors[1:split]), weights=weights)
-
-    def without_steps(self) -> tuple[Tensor, ...]:
-        """The results where no row has a step: zeros, and the initial states.
-
-        They still depend on every tensor, so that its gradient is zero and not absent.
-        """
-        nothing = sum(tensor.flatten()[:0].sum() for tensor in self.tensors if tensor is not None)
-        output = self.states[0].new_zeros((self.input.shape[0], *self.states[0].shape))
-        return (output + nothing, *(state + nothing for state in self.states))
-
-    def to(self, dtype: torch.dtype) -> Call:
-        """The same call computed in `dtype`."""
-        return self.with_tensors([None if tensor is None else tensor.to(dtype) for tensor in self.tensors])
+    def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
+        """The sizes of a parameter."""
+        pairs = map(factor_of, self.parameters[name].shape)
+        return tuple(factor * sizes[letter] for factor, letter in pairs)
 
 
-class Form(NamedTuple):
-    """How a module runs its cells over an input: what `Call`, one layer in one direction, does not know."""
-
-    layers: int
-    bidirectional: bool
-    reverse: bool
-    batch_first: bool
-    lengths: Tensor | None
-
-
-def extensions(call: Call) -> list[str]:
-    """What a call asks for beyond torch.nn's equations and `reset_after`: reasons for a kernel that has only those."""
-    if not is_extended(call):
-        return []
-    plain = _PLAIN[call.cell.name]
-    found = [
-        f"{name}={value!r} is beyond torch.nn's equations"
-        for name, value in call.options.items()
-        if all(value != options[name] for options in plain)
-    ]
-    if call.weights.get("weight_peephole") is not None:
-        found.append("peepholes are beyond torch.nn's equations")
-    return found
-
-
-def is_extended(call: Call) -> bool:
-    """Whether there are `extensions`: quick, for a kernel that is asked at every step of a stream."""
-    return call.weights.get("weight_peephole") is not None or call.options not in _PLAIN[call.cell.name]
+def factor_of(expression: str) -> tuple[int, str]:
+    """Of "4*H" 4 and "H"."""
+    factor, _, letter = expression.rpartition("*")
+    return int(factor or 1), letter
 
 
 def _clipped(pre_activation: Tensor, options: Options) -> Tensor:
@@ -216,16 +185,36 @@ def _gru_step(gates_x: Tensor, states: States, weights: Weights, options: Option
     return ((1 - z) * n + z * h,)
 
 
-_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+def _parameters(gates: int, h: str = "H") -> dict[str, Parameter]:
+    rows = f"{gates}*H"
+    return {
+        "weight_ih": Parameter((rows, "I")),
+        "weight_hh": Parameter((rows, h)),
+        "bias_ih": Parameter((rows,), "bias"),
+        "bias_hh": Parameter((rows,), "bias"),
+    }
+
 
 _CLIP = {"clip": (float, 0.0)}
 
-RNN = Cell("rnn", ("h",), ("h",), _PARAMETERS, {"nonlinearity": (str, "tanh"), **_CLIP}, _rnn_step)
+RNN = Cell(
+    "rnn",
+    ("h",),
+    {"h": "H"},
+    _parameters(1),
+    {"nonlinearity": (str, "tanh"), **_CLIP},
+    _rnn_step,
+    plain=(("nonlinearity", "relu"),),
+)
 LSTM = Cell(
     "lstm",
     ("i", "f", "g", "o"),
-    ("h", "c"),
-    (*_PARAMETERS, "weight_hr", "weight_peephole"),
+    {"h": "P", "c": "H"},
+    {
+        **_parameters(4, "P"),
+        "weight_hr": Parameter(("P", "H"), "proj_size"),
+        "weight_peephole": Parameter(("3*H",), "peepholes"),
+    },
     {
         "activations": (str, "sigmoid,tanh,tanh"),
         **_CLIP,
@@ -239,21 +228,36 @@ LSTM = Cell(
 GRU = Cell(
     "gru",
     ("r", "z", "n"),
-    ("h",),
-    _PARAMETERS,
+    {"h": "H"},
+    _parameters(3),
     {"reset_after": (bool, True), "activations": (str, "sigmoid,tanh"), **_CLIP},
     _gru_step,
     ("gates", "candidate"),
+    plain=(("reset_after", False),),
 )
 
 CELLS = (RNN, LSTM, GRU)
 
-# The options that mean torch.nn's equations, and those of `reset_after`.
-_PLAIN: dict[str, list[Options]] = {
-    RNN.name: [RNN.default_options, {**RNN.default_options, "nonlinearity": "relu"}],
-    LSTM.name: [LSTM.default_options],
-    GRU.name: [GRU.default_options, {**GRU.default_options, "reset_after": False}],
-}
+
+def extensions(cell: Cell, options: tuple[Any, ...], weights: tuple[Tensor | None, ...]) -> list[str]:
+    """What a call asks for beyond torch.nn's equations and `Cell.plain`: reasons for a kernel that has only those.
+
+    Args:
+        options: values, in the cell's order.
+        weights: of one or more layers, in the cell's order.
+    """
+    if cell.name not in {known.name for known in CELLS}:
+        return [f"{cell.name} is not among the cells that the kernels know"]
+    found = [
+        f"{name}={value!r} is beyond torch.nn's equations"
+        for (name, (_, default)), value in zip(cell.options.items(), options, strict=True)
+        if value != default and (name, value) not in cell.plain
+    ]
+    for k, (name, parameter) in enumerate(cell.parameters.items()):
+        if parameter.when not in ("", "bias", "proj_size") and any(w is not None for w in weights[k :: len(cell.parameters)]):
+            found.append(f"{name}: {parameter.when} are beyond torch.nn's equations")
+    return found
+
 
 # Other frameworks' block order, in our letters: Keras' z r h and i f c o, ONNX's i o f c, TensorFlow v1's i j f o.
 # TensorFlow v1's GRU has r and u in one kernel and the candidate in another; Flax names its blocks.

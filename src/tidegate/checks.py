@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from tidegate import activations
-from tidegate.cells import Call
+from tidegate.call import Call, Layer, Layout
+from tidegate.cells import Cell, Options, Sizes, Weights, factor_of
+
+_LETTERS = {"I": "input_size", "H": "hidden_size", "P": "proj_size"}
+_INPUTS = {
+    Layout.TIME_MAJOR: "(T, B, input_size)",
+    Layout.BATCH_FIRST: "(B, T, input_size)",
+    Layout.UNBATCHED: "(T, input_size)",
+    Layout.STEP: "(B, input_size)",
+    Layout.UNBATCHED_STEP: "(input_size,)",
+}
 
 
 def check(call: Call) -> None:
@@ -18,59 +28,108 @@ def check(call: Call) -> None:
     Raises:
         ValueError: names each argument that disagrees, what was expected and what came.
     """
-    if call.input.dim() != 3:
-        raise ValueError(f"input: expected (T, B, input_size), got {call.input.dim()} dimensions")
-    weight_hh = call.weights["weight_hh"]
-    if weight_hh is None or weight_hh.dim() != 2 or weight_hh.shape[0] % len(call.cell.gates):
-        shape = None if weight_hh is None else tuple(weight_hh.shape)
-        raise ValueError(f"weight_hh: expected ({len(call.cell.gates)}*hidden_size, hidden_size), got {shape}")
+    layout = _INPUTS[call.layout]
+    if call.input.dim() != layout.count(",") + (not layout.endswith(",)")):
+        raise ValueError(f"input: expected {layout}, got {call.input.dim()} dimensions")
     faults: list[str] = []
-    for name, tensor, expected, letters in _expectations(call):
-        if tensor is None:
-            if name not in call.cell.optional_weights:
-                faults.append(f"{name}: expected a tensor {letters}, got None")
-            continue
-        if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
-            faults.append(f"{name}: expected {letters} = {expected}, got {tuple(tensor.shape)}")
-        if tensor.dtype != call.input.dtype:
-            faults.append(f"{name}: expected input's dtype {call.input.dtype}, got {tensor.dtype}")
-        if tensor.device != call.input.device:
-            faults.append(f"{name}: expected input's device {call.input.device}, got {tensor.device}")
-    faults += _sequence_faults(call)
+    directions = call.directions
+    sizes = _sizes(call.cell, call.weights_of(0))
+    width = directions * sizes[call.cell.states["h"]]
+    for k in range(call.layers * directions):
+        place = "" if call.layers * directions == 1 else f"_l{k // directions}" + "_reverse" * (k % directions)
+        sizes["I"] = call.input.shape[-1] if k < directions else width
+        faults += _weight_faults(call.cell, call.weights_of(k), sizes, call.input, place)
+    leading = () if call.is_step else (call.layers * directions,)
+    batched = call.layout not in (Layout.UNBATCHED, Layout.UNBATCHED_STEP)
+    leading, words = (*leading, *(call.batch,) * batched), "L*D, " * (not call.is_step) + "B, " * batched
+    for (name, letter), state in zip(call.cell.states.items(), call.states, strict=True):
+        if state is not None:
+            expected = (*leading, sizes[letter])
+            faults += _tensor_faults(f"{name}_0", state, expected, f"({words}{_LETTERS[letter]})", call.input)
+    faults += _sequence_faults(call.steps, call.batch, call.lengths, call.resets, call.input)
+    faults += _option_faults(call.cell, call.named_options())
     if faults:
         raise ValueError("\n".join(faults))
 
 
-def _expectations(call: Call) -> list[tuple[str, Tensor | None, tuple[int, ...], str]]:
-    batch, input_size = call.input.shape[1:]
-    hidden, gates = call.hidden_size, len(call.cell.gates)
-    weight_hr = call.weights.get("weight_hr")
-    proj = hidden if weight_hr is None else weight_hr.shape[0]
-    letters = "hidden_size" if weight_hr is None else "proj_size"
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "weight_ih": ((gates * hidden, input_size), f"({gates}*hidden_size, input_size)"),
-        "weight_hh": ((gates * hidden, proj), f"({gates}*hidden_size, {letters})"),
-        "bias_ih": ((gates * hidden,), f"({gates}*hidden_size,)"),
-        "bias_hh": ((gates * hidden,), f"({gates}*hidden_size,)"),
-        "weight_hr": ((proj, hidden), "(proj_size, hidden_size)"),
-        "weight_peephole": ((3 * hidden,), "(3*hidden_size,)"),
-    }
-    states: list[tuple[str, Tensor | None, tuple[int, ...], str]] = [
-        (
-            f"{name}_0",
-            state,
-            (batch, proj if name == "h" else hidden),
-            f"(B, {letters if name == 'h' else 'hidden_size'})",
-        )
-        for name, state in zip(call.cell.states, call.states, strict=True)
-    ]
-    return [*states, *((name, tensor, shapes[name][0], shapes[name][1]) for name, tensor in call.weights.items())]
-
-
-def _sequence_faults(call: Call) -> list[str]:
+def check_layer(layer: Layer) -> None:
+    """The same of one layer in one direction."""
+    if layer.input.dim() != 3:
+        raise ValueError(f"input: expected (T, B, input_size), got {layer.input.dim()} dimensions")
+    sizes = _sizes(layer.cell, layer.weights)
+    steps, batch, sizes["I"] = layer.input.shape
     faults: list[str] = []
-    steps, batch = call.input.shape[:2]
-    lengths, resets = call.lengths, call.resets
+    for (name, letter), state in zip(layer.cell.states.items(), layer.states, strict=True):
+        expected = (batch, sizes[letter])
+        faults += _tensor_faults(f"{name}_0", state, expected, f"(B, {_word(layer.weights, letter)})", layer.input)
+    faults += _weight_faults(layer.cell, layer.weights, sizes, layer.input, "")
+    faults += _sequence_faults(steps, batch, layer.lengths, layer.resets, layer.input)
+    faults += _option_faults(layer.cell, layer.options)
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _sizes(cell: Cell, weights: Weights) -> Sizes:
+    """The letters' values, if the parameter that says H has whole gates."""
+    for name, parameter in cell.parameters.items():
+        factor, letter = factor_of(parameter.shape[0])
+        if letter != "H" or parameter.when or name == "weight_ih":
+            continue
+        weight = weights[name]
+        if weight is None or weight.dim() != len(parameter.shape) or weight.shape[0] % factor:
+            shape = None if weight is None else tuple(weight.shape)
+            raise ValueError(f"{name}: expected {_letters(parameter.shape, weights)}, got {shape}")
+        return cell.sizes(weights) | {"H": weight.shape[0] // factor} | _projection(cell, weights, weight, factor)
+    return cell.sizes(weights)
+
+
+def _projection(cell: Cell, weights: Weights, weight: Tensor, factor: int) -> Sizes:
+    """Without a projection P is H, and H is what the recurrent weights' rows say."""
+    hidden_size, projection = weight.shape[0] // factor, weights.get("weight_hr")
+    if "P" not in cell.states.values():
+        return {}
+    return {"P": hidden_size if projection is None or projection.dim() != 2 else projection.shape[0]}
+
+
+def _word(weights: Weights, letter: str) -> str:
+    return "hidden_size" if letter == "P" and weights.get("weight_hr") is None else _LETTERS.get(letter, letter)
+
+
+def _letters(shape: tuple[str, ...], weights: Weights) -> str:
+    """A declared shape in words: (4*hidden_size, input_size)."""
+    words: list[str] = []
+    for size in shape:
+        factor, letter = factor_of(size)
+        words.append(f"{factor}*{_word(weights, letter)}" if "*" in size else _word(weights, letter))
+    return f"({', '.join(words)}{',' * (len(words) == 1)})"
+
+
+def _weight_faults(cell: Cell, weights: Weights, sizes: Sizes, like: Tensor, place: str) -> list[str]:
+    faults: list[str] = []
+    for name, parameter in cell.parameters.items():
+        letters, weight = _letters(parameter.shape, weights), weights[name]
+        if weight is not None:
+            faults += _tensor_faults(name + place, weight, cell.shape(name, sizes), letters, like)
+        elif not parameter.when:
+            faults.append(f"{name}{place}: expected a tensor {letters}, got None")
+    return faults
+
+
+def _tensor_faults(name: str, tensor: Tensor, expected: tuple[int, ...], letters: str, like: Tensor) -> list[str]:
+    faults: list[str] = []
+    if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
+        faults.append(f"{name}: expected {letters} = {expected}, got {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype:
+        faults.append(f"{name}: expected input's dtype {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        faults.append(f"{name}: expected input's device {like.device}, got {tensor.device}")
+    return faults
+
+
+def _sequence_faults(
+    steps: int, batch: int, lengths: Tensor | None, resets: Tensor | None, like: Tensor
+) -> list[str]:
+    faults: list[str] = []
     if lengths is not None:
         if lengths.dim() != 1 or lengths.shape[0] != batch:
             faults.append(f"lengths: expected (B,) = ({batch},), got {tuple(lengths.shape)}")
@@ -81,18 +140,18 @@ def _sequence_faults(call: Call) -> list[str]:
             faults.append(f"resets: expected (T, B) = ({steps}, {batch}), got {tuple(resets.shape)}")
         if resets.dtype != torch.bool:
             faults.append(f"resets: expected torch.bool, got {resets.dtype}")
-        if resets.device != call.input.device:
-            faults.append(f"resets: expected input's device {call.input.device}, got {resets.device}")
-    return faults + _option_faults(call)
+        if resets.device != like.device:
+            faults.append(f"resets: expected input's device {like.device}, got {resets.device}")
+    return faults
 
 
-def _option_faults(call: Call) -> list[str]:
+def _option_faults(cell: Cell, options: Options) -> list[str]:
     faults: list[str] = []
-    for name, option in call.options.items():
-        if option == call.cell.options[name][1]:
+    for name, option in options.items():
+        if option == cell.options[name][1]:
             continue
         if name in ("nonlinearity", "activations"):
-            faults += activations.faults(name, option, len(call.cell.activations) or 1)
+            faults += activations.faults(name, option, len(cell.activations) or 1)
         elif name.endswith("clip") and not 0 <= option < math.inf:
             faults.append(f"{name}: expected a positive number, or 0 for none, got {option}")
     return faults

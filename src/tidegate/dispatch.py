@@ -7,7 +7,7 @@ Every use of torch's private interfaces for this is in this file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ from torch._functorch.utils import enable_single_level_autograd_function
 
 # torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
+
+
+# The key of the older vmap, which autograd batches gradients with; torch.func's is another.
+_VMAP_MODE = _C._parse_dispatch_key("VmapMode")
 
 
 def is_traced() -> bool:
@@ -32,17 +36,35 @@ def is_transformed() -> bool:
 
 def is_plain() -> bool:
     """Real tensors and no transform: what the backends can be handed."""
-    return not (is_traced() or is_transformed())
+    return not (
+        torch.compiler.is_compiling()
+        or _C._is_tracing()
+        or _C._len_torch_dispatch_stack()
+        or _C._are_functorch_transforms_active()
+    )
 
 
-def is_bare() -> bool:
-    """Plain, and nothing is recast and no tangent recorded; gradients may be."""
-    return is_plain() and not is_forward_mode() and not _C._is_any_autocast_enabled()
+def has_tangents(call: Any) -> bool:
+    """Forward-mode differentiation: a tensor of a call or layer carries a tangent."""
+    return forward_ad._current_level >= 0 and any_tangent(call.tensors)
 
 
-def is_forward_mode() -> bool:
-    """Tensors may carry tangents."""
-    return forward_ad._current_level >= 0
+def any_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    # A level that is entered belongs to the process: other threads' tensors have no tangents.
+    level = forward_ad._current_level
+    if level < 0:
+        return False
+    return any(
+        tensor is not None and forward_ad.unpack_dual(tensor, level=level).tangent is not None for tensor in tensors
+    )
+
+
+is_autocast: Callable[[], bool] = _C._is_any_autocast_enabled
+
+
+def is_batched() -> bool:
+    """Inside a backward whose gradients come many at once (`is_grads_batched`): they are no tensors for a kernel."""
+    return _C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
 
 
 def keeps_graph() -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tidegate import backends, ops
-from tidegate.cells import Call
+from tidegate import backends
+from tidegate.call import Call
+from tidegate.scope import scope
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,22 @@ def explain(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
     """
     found: list[CallExplanation] = []
 
-    def note(call: Call) -> None:
-        chosen = backends.select(call, backends.named())
+    def note(call: Call) -> tuple[Any, ...]:
+        chosen = backends.select(call, scope.named)
         found.append(CallExplanation(backends.describe(call), chosen.name, backends.reasons(call)))
+        return _zeros(call)
 
-    ops.observe(note, lambda: module(*args, **kwargs))
+    before, scope.observer = scope.observer, note
+    try:
+        module(*args, **kwargs)
+    finally:
+        scope.observer = before
     return Explanation(tuple(found))
+
+
+def _zeros(call: Call) -> tuple[Any, ...]:
+    """The results of a call, zeros."""
+    whole = call.time_major()
+    states = [state for state in whole.states if state is not None]
+    output = call.input.new_zeros((call.steps, call.batch, call.directions * states[0].shape[-1]))
+    return call.restored(output, [state.new_zeros(state.shape) for state in states])

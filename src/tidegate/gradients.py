@@ -1,261 +1,280 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators' gradients: the forward's by the backend that ran it, the backward's by the reference's equations."""
+"""The gradients of recurrent calls: the first by the backend that ran the forward, higher ones by the reference.
+
+What a call keeps for its backward belongs to its node alone and is not among autograd's saved tensors, so that nobody
+sees it change when the backward writes over it. Only where saved-tensor hooks must see everything, for activation
+checkpointing or offloading, and under torch's compiler and functional transforms, is it saved openly; then it is never
+written over.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tidegate import backends, dispatch, reference, signature
-from tidegate.cells import Call, Cell, Form
+from tidegate.backends import Backend, Gradients
+from tidegate.call import Call, Layer, layer_by_layer
+
+_USED_UP = (
+    "Trying to backward through the graph a second time (or directly access saved tensors after they have already "
+    "been freed). Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). "
+    "Specify retain_graph=True if you need to backward through the graph a second time or if you need to access saved "
+    "tensors after calling backward."
+)
+_CHANGED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: {name} of "
+    "tidegate's {cell}, a tensor of shape {shape}, is at version {now}; expected version {then} instead."
+)
+
+
+def record(call: Call, chosen: Backend) -> tuple[Tensor, ...]:
+    """Run a call on a backend that takes stacks, recorded as one autograd node."""
+    if chosen.composite is not None and call.is_step:
+        return backends.run_composite(chosen, call)  # torch's cells are differentiable to any order
+    results = dispatch.apply_plain(Recurrence, call, chosen, False, *call.tensors)
+    if call.is_step and len(results) > len(call.states):
+        # An LSTM's h' depends on c', as a hook on c' must see: h' = o tanh(c').
+        _, c, o = results
+        return o * c.tanh(), c
+    return results
+
+
+class _Kept(NamedTuple):
+    """What a node keeps for itself.
+
+    Attributes:
+        unit: the call or layer on the caller's own tensors, for a gradient of the gradient.
+        aliases: of its tensors, what the first gradient reads: the data that they had, whatever is put in a
+            parameter's `.data` later.
+        versions: of its tensors, when it was kept; None for those that need not stay as they were.
+        output: for a backend that reads it; else None.
+        saved: what the forward left.
+    """
+
+    unit: Any
+    aliases: list[Any]
+    versions: list[int | None]
+    output: Tensor | None
+    saved: Tensor
 
 
 class Recurrence(torch.autograd.Function):
-    """`apply(call, backend, returns_saved, *call.tensors) -> (output, *final states[, saved])`."""
+    """`apply(call or layer, backend, as_operator, *its tensors) -> (output, *final states[, saved])`.
+
+    As an operator, at the Autograd key, it takes a layer and returns what was saved, too.
+    """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, call: Call, backend: backends.Backend, returns_saved: bool, *tensors: Tensor | None
+        ctx: Any, unit: Any, chosen: Backend, as_operator: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.needs = ctx.needs_input_grad[3:]
-        ctx.graph = ctx.kept_at = None
+        ctx.chosen, ctx.as_operator, ctx.graph, ctx.kept = chosen, as_operator, None, None
+        ctx.set_materialize_grads(False)
         if not dispatch.is_plain():
-            operator = signature.forward_operator(call.cell)
-            results = dispatch.below_autograd(operator, *signature.arguments(call), backend.name, True)
-        elif backend.composite is not None:
+            operator = signature.forward_operator(unit.cell)
+            results = dispatch.below_autograd(operator, *signature.arguments(unit), chosen.name, True)
+        elif chosen.composite is not None:
             # torch's operators keep what they need in a graph of their own, which one backward uses up.
             with dispatch.recording():
-                recorded, wanted = backends.detached(call, ctx.needs)
-                outputs = backend.composite(recorded)
+                recorded, wanted = backends.detached(unit, ctx.needs)
+                outputs = _composite(chosen, recorded)
             ctx.graph = (outputs, wanted)
-            results = (*(output.detach() for output in outputs), call.input.new_empty(0))
+            results = (*(output.detach() for output in outputs), unit.input.new_empty(0))
+        elif isinstance(unit, Layer):
+            results = backends.run_layer(chosen, unit, save=True)
         else:
-            results = backends.run_forward(backend, call, save=True)
-            if not returns_saved and not dispatch.has_saved_tensor_hooks():
-                ctx.kept_at = results[-1].data_ptr()
-        ctx.save_for_backward(*tensors, call.lengths, call.resets, results[0], results[-1])
-        ctx.set_materialize_grads(False)
-        ctx.cell, ctx.backend, ctx.constants = call.cell, backend, signature.constants(call)
-        if not returns_saved:
-            return results[:-1]
-        ctx.mark_non_differentiable(results[-1])
-        return results
+            results = backends.run_forward(chosen, unit, save=True)
+        output, saved = results[0], results[-1]
+        if as_operator or dispatch.has_saved_tensor_hooks():
+            ctx.save_for_backward(*tensors, unit.lengths, unit.resets, output, saved)
+            ctx.unit = unit.with_tensors([None] * len(tensors))._replace(lengths=None, resets=None)
+        else:
+            ctx.kept = _keep(unit, chosen, ctx.needs, output, saved)
+        if not as_operator:
+            return tuple(results[:-1])
+        ctx.mark_non_differentiable(saved)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        graph: Any = ctx.graph
-        ctx.graph = None
-        gradients = gradients[: 1 + len(ctx.cell.states)]
-        if graph is not None and not torch.is_grad_enabled():
-            outputs, wanted = graph
-            found = backends.graph_gradients(outputs, wanted, gradients, ctx.needs)
+        keeps_graph = dispatch.keeps_graph()
+        graph, kept = ctx.graph, ctx.kept
+        is_first_order = not torch.is_grad_enabled()
+        ctx.graph = None  # one backward uses it up
+        if not keeps_graph:
+            ctx.kept = None
+        if ctx.as_operator:
+            gradients = gradients[:-1]
+        if kept is None:
+            unit, output, saved = _unpacked(ctx)
         else:
-            *inputs, output, saved = ctx.saved_tensors
-            found = _found(ctx, inputs, output, saved, gradients)
+            unit, output, saved = kept.unit, kept.output, kept.saved
+        if graph is not None and is_first_order:
+            found = backends.graph_gradients(graph[0], graph[1], gradients, ctx.needs)
+        elif ctx.as_operator and not (dispatch.is_plain() and is_first_order):
+            rest = (ctx.chosen.name, output, saved, *gradients, list(ctx.needs))
+            found = signature.backward_operator(unit.cell)(*signature.arguments(unit), *rest)
+            found = tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
+        else:
+            read = unit if kept is None else _read_again(kept, is_first_order)
+
+            def first_order() -> Gradients:
+                overwrite = kept is not None and not keeps_graph
+                return _first_order(ctx.chosen, read, output, saved, gradients, ctx.needs, overwrite)
+
+            if is_first_order:
+                found = first_order()
+            else:
+                found = dispatch.apply_plain(Gradient, unit, first_order, ctx.needs, *unit.tensors, *gradients)
         return (None, None, None, *found)
 
 
-def _found(
-    ctx: Any, inputs: Sequence[Tensor | None], output: Tensor, saved: Tensor, gradients: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a call's tensors, by the backend that ran it; by the operator if they are recorded in turn.
+def _keep(unit: Any, chosen: Backend, needs: tuple[bool, ...], output: Tensor, saved: Tensor) -> _Kept:
+    tensors, first_weight, count = unit.tensors, 1 + len(unit.cell.states), len(unit.cell.parameters)
+    reads = [chosen.composite is None] * len(tensors)
+    for k in range(first_weight, len(tensors), count):
+        reads[k + 2 : k + 4] = (False, False)  # biases
+    whole = isinstance(unit, Call)
+    if whole:
+        # The states are among what the forward left; the input is read for its own weights' gradient alone.
+        bottom = range(first_weight, first_weight + unit.directions * count, count)
+        reads[:first_weight] = [any(needs[k] for k in bottom), *[False] * len(unit.states)]
+    aliases = [
+        tensor.detach() if k >= first_weight and tensor is not None and reads[k] else tensor
+        for k, tensor in enumerate(tensors)
+    ]
+    versions = [
+        tensor._version if read and tensor is not None and not tensor.is_inference() else None
+        for tensor, read in zip(tensors, reads, strict=True)
+    ]
+    # Of the output an alias: whoever holds the output holds this node.
+    return _Kept(unit, aliases, versions, None if whole else output.detach(), saved)
 
-    Args:
-        inputs: the call's tensors, lengths and resets.
+
+def _read_again(kept: _Kept, is_first_order: bool) -> Any:
+    """The call on the data that it had.
+
+    Raises:
+        RuntimeError: as torch does, of a tensor that was changed in place since.
     """
-    if not dispatch.is_plain() or torch.is_grad_enabled():
-        rest = (ctx.backend.name, output, saved, *gradients, list(ctx.needs))
-        found = signature.backward_operator(ctx.cell)(*inputs, *ctx.constants, *rest)
-        return tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
-    call, _ = signature.read(ctx.cell, (*inputs, *ctx.constants))
-    grad_output, *grad_states = gradients
-    return backends.run_backward(
-        ctx.backend, call, output, saved, grad_output, tuple(grad_states), ctx.needs, _is_ours(ctx, saved)
-    )
-
-
-def _is_ours(ctx: Any, saved: Tensor) -> bool:
-    """Nobody sees it again: it is what the forward made, not what a hook unpacked, and the graph is used up."""
-    return saved.data_ptr() == ctx.kept_at and not dispatch.keeps_graph()
-
-
-def short_way() -> backends.ShortWay | None:
-    """The short way of a call that is recorded."""
-    return _SHORT_WAY if backends.short().recorded_forward else None
-
-
-def _short_step(
-    cell: Cell, options: Any, input: Tensor, states: Sequence[Any], weights: Sequence[Any]
-) -> Sequence[Tensor]:
-    return _recorded(cell, options, None, input, states, weights)[1:]
-
-
-def _short_layers(
-    cell: Cell, options: Any, input: Tensor, states: Sequence[Any], weights: Sequence[Any], form: Form
-) -> Sequence[Tensor]:
-    """One layer and direction after another, each recorded by itself."""
-    if form.layers == 1 and not form.bidirectional:
-        return _recorded(cell, options, form, input, states, weights)
-    directions = 1 + form.bidirectional
-    count = form.layers * directions
-    each = len(weights) // count
-    if len(weights) % count or any(not isinstance(state, Tensor) or state.shape[:1] != (count,) for state in states):
-        return ()
-    swaps = form.batch_first and input.dim() == 3
-    if swaps:
-        input = input.transpose(0, 1)
-    finals: list[Sequence[Tensor]] = []
-    for layer in range(form.layers):
-        outputs: list[Tensor] = []
-        for k in range(layer * directions, (layer + 1) * directions):
-            one = Form(1, False, form.reverse or k % directions == 1, False, form.lengths)
-            initial = [state[k : k + 1] for state in states]
-            results = _recorded(cell, options, one, input, initial, weights[k * each : (k + 1) * each])
-            if not results:
-                return ()
-            outputs.append(results[0])
-            finals.append(results[1:])
-        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-    return (input.transpose(0, 1) if swaps else input, *map(torch.cat, zip(*finals, strict=True)))
-
-
-def _recorded(
-    cell: Cell, options: Any, form: Form | None, input: Tensor, states: Sequence[Any], weights: Sequence[Any]
-) -> Sequence[Tensor]:
-    """Output and new states, or nothing."""
-    if len(states) not in (0, len(cell.states)):
-        return ()
-    h, c = (*states, None, None)[:2]
-    for state in states:
-        if not isinstance(state, Tensor) or state.numel() == 0:
-            return ()
-    if len(weights) == 2:
-        weights = (*weights, None, None)
-    if len(weights) != 4:
-        return ()
-    return dispatch.apply_plain(ShortRecurrence, cell, options, form, input, h, c, *weights)
-
-
-_SHORT_WAY = backends.ShortWay(_short_step, _short_layers)
-
-
-class ShortRecurrence(torch.autograd.Function):
-    """`apply(*Backend.recorded_forward's arguments) -> (output, *new states)`, nothing where that answers nothing."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, cell: Cell, options: Any, form: Form | None, input: Tensor, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        backend = backends.short()
-        assert backend.recorded_forward is not None
-        results = backend.recorded_forward(cell, options, form, input, *tensors)
-        if not results:
-            return ()
-        count = len(cell.states)
-        saved, *zeros = results[count + 1 :]
-        states = zeros or tensors[:count]
-        ctx.save_for_backward(input, *states, *tensors[2:], form and form.lengths, results[0], saved)
-        ctx.set_materialize_grads(False)
-        ctx.cell, ctx.backend, ctx.form = cell, backend, form
-        ctx.constants = (form is not None and form.reverse, *options)
-        ctx.kept_at = None if dispatch.has_saved_tensor_hooks() else saved.data_ptr()
-        ctx.absent = (None,) * (len(cell.weights) - 4)
-        needs_input, *needs = ctx.needs_input_grad[3:]
-        ctx.needs = (needs_input, *needs[:count], *needs[2:], *(False for _ in ctx.absent))
-        return tuple(results[: count + 1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *tensors, lengths, output, saved = ctx.saved_tensors
-        count = len(ctx.cell.states)
-        found = ()
-        if dispatch.is_plain() and not torch.is_grad_enabled():
-            ours = _is_ours(ctx, saved)
-            form = ctx.form if lengths is None else ctx.form._replace(lengths=lengths)  # checked for changes since
-            arguments = (ctx.cell, ctx.constants[1:], form, tensors, output, saved, gradients, ctx.needs, ours)
-            found = ctx.backend.recorded_backward(*arguments)
-        if not found:
-            found = ShortRecurrence._backward_of_call(ctx, gradients)
-        return (None, None, None, *found[: 1 + count], *(None,) * (2 - count), *found[1 + count : 5 + count])
-
-    @staticmethod
-    def _backward_of_call(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """By way of the `Call` that it was."""
-        input, *tensors, lengths, output, saved = ctx.saved_tensors
-        count = len(ctx.cell.states)
-        states, weights = tensors[:count], tensors[count:]
-        hidden_size = output.shape[-1]
-        grad_output, *grad_states = gradients
-        in_rows = [None if grad is None else grad.reshape(-1, hidden_size) for grad in grad_states]
-        inputs = (
-            _in_steps(input, ctx.form),
-            *(state.view(-1, hidden_size) for state in states),
-            *weights,
-            *ctx.absent,
-            lengths,
-            None,
+    unit = kept.unit
+    names = [*(f"{state}_0" for state in unit.cell.states), *unit.cell.parameters]
+    for k, (tensor, version) in enumerate(zip(unit.tensors, kept.versions, strict=True)):
+        if tensor is None or version is None or tensor._version == version:
+            continue
+        name = "input" if k == 0 else names[k - 1] if k <= len(names) else names[(k - 1 - len(unit.states)) % len(names)]
+        raise RuntimeError(
+            _CHANGED.format(
+                name=name, cell=unit.cell.name, shape=tuple(tensor.shape), now=tensor._version, then=version
+            )
         )
-        of_output = None if grad_output is None else _in_steps(grad_output, ctx.form)
-        of_input, *found = _found(ctx, inputs, _in_steps(output, ctx.form), saved, (of_output, *in_rows))
-        if of_input is not None:
-            swaps = ctx.form is not None and ctx.form.batch_first and input.dim() == 3
-            of_input = of_input.transpose(0, 1) if swaps else of_input.view(input.shape)
-        of_states = (None if grad is None else grad.view(like.shape) for grad, like in zip(found, states, strict=False))
-        return (of_input, *of_states, *found[count:])
+    return unit.with_tensors(kept.aliases)
 
 
-def _in_steps(tensor: Tensor, form: Form | None) -> Tensor:
-    """Of the form's dimensions, or a cell's, as (T, B, .)."""
-    if form is None:
-        return tensor.reshape(1, -1, tensor.shape[-1])
-    if tensor.dim() == 2:
-        return tensor.unsqueeze(1)
-    return tensor.transpose(0, 1) if form.batch_first else tensor
+def _unpacked(ctx: Any) -> tuple[Any, Tensor, Tensor]:
+    """What was saved openly: the unit on its tensors, the output, and what the forward left."""
+    *tensors, lengths, resets, output, saved = ctx.saved_tensors
+    if hasattr(ctx, "unit"):
+        return ctx.unit.with_tensors(tensors)._replace(lengths=lengths, resets=resets), output, saved
+    raise RuntimeError(_USED_UP)
+
+
+def _composite(chosen: Backend, unit: Any) -> tuple[Tensor, ...]:
+    """A composite backend's results of a call, or of a layer as a layer has them."""
+    if isinstance(unit, Call):
+        return backends.run_composite(chosen, unit)
+    if not chosen.takes_stacks:
+        assert chosen.composite is not None
+        return chosen.composite(unit)
+    output, *finals = backends.run_composite(chosen, unit.call())
+    return (output, *(final.squeeze(0) for final in finals))
+
+
+def _first_order(
+    chosen: Backend,
+    unit: Any,
+    output: Tensor | None,
+    saved: Tensor,
+    gradients: Gradients,
+    needs: tuple[bool, ...],
+    overwrite: bool,
+) -> Gradients:
+    """The gradients of `unit.tensors`, None where not needed."""
+    if chosen.composite is not None or dispatch.is_batched():
+        # The forward again, this time recorded, in operations that torch can batch.
+        with dispatch.recording():
+            recorded, wanted = backends.detached(unit, needs)
+            return backends.graph_gradients(_differentiable(chosen, recorded), wanted, gradients, needs)
+    if isinstance(unit, Layer):
+        assert output is not None
+        return backends.run_layer_backward(chosen, unit, output, saved, gradients, needs)
+    return backends.run_backward(chosen, unit, saved, gradients, needs, overwrite)
+
+
+def _differentiable(chosen: Backend, unit: Any) -> tuple[Tensor, ...]:
+    """The results in torch's operations: of an LSTM's step on a kernel (h', c', o)."""
+    if chosen.composite is not None:
+        return _composite(chosen, unit)
+    if isinstance(unit, Layer):
+        return reference.forward(unit)
+    return _by_reference(unit)
+
+
+def _by_reference(unit: Any) -> tuple[Tensor, ...]:
+    """The reference's results, in the form that the unit's node returns them."""
+    if isinstance(unit, Layer):
+        return reference.forward(unit)
+    results = layer_by_layer(unit, reference.forward)
+    if unit.is_step and len(unit.states) == 2 and unit.cell.name == "lstm":
+        # o is what the forward gate gives beside c': (h', c', o), with h' = o tanh(c') put together outside.
+        return (*results, reference.output_gate(unit))
+    return results
 
 
 class Gradient(torch.autograd.Function):
-    """`apply(cell, *arguments of the backward operator) -> gradients`, differentiable to any order."""
+    """`apply(call or layer, first order, needs, *its tensors, *cotangents) -> gradients`, differentiable to any order.
+
+    Where a gradient is not needed it returns None, or what `first order` gives there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, cell: Cell, *arguments: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(*(argument for argument in arguments if isinstance(argument, Tensor)))
-        ctx.cell = cell
-        ctx.constants = [None if isinstance(argument, Tensor) else (argument,) for argument in arguments]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, unit: Any, first_order: Callable[[], Gradients], needs: Sequence[bool], *inputs: Tensor | None
+    ) -> Gradients:
+        ctx.save_for_backward(*inputs, unit.lengths, unit.resets)
+        ctx.unit, ctx.wanted = unit.with_tensors([None] * len(unit.tensors)), needs
         ctx.set_materialize_grads(False)
-        operator = signature.backward_operator(cell)
-        return operator(*arguments) if dispatch.is_plain() else dispatch.below_autograd(operator, *arguments)
+        return tuple(first_order())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        tensors = iter(ctx.saved_tensors)
-        arguments = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
-        call, rest = signature.read(ctx.cell, arguments)
-        cotangents, needs = rest[3:-1], rest[-1]
-        wanted = [k for k, need in enumerate(needs) if need and gradients[k] is not None]
-        inputs = [*call.tensors, *cotangents]
+        *inputs, lengths, resets = ctx.saved_tensors
+        count = len(ctx.unit.tensors)
+        unit = ctx.unit._replace(lengths=lengths, resets=resets)
+        wanted = [k for k, need in enumerate(ctx.wanted) if need and gradients[k] is not None]
 
         def differentiated(values: Sequence[Any]) -> tuple[Tensor, ...]:
-            replaced = call.with_tensors(values[: len(call.tensors)])
-            found = of_reference(replaced, values[len(call.tensors) :])
+            found = of_reference(unit.with_tensors(values[:count]), values[count:])
             return tuple(found[k] for k in wanted)
 
         found: list[Any] = [None] * len(inputs)
         if wanted:
             found = pullback(differentiated, inputs, lambda _: tuple(gradients[k] for k in wanted))
-        count, first = len(call.tensors), len(arguments) - len(cotangents) - 1
-        return (None, *found[:count], *(None,) * (first - count), *found[count:], None)
+        return (None, None, None, *found)
 
 
-def of_reference(call: Call, cotangents: Sequence[Tensor | None]) -> list[Any]:
-    """Gradients of `call.tensors` through the reference, in torch.func's terms: they can be differentiated again."""
+def of_reference(unit: Any, cotangents: Sequence[Tensor | None]) -> list[Any]:
+    """Gradients of `unit.tensors` through the reference, in torch.func's terms: they can be differentiated again."""
 
     def seeds(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outputs, cotangents, strict=True))
 
-    return pullback(lambda tensors: reference.forward(call.with_tensors(tensors)), call.tensors, seeds)
+    return pullback(lambda tensors: _by_reference(unit.with_tensors(tensors)), unit.tensors, seeds)
 
 
 def pullback(

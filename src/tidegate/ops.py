@@ -1,103 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered operators, and the one door to them: `recurrence(call)`.
+"""The one way from a module to a kernel, `run(call)`, and the registered operators that compilers and transforms see.
 
-Per cell, `torch.ops.tidegate.<cell>` runs one layer in one direction over a whole sequence and
-`torch.ops.tidegate.<cell>_backward` is its gradient. Both are opaque to the compiler, never unrolled over T.
-In plain eager mode the door calls the chosen backend itself; under torch.compile, export, torch.func and dispatch
-modes it calls the operator, whose registrations say what each of those needs.
+In plain eager mode `run` hands the whole call to the chosen backend. Under torch.compile, export, torch.func and
+dispatch modes the call falls into layers, and each is one of `torch.ops.tidegate.<cell>`, with its gradient
+`<cell>_backward`: opaque to the compiler, never unrolled over T. Their registrations say what each of those needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tidegate import backends, batching, dispatch, gradients, reference, signature
-from tidegate.cells import CELLS, Call, Cell
-from tidegate.checks import check, check_lengths
+from tidegate.call import Call, Layer, layer_by_layer
+from tidegate.cells import CELLS, Cell
+from tidegate.checks import check_layer, check_lengths
 from tidegate.errors import UnsupportedError
+from tidegate.scope import scope
 
 _LIBRARY = torch.library.Library("tidegate", "DEF")
 
 
-def recurrence(call: Call) -> tuple[Tensor, ...]:
-    """Run one layer in one direction over a whole sequence.
+def no_faults(call: Call) -> None:
+    """For a caller that has nothing to say in words of its own."""
+
+
+def run(call: Call, find_faults: Callable[[Call], None] = no_faults) -> Sequence[Tensor]:
+    """Run a module's whole call.
+
+    Args:
+        find_faults: raises what its caller has to say against the arguments, in its own words. It is asked before what
+            does not look for itself runs, and after a refusal.
 
     Returns:
-        output (T, B, P), 0 past each row's length, and the final states.
+        the output, 0 past each row's length, but of a step; and the final states. All as `call.layout` says.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or a length is outside 0..T.
         UnsupportedError: the backend that the user named cannot run this call.
     """
-    if not dispatch.is_plain() or dispatch.is_forward_mode() or _observers:
+    if not dispatch.is_plain() or scope.observer is not None or dispatch.has_tangents(call):
+        find_faults(call)
         return _in_other_modes(call)
-    backend = backends.select(call, backends.named())
-    if not backend.checks:
-        check(call)
-        check_lengths(call.lengths, call.input.shape[0])
-    if backend is backends.REFERENCE:
-        return reference.forward(call)
-    if torch.is_grad_enabled() and _any_requires_grad(call):
-        return dispatch.apply_plain(gradients.Recurrence, call, backend, False, *call.tensors)
-    return backends.run_forward(backend, call, save=False)[:-1]
+    chosen = backends.select(call, scope.named)
+    if not chosen.checks:
+        find_faults(call)
+        backends.find_faults(call)
+    elif call.between is None:
+        try:
+            if torch.is_grad_enabled() and call.records():
+                return gradients.record(call, chosen)
+            return backends.run_forward(chosen, call, False)
+        except RuntimeError:
+            # A kernel that checks refuses at the first fault, in its own words: name them all, if it is one.
+            find_faults(call)
+            backends.find_faults(call)
+            raise
+    if call.between is not None or not chosen.takes_stacks:
+        return layer_by_layer(call, _run_layer)
+    if call.records():
+        return gradients.record(call, chosen)
+    return backends.run_composite(chosen, call)
 
 
-def short_way() -> backends.ShortWay | None:
-    """What to ask first, where nothing traces, transforms or recasts a call."""
-    if not dispatch.is_bare() or _observers:
-        return None
-    return gradients.short_way() if torch.is_grad_enabled() else backends.short().short
+def _run_layer(layer: Layer) -> tuple[Tensor, ...]:
+    """One layer in plain eager mode."""
+    call = layer.call()
+    chosen = backends.select(call, scope.named)
+    if chosen.takes_stacks:
+        output, *finals = run(call)
+        return (output, *(final.squeeze(0) for final in finals))
+    if chosen.composite is not None:
+        return chosen.composite(layer)
+    if call.records():
+        return dispatch.apply_plain(gradients.Recurrence, layer, chosen, False, *layer.tensors)
+    return backends.run_layer(chosen, layer, save=False)[:-1]
 
 
 def _in_other_modes(call: Call) -> tuple[Tensor, ...]:
-    """Under a compiler, a dispatch mode, torch.func, forward-mode differentiation, or `observe`."""
+    """Under a compiler, a dispatch mode, torch.func, forward-mode differentiation, or an observer."""
+    if scope.observer is not None:
+        return scope.observer(call)
     if dispatch.is_traced():
-        return _operator(call)
-    check(call)
+        return layer_by_layer(call, _operator)
+    backends.find_faults(call)
     if dispatch.is_transformed():
-        by_reference = dispatch.is_per_example(call.weights.values()) and backends.named() in ("", "reference")
-        return reference.forward(call) if by_reference else _operator(call)
-    check_lengths(call.lengths, call.input.shape[0])
-    return _observed(call) if _observers else _forward_mode(call, backends.named())
+        by_reference = dispatch.is_per_example(call.weights) and scope.named in ("", "reference")
+        return layer_by_layer(call, reference.forward if by_reference else _operator)
+    return layer_by_layer(call, _forward_mode)
 
 
-def observe(observer: Callable[[Call], None], run: Callable[[], Any]) -> None:
-    """Run `run` with every call that reaches the door handed to `observer` and answered with zeros."""
-    _observers.append(observer)
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        _observers.pop()
-
-
-_observers: list[Callable[[Call], None]] = []
-
-
-def _observed(call: Call) -> tuple[Tensor, ...]:
-    for observer in _observers:
-        observer(call)
-    return (call.input.new_zeros((call.input.shape[0], *call.states[0].shape)), *map(torch.zeros_like, call.states))
-
-
-def _operator(call: Call) -> tuple[Tensor, ...]:
-    return signature.forward_operator(call.cell)(
-        *signature.arguments(call), backends.named() or backends.AUTOMATIC, False
+def _operator(layer: Layer) -> tuple[Tensor, ...]:
+    return signature.forward_operator(layer.cell)(
+        *signature.arguments(layer), scope.named or backends.AUTOMATIC, False
     )[:-1]
 
 
-def _any_requires_grad(call: Call) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in call.tensors)
-
-
-def _forward_mode(call: Call, name: str) -> tuple[Tensor, ...]:
+def _forward_mode(layer: Layer, name: str | None = None) -> tuple[Tensor, ...]:
+    name = scope.named if name is None else name
     if name not in ("", "reference"):
-        raise UnsupportedError(f"{name}: forward-mode differentiation of {backends.describe(call)} runs on reference")
-    return reference.forward(call)
+        raise UnsupportedError(f"{name}: forward-mode differentiation of {backends.describe(layer)} runs on reference")
+    return reference.forward(layer)
+
+
+def _any_requires_grad(layer: Layer) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in layer.tensors)
 
 
 class _Operators:
@@ -119,62 +129,79 @@ class _Operators:
         torch.library.register_vmap(backward, batching.one_by_one(backward), lib=_LIBRARY)
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        call, (name, save) = signature.read(self.cell, arguments)
-        check(call)
-        check_lengths(call.lengths, call.input.shape[0])
-        return backends.run_forward(backends.select(call, name), call, save)
+        layer, (name, save) = signature.read(self.cell, arguments)
+        check_layer(layer)
+        check_lengths(layer.lengths, layer.input.shape[0])
+        chosen = backends.select(layer.call(), backends.demanded(name))
+        return backends.run_layer(chosen, layer, save)
 
     def forward_shapes(self, *arguments: Any) -> tuple[Tensor, ...]:
-        call, (name, save) = signature.read(self.cell, arguments)
-        check(call)
-        output = call.input.new_empty((call.input.shape[0], *call.states[0].shape))
-        saved = call.input.new_empty(backends.select(call, name).saved_shape(call) if save else (0,))
-        return (output, *(state.new_empty(state.shape) for state in call.states), saved)
+        layer, (name, save) = signature.read(self.cell, arguments)
+        check_layer(layer)
+        output = layer.input.new_empty((layer.input.shape[0], *layer.states[0].shape))
+        shape: tuple[int, ...] = (0,)
+        if save:
+            shape = backends.saved_shape(backends.select(layer.call(), backends.demanded(name)), layer)
+        return (output, *(state.new_empty(state.shape) for state in layer.states), layer.input.new_empty(shape))
 
     def forward_autograd(self, *arguments: Any) -> tuple[Tensor, ...]:
-        call, (name, _) = signature.read(self.cell, arguments)
-        if dispatch.is_forward_mode():
-            return (*_forward_mode(call, backends.demanded(name)), call.input.new_empty(0))
-        if torch.is_grad_enabled() and _any_requires_grad(call):
-            check(call)
+        layer, (name, _) = signature.read(self.cell, arguments)
+        if dispatch.has_tangents(layer):
+            return (*_forward_mode(layer, backends.demanded(name)), layer.input.new_empty(0))
+        if torch.is_grad_enabled() and _any_requires_grad(layer):
+            check_layer(layer)
             # The backward must be the same backend's: a graph that has one fixes the backend when it is traced.
-            backend = backends.select(call, name)
-            return dispatch.apply(gradients.Recurrence, call, backend, True, *call.tensors)
+            chosen = backends.select(layer.call(), backends.demanded(name))
+            return dispatch.apply(gradients.Recurrence, layer, chosen, True, *layer.tensors)
         if dispatch.is_plain():
             return self.forward(*arguments)
         return dispatch.below_autograd(signature.forward_operator(self.cell), *arguments)
 
     def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        call, (name, output, saved, grad_output, *grad_states, needs) = signature.read(self.cell, arguments)
-        backend = backends.select(call, name)
-        found = backends.run_backward(backend, call, output, saved, grad_output, tuple(grad_states), tuple(needs))
-        return self._every_gradient(call, found, needs)
+        layer, (name, output, saved, *cotangents, needs) = signature.read(self.cell, arguments)
+        chosen = backends.select(layer.call(), backends.demanded(name))
+        found = backends.run_layer_backward(chosen, layer, output, saved, tuple(cotangents), tuple(needs))
+        return self._every_gradient(layer, found, needs)
 
     def backward_shapes(self, *arguments: Any) -> tuple[Tensor, ...]:
-        call, _ = signature.read(self.cell, arguments)
-        return self._every_gradient(call, (None,) * len(call.tensors), arguments[-1])
+        layer, _ = signature.read(self.cell, arguments)
+        return self._every_gradient(layer, (None,) * len(layer.tensors), arguments[-1])
 
     def backward_autograd(self, *arguments: Any) -> tuple[Tensor, ...]:
-        if dispatch.is_forward_mode():
-            call, (_, _, _, *cotangents, needs) = signature.read(self.cell, arguments)
-            return self._every_gradient(call, gradients.of_reference(call, cotangents), needs)
-        tensors = (argument for argument in arguments if isinstance(argument, Tensor))
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return dispatch.apply(gradients.Gradient, self.cell, *arguments)
-        if dispatch.is_plain():
-            return self.backward(*arguments)
-        return dispatch.below_autograd(signature.backward_operator(self.cell), *arguments)
+        layer, (_, _, _, *cotangents, needs) = signature.read(self.cell, arguments)
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if dispatch.any_tangent(tensors):
+            return self._every_gradient(layer, gradients.of_reference(layer, cotangents), needs)
+        operator = signature.backward_operator(self.cell)
 
-    def _every_gradient(self, call: Call, found: Any, needs: Any) -> tuple[Tensor, ...]:
+        def first_order() -> tuple[Tensor, ...]:
+            return self.backward(*arguments) if dispatch.is_plain() else dispatch.below_autograd(operator, *arguments)
+
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return dispatch.apply(gradients.Gradient, layer, first_order, needs, *layer.tensors, *cotangents)
+        return first_order()
+
+    def _every_gradient(self, layer: Layer, found: Any, needs: Any) -> tuple[Tensor, ...]:
         """An operator returns tensors only: an empty one where none is needed, zeros where nothing flows."""
         everything: list[Tensor] = []
-        for tensor, gradient, need in zip(call.tensors, found, needs, strict=True):
+        for tensor, gradient, need in zip(layer.tensors, found, needs, strict=True):
             if tensor is None or not need:
-                everything.append(call.input.new_empty(0))
+                everything.append(layer.input.new_empty(0))
             else:
                 everything.append(tensor.new_zeros(tensor.shape) if gradient is None else gradient)
         return tuple(everything)
 
 
+def register(cell: Cell) -> None:
+    """Give a cell its operators: from then on layers, cell modules and streams of it can be made.
+
+    Raises:
+        ValueError: there is a cell of this name.
+    """
+    if hasattr(torch.ops.tidegate, cell.name):
+        raise ValueError(f"cell: expected a name that is free, got {cell.name!r}")
+    _Operators(cell)
+
+
 for _cell in CELLS:
-    _Operators(_cell)
+    register(_cell)

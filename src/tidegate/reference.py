@@ -10,38 +10,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tidegate.cells import Call, States
+from tidegate.call import Call, Layer
+from tidegate.cells import States
 
 
 def unsupported_reasons(call: Call) -> list[str]:
     return []
 
 
-def forward(call: Call) -> tuple[Tensor, ...]:
-    """Run `call`, recording autograd. float16 and bfloat16 are computed in float32 and rounded once, at the end.
+def forward(layer: Layer) -> tuple[Tensor, ...]:
+    """Run one layer in one direction, recording autograd. float16 and bfloat16 are computed in float32 and rounded once, at the end.
 
     Returns:
         output (T, B, P), 0 past each row's length, and the final states.
     """
-    dtype = call.input.dtype
+    dtype = layer.input.dtype
     if dtype in (torch.float16, torch.bfloat16):
-        output, *states = _scan(call.to(torch.float32))
+        output, *states = _scan(layer.to(torch.float32))
         return (output.to(dtype), *(state.to(dtype) for state in states))
-    return _scan(call)
+    return _scan(layer)
 
 
-def _scan(call: Call) -> tuple[Tensor, ...]:
-    steps = call.input.shape[0]
-    valid = valid_steps(call)
-    fresh = _fresh_steps(call, valid)
+def _scan(layer: Layer) -> tuple[Tensor, ...]:
+    steps = layer.input.shape[0]
+    valid = valid_steps(layer)
+    fresh = _fresh_steps(layer, valid)
     # Padding may hold anything, and 0 * NaN is NaN in a weight's gradient.
-    input = call.input if valid is None else call.input.masked_fill(~valid.unsqueeze(-1), 0)
-    gates_x = linear(input, call.weights["weight_ih"], call.weights["bias_ih"])  # (T, B, G*H)
-    states = call.states
+    input = layer.input if valid is None else layer.input.masked_fill(~valid.unsqueeze(-1), 0)
+    gates_x = linear(input, layer.weights["weight_ih"], layer.weights["bias_ih"])  # (T, B, G*H)
+    states = layer.states
     outputs: list[Tensor] = []
-    for t in reversed(range(steps)) if call.reverse else range(steps):
+    for t in reversed(range(steps)) if layer.reverse else range(steps):
         entering = states if fresh is None else _zero_where(fresh[t], states)
-        stepped = call.cell.step(gates_x[t], entering, call.weights, call.options)
+        stepped = layer.cell.step(gates_x[t], entering, layer.weights, layer.options)
         if valid is None:
             states = stepped
             outputs.append(stepped[0])
@@ -50,26 +51,37 @@ def _scan(call: Call) -> tuple[Tensor, ...]:
             states = tuple(torch.where(keep, new, old) for new, old in zip(stepped, states, strict=True))
             outputs.append(stepped[0].masked_fill(~keep, 0))
     if not outputs:
-        return call.without_steps()
-    return (torch.stack(outputs[::-1] if call.reverse else outputs), *states)
+        return layer.without_steps()
+    return (torch.stack(outputs[::-1] if layer.reverse else outputs), *states)
 
 
-def valid_steps(call: Call) -> Tensor | None:
+def valid_steps(layer: Layer) -> Tensor | None:
     """(T, B) bool, False past each row's length; None where every step is valid."""
-    if call.lengths is None:
+    if layer.lengths is None:
         return None
-    steps = torch.arange(call.input.shape[0], device=call.input.device)
-    return steps.unsqueeze(-1) < call.lengths.to(call.input.device)
+    steps = torch.arange(layer.input.shape[0], device=layer.input.device)
+    return steps.unsqueeze(-1) < layer.lengths.to(layer.input.device)
 
 
-def _fresh_steps(call: Call, valid: Tensor | None) -> Tensor | None:
-    """(T, B) bool: the state entering step t is zero, in the direction of `call`."""
-    if call.resets is None or not call.reverse:
-        return call.resets
+def _fresh_steps(layer: Layer, valid: Tensor | None) -> Tensor | None:
+    """(T, B) bool: the state entering step t is zero, in the direction of `layer`."""
+    if layer.resets is None or not layer.reverse:
+        return layer.resets
     # In reverse, the state that leaves t + 1 enters t; a mark on padding separates nothing.
-    resets = call.resets if valid is None else call.resets & valid
+    resets = layer.resets if valid is None else layer.resets & valid
     return torch.cat((resets[1:], torch.zeros_like(resets[:1])))
 
 
 def _zero_where(mask: Tensor, states: States) -> States:
     return tuple(state.masked_fill(mask.unsqueeze(-1), 0) for state in states)
+
+
+def output_gate(call: Call) -> Tensor:
+    """An LSTM's o in one step, in the form of its c'."""
+    weights, h = call.weights_of(0), call.states[0]
+    gates = linear(call.input, weights["weight_ih"], weights["bias_ih"])
+    if h is not None:
+        gates = gates + linear(h, weights["weight_hh"])
+    if weights["bias_hh"] is not None:
+        gates = gates + weights["bias_hh"]
+    return gates.chunk(len(call.cell.gates), -1)[call.cell.gates.index("o")].sigmoid()

@@ -43,42 +43,13 @@ class Sequences(NamedTuple):
         return torch.zeros_like(steps).index_copy(0, self.packed_rows, dropped).view_as(output)
 
 
-def from_tensor(input: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Sequences:
-    """A padded batch, (T, B, I) or with batch_first (B, T, I).
-
-    Args:
-        lengths: (B,) integers in any order, on any device, each in 0..T; or None.
-        resets: bool, (T, B) or with batch_first (B, T); or None.
-    """
-    data = input.transpose(0, 1) if batch_first else input
-    steps, batch, _ = data.shape
-    layout, shape = ("(B, T)", (batch, steps)) if batch_first else ("(T, B)", (steps, batch))
-    resets = _read_resets(resets, layout, shape, input.device)
-    if resets is not None and batch_first:
-        resets = resets.transpose(0, 1)
-
-    def restore(output: Tensor) -> Tensor:
-        return output.transpose(0, 1) if batch_first else output
-
-    return Sequences(data, read_lengths(lengths, batch), resets, restore)
-
-
-def from_unbatched(input: Tensor, resets: Any) -> Sequences:
-    """One sequence (T, I), resets (T,)."""
-    resets = _read_resets(resets, "(T,)", (input.shape[0],), input.device)
-
-    def restore(output: Tensor) -> Tensor:
-        return output.squeeze(1)
-
-    return Sequences(input.unsqueeze(1), None, None if resets is None else resets.unsqueeze(1), restore)
-
-
 def from_packed(input: PackedSequence) -> Sequences:
     """A PackedSequence, its rows in packed order: longest first."""
     sizes = input.batch_sizes
     steps, batch = sizes.shape[0], int(sizes[0])
-    lengths = (sizes.unsqueeze(-1) > torch.arange(batch)).sum(0)
-    rows = torch.nonzero((torch.arange(batch) < sizes.unsqueeze(-1)).flatten()).squeeze(-1).to(input.data.device)
+    live = torch.arange(batch, device=sizes.device) < sizes.unsqueeze(-1)  # (T, B)
+    lengths = live.sum(0)
+    rows = torch.nonzero(live.flatten()).squeeze(-1).to(input.data.device)
     padded = input.data.new_zeros((steps * batch, input.data.shape[-1])).index_copy(0, rows, input.data)
 
     def restore(output: Tensor) -> PackedSequence:
@@ -111,7 +82,7 @@ def from_list(input: list[Tensor], resets: Any) -> Sequences:
         if not isinstance(resets, list) or len(resets) != len(input):
             raise ValueError(f"resets: expected a list of {len(input)} bool tensors (T,), like input")
         marks = [
-            _check_resets(row, "(T,)", (size,), input[0].device, f"resets[{k}]")
+            read_resets(row, "(T,)", (size,), input[0].device, f"resets[{k}]")
             for k, (row, size) in enumerate(zip(resets, sizes, strict=True))
         ]
         padded_resets = pad_sequence(marks)
@@ -119,7 +90,7 @@ def from_list(input: list[Tensor], resets: Any) -> Sequences:
     def restore(output: Tensor) -> list[Tensor]:
         return [output[:size, k] for k, size in enumerate(sizes)]
 
-    return Sequences(pad_sequence(input), torch.tensor(sizes), padded_resets, restore)
+    return Sequences(pad_sequence(input), torch.tensor(sizes, device="cpu"), padded_resets, restore)
 
 
 def from_nested(input: Any) -> Sequences:
@@ -147,7 +118,7 @@ def read_lengths(lengths: Any, batch: int, name: str = "lengths") -> Tensor | No
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths, device="cpu")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"{name}: expected an integer dtype, got {lengths.dtype}")
     if lengths.dim() != 1 or lengths.shape[0] != batch:
@@ -155,11 +126,10 @@ def read_lengths(lengths: Any, batch: int, name: str = "lengths") -> Tensor | No
     return lengths.to(torch.int64)
 
 
-def _read_resets(resets: Any, layout: str, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    return None if resets is None else _check_resets(resets, layout, shape, device, "resets")
-
-
-def _check_resets(resets: Any, layout: str, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:
+def read_resets(
+    resets: Any, layout: str, shape: tuple[int, ...], device: torch.device, name: str = "resets"
+) -> Tensor:
+    """A bool tensor of that shape, on that device."""
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
         came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
         raise ValueError(f"{name}: expected a bool tensor, got {came}")

@@ -6,20 +6,26 @@ Letters: L layers, B rows (sessions), T steps, I input_size, H hidden_size, P pr
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tidegate import backends
-from tidegate.cells import Call, Cell, Options, Weights
+from tidegate import backends, ops
+from tidegate.call import Call, Layout
+from tidegate.cells import States
 from tidegate.checks import check
+from tidegate.kernels import cpu
+from tidegate.scope import scope
 
-States = tuple[Tensor, ...]
 _FORMAT = "tidegate stream 1"
+
+Run = Callable[[Layout, Tensor, States], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -27,18 +33,89 @@ class Source:
     """The module that a stream runs.
 
     Attributes:
-        cell: what each layer is.
-        options: the cell's.
-        read: each layer's weights as they are now, parametrizations computed.
+        module: with a `cell`, options and weights: a layer or a cell of ours.
+        layers: how many it has.
         layered: states are (L, B, .), as a layer's, not (B, .), as a cell's.
         batch_first: chunks are (B, T, I).
     """
 
-    cell: Cell
-    options: Options
-    read: Callable[[], list[Weights]]
+    module: Any
+    layers: int
     layered: bool
     batch_first: bool
+
+    @property
+    def cell(self) -> Any:
+        return self.module.cell
+
+
+class _Laid(NamedTuple):
+    """A module's weights as streams run them.
+
+    Attributes:
+        call: over one step (1, 1, I), on a copy of the weights; its zero states say the sizes.
+        chosen: the backend.
+        run: its way to run any number of steps.
+        layout: what else `run` holds for.
+    """
+
+    call: Call
+    chosen: backends.Backend
+    run: Run
+    layout: str
+
+
+# Streams of one module share its weights' copy, as long as the module's are the same.
+_LAID: weakref.WeakKeyDictionary[torch.nn.Module, _Laid] = weakref.WeakKeyDictionary()
+
+
+def _lay_out(source: Source, dtype: torch.dtype | None) -> _Laid:
+    """A module's weights as they are now, laid out by the backend that is to run them."""
+    module: Any = source.module
+    with torch.inference_mode(False), torch.no_grad():
+        found = module._weights()
+        first = next(weight for weight in found if weight is not None)
+        dtype = dtype or first.dtype
+        weights = tuple(None if w is None else w.detach().to(dtype) for w in found)
+        call = Call(source.cell, module._option_values(), first.new_zeros(0), (), weights, layers=source.layers)
+        sizes = call.sizes()
+        zeros = tuple(first.new_zeros((source.layers, 1, sizes[n]), dtype=dtype) for n in source.cell.states.values())
+        call = call._replace(input=first.new_zeros((1, 1, sizes["I"]), dtype=dtype), states=zeros)
+        check(call)
+        chosen = backends.select(call, scope.named)
+        layout = cpu.layout_of_weights() if chosen.prepare is not None else ""
+        laid = _LAID.get(module)
+        if laid is not None and (laid.chosen, laid.layout) == (chosen, layout) and _is_same(laid.call, call):
+            return laid
+        call = call._replace(weights=tuple(None if w is None else w.clone() for w in weights))
+        run = chosen.prepare(call) if chosen.prepare is not None else _unprepared(call, chosen)
+        _LAID[module] = laid = _Laid(call, chosen, run, layout)
+        return laid
+
+
+def _is_same(kept: Call, call: Call) -> bool:
+    if (kept.options, kept.layers) != (call.options, call.layers):
+        return False
+    for a, b in zip(kept.tensors, call.tensors, strict=True):
+        if (a is None) != (b is None):
+            return False
+        if a is not None and b is not None:
+            if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) or not torch.equal(a, b):
+                return False
+    return True
+
+
+def _unprepared(call: Call, chosen: backends.Backend) -> Run:
+    """The way of a backend that lays nothing out."""
+
+    def run(layout: Layout, input: Tensor, states: States) -> Sequence[Tensor]:
+        is_step = layout >= Layout.STEP
+        data = input if not is_step else input.view(1, -1, input.shape[-1])
+        with backends.backend(chosen.name), torch.no_grad():
+            output, *finals = ops.run(call._replace(input=data, states=states))
+        return (output.view(*input.shape[:-1], -1) if is_step else output, *finals)
+
+    return run
 
 
 class Stream:
@@ -54,7 +131,7 @@ class Stream:
         self._batched = batch_size is not None
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"batch_size: expected an integer of at least 0, or None for one row, got {batch_size!r}")
-        self._adopt(self._read_calls(dtype))
+        self._adopt(_lay_out(source, dtype))
         rows = 1 if batch_size is None else batch_size
         if state is not None and batch_size is None:
             first: Any = state[0] if isinstance(state, (tuple, list)) and state else state
@@ -84,7 +161,9 @@ class Stream:
             self._check_input(
                 input, self._input_shape, "(batch_size, input_size)" if self._batched else "(input_size,)"
             )
-        return self._advance(input, *self._states)
+        output, *states = self._run(self._layout, input, self._states)
+        self._states = tuple(states)
+        return output
 
     def steps(self, chunk: Tensor) -> Tensor:
         """Advance every row by several steps at once: as calling `step` on each, and faster.
@@ -117,7 +196,7 @@ class Stream:
             output, states = chunk.new_empty((*chunk.shape[:-1], self._states[0].shape[-1])), self._states
         else:
             data = chunk if self._batched else chunk.unsqueeze(1)
-            output, *states = backends.run_stack(self._backends, self._calls, data, self._states)
+            output, *states = self._run(Layout.TIME_MAJOR, data, self._states)
             output = output if self._batched else output.squeeze(1)
         self._set_states(states)
         return output.transpose(0, 1) if batch_first else output
@@ -129,8 +208,8 @@ class Stream:
 
     @property
     def backend(self) -> str:
-        """The backends that run it, usually one name; chosen when the stream is made, and at `refresh`."""
-        return ", ".join(dict.fromkeys(chosen.name for chosen in self._backends))
+        """The backend that runs it; chosen when the stream is made, and at `refresh`."""
+        return self._laid.chosen.name
 
     @property
     def state(self) -> Any:
@@ -207,22 +286,19 @@ class Stream:
         Raises:
             ValueError: the module has moved to another device or changed its sizes: make a new stream.
         """
-        calls = self._read_calls(self._dtype)
-        for call, before in zip(calls, self._calls, strict=True):
-            for name, now, then in zip(("input", *call.cell.states), call.tensors, before.tensors, strict=False):
-                if now is not None and then is not None and (now.shape, now.device) != (then.shape, then.device):
-                    raise ValueError(
-                        f"refresh: expected {name} of {then.shape[-1]} on {then.device} as when the stream was made, "
-                        f"got {now.shape[-1]} on {now.device}; make a new stream"
-                    )
-        self._adopt(calls)
+        laid, before = _lay_out(self._source, self._dtype), self._laid.call
+        names = ("input", *self._source.cell.states)
+        for name, now, then in zip(names, laid.call.tensors, before.tensors, strict=False):
+            if now is not None and then is not None and (now.shape, now.device) != (then.shape, then.device):
+                raise ValueError(
+                    f"refresh: expected {name} of {then.shape[-1]} on {then.device} as when the stream was made, "
+                    f"got {now.shape[-1]} on {now.device}; make a new stream"
+                )
+        self._adopt(laid)
 
     def clone(self) -> Stream:
         """A stream from the same state, which goes its own way. It shares the weights' copy."""
-        other = object.__new__(Stream)
-        vars(other).update(vars(self))
-        other._set_states([state.clone() for state in self._states])
-        return other
+        return copy.copy(self)  # no step changes a state's tensor, each makes new ones
 
     def save(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """The state as a dictionary of tensors on the CPU and words, for `load`; written to `path` if there is one."""
@@ -252,51 +328,40 @@ class Stream:
             came = saved.get(name) if isinstance(saved, dict) else None  # pyright: ignore[reportUnnecessaryIsInstance]
             if came != value:
                 raise ValueError(f"source: expected {name} {value!r}, got {came!r}")
-        states = [saved["states"].get(name) for name in self._source.cell.states]
+        named = saved.get("states")
+        if not isinstance(named, dict):
+            raise ValueError(f"source: expected states by name, got {type(named).__name__}")
+        states = [named.get(name) for name in self._source.cell.states]
         self._check_states(states, None, "source", torch.device("cpu"))
         self._set_states([state.clone().to(self._device) for state in states])
 
     def __repr__(self) -> str:
         rows = f"rows={self.rows}" if self._batched else "no batch dimension"
-        cell, layers = self._source.cell.name, len(self._calls)
+        cell, layers = self._source.cell.name, self._source.layers
         return f"Stream({cell}, layers={layers}, {rows}, {self._dtype}, {self._device}, backend={self.backend})"
 
-    def _read_calls(self, dtype: torch.dtype | None) -> list[Call]:
-        """A one-step call for each layer, on a copy of the weights as they are now."""
-        with torch.inference_mode(False), torch.no_grad():
-            layers = self._source.read()
-            dtype = dtype or layers[0]["weight_ih"].dtype
-            calls: list[Call] = []
-            for found in layers:
-                weights = {name: None if w is None else w.detach().to(dtype, copy=True) for name, w in found.items()}
-                calls.append(self._one_step(weights))
-                check(calls[-1])
-        return calls
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the weights: they are the module's, laid out anew where it is loaded."""
+        return {name: value for name, value in vars(self).items() if name not in ("_laid", "_run")}
 
-    def _adopt(self, calls: list[Call]) -> None:
-        """Choose the backends for these calls, let them lay the weights out, and go on with that."""
-        chosen = [backends.select(call, backends.named()) for call in calls]
-        self._advance = backends.step_of_stack(chosen, calls)
-        self._calls, self._backends = calls, chosen
-        input = calls[0].input
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._adopt(_lay_out(self._source, self._dtype))
+
+    def _adopt(self, laid: _Laid) -> None:
+        self._laid, self._run = laid, laid.run
+        input = laid.call.input
         self._dtype, self._device, self._input_size = input.dtype, input.device, input.shape[-1]
-
-    def _one_step(self, weights: Weights) -> Call:
-        """A call of one row, which stands for any number: no backend's reasons ask for it."""
-        weight_ih, weight_hh = weights["weight_ih"], weights["weight_hh"]
-        sizes = {"h": weight_hh.shape[1], "c": weight_hh.shape[0] // len(self._source.cell.gates)}
-        states = tuple(weight_ih.new_zeros(1, sizes[name]) for name in self._source.cell.states)
-        input = weight_ih.new_zeros(1, 1, weight_ih.shape[1])
-        return Call(self._source.cell, input, states, weights, None, None, False, self._source.options)
 
     def _set_states(self, states: Iterable[Tensor]) -> None:
         """The only place where the state is replaced, in one assignment. Streams outlive inference_mode blocks."""
         with torch.inference_mode(False), torch.no_grad():
             self._states = tuple(s.clone() if s.is_inference() else s.contiguous() for s in states)
         self._input_shape = (self.rows, self._input_size) if self._batched else (self._input_size,)
+        self._layout = Layout.STEP if self._batched else Layout.UNBATCHED_STEP
 
     def _zeros(self, rows: int) -> States:
-        return tuple(state.new_zeros(len(self._calls), rows, state.shape[-1]) for state in self._calls[0].states)
+        return tuple([s.new_zeros(s.shape[0], rows, s.shape[-1]) for s in self._laid.call.states if s is not None])
 
     def _to_user(self, state: Tensor) -> Tensor:
         state = state if self._source.layered else state.squeeze(0)
@@ -320,10 +385,12 @@ class Stream:
 
     def _check_states(self, states: list[Any], rows: int | None, name: str, device: torch.device) -> None:
         faults: list[str] = []
-        for letter, state, pattern in zip(self._source.cell.states, states, self._calls[0].states, strict=True):
+        for letter, state, pattern in zip(
+            self._source.cell.states, states, self._laid.call.states, strict=True
+        ):
             if not isinstance(state, Tensor) or state.dim() != 3:
                 raise ValueError(f"{name}: expected a tensor {letter} (layers, rows, size)")
-            expected = (len(self._calls), states[0].shape[1] if rows is None else rows, pattern.shape[-1])
+            expected = (self._source.layers, states[0].shape[1] if rows is None else rows, pattern.shape[-1])
             if tuple(state.shape) != expected:
                 faults.append(f"{name}: expected {letter} (layers, rows, size) = {expected}, got {tuple(state.shape)}")
             if state.dtype != self._dtype:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The recurrence in double, one number at a time, for kernels_test.cpp to compare with. Gradients come from running
+// The recurrence in double, one number at a time, to compare the kernels with. Gradients come from running
 // it on dual numbers, which carry a derivative along one direction: no backward is written here to share a fault with.
 //
 // Letters as in problem.h; equations and gate orders as in src/tidegate/cells.py.
@@ -12,7 +12,7 @@
 #include <random>
 #include <vector>
 
-#include "engine/problem.h"
+#include "cells/table.h"
 
 using Values = std::vector<double>;
 
@@ -61,7 +61,7 @@ struct Recurrence {
     Kind kind;
     int64_t time, batch, input_size, hidden, projected;
     bool reverse, projects;
-    Values input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, grad_output, grad_h_n, grad_c_n;
+    Values input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, grad_output, grad_h_n, grad_c_n, grad_o;
     std::vector<int64_t> lengths;
     std::vector<uint8_t> resets;
 
@@ -85,7 +85,7 @@ struct Recurrence {
             }
             return values;
         };
-        const int64_t rows = gates() * hidden, states = kind == Kind::lstm ? batch * hidden : 0;
+        const int64_t rows = gates() * hidden, states = tidegate::facts(kind).has_c ? batch * hidden : 0;
         input = random(time * batch * input_size, 1);
         h_0 = random(batch * projected, 1);
         c_0 = random(states, 1);
@@ -97,6 +97,7 @@ struct Recurrence {
         grad_output = random(time * batch * projected, 1);
         grad_h_n = random(batch * projected, 1);
         grad_c_n = random(states, 1);
+        grad_o = random(time == 1 && !projects ? states : 0, 1);
         for (int64_t b = 0; has_lengths && b < batch; ++b)
             lengths.push_back(b == 0 ? time : static_cast<int64_t>(generator() % static_cast<unsigned>(time + 1)));
         for (int64_t i = 0; has_resets && i < time * batch; ++i) resets.push_back(generator() % 10 < 3);
@@ -106,9 +107,10 @@ struct Recurrence {
                     input[(t * batch + b) * input_size + k] = std::numeric_limits<double>::quiet_NaN();
     }
 
-    int64_t gates() const { return kind == Kind::lstm ? 4 : kind <= Kind::rnn_relu ? 1 : 3; }
+    int64_t gates() const { return tidegate::facts(kind).gates; }
+    int64_t saved_columns() const { return tidegate::facts(kind).saved_columns * hidden; }
     int64_t gradient_columns() const {
-        return (gates() + (kind == Kind::gru)) * hidden + (projects ? projected : 0);
+        return tidegate::facts(kind).gradient_columns * hidden + (projects ? projected : 0);
     }
     int64_t length(int64_t b) const { return lengths.empty() ? time : lengths[b]; }
 
@@ -145,7 +147,7 @@ private:
                 c.assign(c.size(), X());
             }
             for (int64_t k = 0; k < projected; ++k) trace.entered[place * projected + k] = value_of(h[k]);
-            this->step(nudge ? &nudge->gates[place * gradient_columns()] : nullptr, place, h, c);
+            this->step(nudge ? &nudge->gates[place * gradient_columns()] : nullptr, place, h, c, trace.loss);
             for (int64_t k = 0; k < projected; ++k) {
                 trace.output[place * projected + k] = value_of(h[k]);
                 trace.loss = trace.loss + h[k] * X(grad_output[place * projected + k]);
@@ -169,7 +171,7 @@ private:
     }
 
     template <class X>
-    void step(const double* nudges, int64_t place, std::vector<X>& h, std::vector<X>& c) const {
+    void step(const double* nudges, int64_t place, std::vector<X>& h, std::vector<X>& c, X& loss) const {
         const auto input_side = [&](int64_t row) {
             double sum = bias_ih.empty() ? 0 : bias_ih[row];
             for (int64_t k = 0; k < input_size; ++k)
@@ -193,6 +195,7 @@ private:
                 const X o = sigmoid_of(input_side(3 * H + u) + hidden_side(3 * H + u, h));
                 c[u] = f * c[u] + i * g;
                 next[u] = o * tanh_of(c[u]);
+                if (!grad_o.empty()) loss = loss + o * X(grad_o[place * H + u]);
             } else {
                 const X z = sigmoid_of(input_side(H + u) + hidden_side(H + u, h));
                 X n;

@@ -27,7 +27,7 @@ def run_doctor() -> None:
     for backend in backends.BACKENDS:
         reasons = backend.availability()
         here = "[red]no[/]" if reasons else "[green]when named[/]" if backend.only_named else "[green]yes[/]"
-        why = reasons + [f"runs only when named: {backend.only_named}"] * bool(backend.only_named)
+        why = [*reasons] + [f"runs only when named: {backend.only_named}"] * bool(backend.only_named)
         table.add_row(backend.name, here, "\n".join(why))
     console.print(table)
     console.print("The first that can run a call runs it. For one call: print(tidegate.explain(module, x))")

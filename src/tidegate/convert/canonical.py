@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all converters share: faults collected and raised once, arrays checked and read, modules built from weights.
 
-A direction's weights are a dict by the names of `Call.weights`, absent or None where there is none.
+A direction's weights are a dict by the names of `Cell.parameters`, absent or None where there is none.
 """
 
 from __future__ import annotations

@@ -3,26 +3,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tidegate import ops
-from tidegate.cells import Call
+from tidegate.call import Call
 
 
-def recurrence(call: Call, widens_on_cpu: bool) -> tuple[Tensor, ...]:
-    """`ops.recurrence`, under autocast in its dtype.
+def run(call: Call, find_faults: Callable[[Call], None], widens_on_cpu: bool) -> tuple[Tensor, ...]:
+    """`ops.run` in the dtype of an autocast that is on.
 
     Args:
         widens_on_cpu: under autocast on a CPU, return the dtype that came in, not autocast's. torch.nn's GRU, GRUCell
             and LSTMCell do (their state is promoted to float32 there); its RNN, RNNCell and LSTM don't.
     """
-    dtype = _autocast_dtype(call.input) if torch._C._is_any_autocast_enabled() else None
+    dtype = _autocast_dtype(call.input)
     if dtype is None:
-        return ops.recurrence(call)
-    results = ops.recurrence(call.to(dtype))
+        return ops.run(call, find_faults)
+    find_faults(call)
+    given = next((state for state in call.states if state is not None), call.input)
+    results = ops.run(call.to(dtype))
     if widens_on_cpu and call.input.device.type == "cpu":
-        return tuple(result.to(call.states[0].dtype) for result in results)
+        return tuple(result.to(given.dtype) for result in results)
     return results
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from tidegate import dispatch, sequences
 from tidegate.checks import check_lengths
 from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
+from tidegate.nn.options import ACCELERATED
 
 _OURS: dict[type, type[RecurrentCell]] = {
     RNNCell: RNNCell,
@@ -75,7 +76,7 @@ def dynamic_rnn(
             raise ValueError(f"initial_state: expected {expected}, got {len(states)} tensors in {structure}")
         if dispatch.is_plain():
             check_lengths(lengths, data.shape[0], "sequence_length")
-        output, *finals = whole.sequence(data, tuple(states), lengths)
+        output, *finals = whole._sequence(data, tuple(states), lengths)
         state = pytree.tree_unflatten(finals, structure)
     if not time_major:
         output = pytree.tree_map(_batch_first, output)
@@ -92,7 +93,7 @@ def _as_sequence(cell: Any) -> RecurrentCell | None:
     if type(cell) is ours:
         return cell
     twin = ours.__new__(ours)
-    twin.__setstate__(cell.__dict__)
+    twin.__setstate__({**cell.__dict__, ACCELERATED: True})
     return twin
 
 

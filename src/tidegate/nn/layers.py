@@ -7,63 +7,125 @@ D 2 if bidirectional, else 1. Row l * D + d of a state belongs to layer l, direc
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tidegate import cells, ops, sequences
-from tidegate.cells import Call, Cell, Form, Weights
+from tidegate import cells, dispatch, ops, sequences
+from tidegate.call import Call, Direction, Layout
 from tidegate.nn import autocast
-from tidegate.nn.initialization import initialize
-from tidegate.nn.options import Extended, read_activations, read_clip, read_flag, read_init, read_nonlinearity
+from tidegate.nn.options import ACCELERATED, Extended, read_flag, read_init, read_nonlinearity
 from tidegate.sequences import Sequences
 from tidegate.streaming import Source, Stream
 
+# torch.nn lays out the attributes of these; of any other cell's mode it knows nothing.
+_MODES = {"lstm": "LSTM", "gru": "GRU"}
+_CHECKS = ("check_input", "check_forward_args", "get_expected_hidden_size", "check_hidden_size")
+_OVERRIDABLE = (*_CHECKS, "permute_hidden")
+
 
 class RecurrentLayer(torch.nn.RNNBase, Extended):
-    """What the three layers share. Construction, parameters, checks and repr are torch.nn.RNNBase's own.
+    """Layers of one cell over sequences. What torch.nn's constructor takes and checks is checked by torch.nn's own; the
+    parameters are those that the cell declares.
+
+    A subclass sets `cell`. Its constructor takes torch.nn's arguments and the cell's options.
 
     Args:
         reverse: the one direction runs from each row's last valid step to its first; output[t] belongs to input[t].
-        clip: bound of every gate's pre-activation (ONNX's clip), or None.
         init: how the weights are drawn: "torch", "keras", "tf1" or "flax".
+        options: the cell's options, by name.
     """
 
     reverse: bool = False
+    _is_declared: bool = False
+    # Which of torch.nn's methods a user's subclass has in place of torch.nn's own.
+    _overridden: frozenset[str] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        theirs = [{getattr(base, name, None) for base in (torch.nn.RNNBase, torch.nn.LSTM)} for name in _OVERRIDABLE]
+        cls._overridden = frozenset(n for n, own in zip(_OVERRIDABLE, theirs, strict=True) if getattr(cls, n) not in own)
 
     def __init__(
         self,
-        mode: str,
-        *args: Any,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
         reverse: bool = False,
-        clip: float | None = None,
         init: str = "torch",
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
-        self.reverse, self.clip, self.init = read_flag("reverse", reverse), read_clip("clip", clip), read_init(init)
-        super().__init__(mode, *args, **kwargs)
-        if self.reverse and self.bidirectional:
+        reverse, init = read_flag("reverse", reverse), read_init(init)
+        # On the meta device: torch.nn's checks and attributes, without its parameters.
+        super().__init__(
+            _MODES.get(self.cell.name, "RNN_TANH"), input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, proj_size, device="meta",
+        )  # fmt: skip
+        self.mode = self.cell.name.upper()
+        self.reverse, self.init = reverse, init
+        for name in {parameter.when for parameter in self.cell.parameters.values()} & options.keys():
+            setattr(self, name, read_flag(name, options.pop(name)))
+        self._read_options(options)
+        if reverse and bidirectional:
             raise ValueError("reverse: a bidirectional layer runs both ways already")
+        self._declare(device, dtype)
+        self._is_declared = True
+        self.reset_parameters()
+
+    def _declare(self, device: Any, dtype: torch.dtype | None) -> None:
+        """Make the parameters that the cell declares, of each layer and direction in turn."""
+        self._parameters.clear()
+        self._flat_weights_names, self._all_weights = [], []
+        h_size, directions = self.proj_size or self.hidden_size, 1 + self.bidirectional
+        for layer in range(self.num_layers):
+            sizes = {
+                "I": self.input_size if layer == 0 else h_size * directions,
+                "H": self.hidden_size,
+                "P": h_size,
+            }
+            for suffix in ("", "_reverse")[:directions]:
+                names: list[str] = []
+                for name, parameter in self.cell.parameters.items():
+                    if parameter.when and not getattr(self, parameter.when):
+                        continue
+                    shape = self.cell.shape(name, sizes)
+                    names.append(f"{name}_l{layer}{suffix}")
+                    weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    self.register_parameter(names[-1], weight)
+                self._flat_weights_names.extend(names)
+                self._all_weights.append(names)
 
     def reset_parameters(self) -> None:
+        """Draw all parameters anew, as `init` says."""
+        if not self._is_declared and ACCELERATED not in self.__dict__:
+            return
         super().reset_parameters()
-        self._draw()
-
-    def _draw(self) -> None:
         for names in self._all_weights:
-            initialize(self.init, self.cell, {_plain_name(name): getattr(self, name) for name in names})
+            self._initialize({_plain_name(name): getattr(self, name) for name in names})
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + self._extended_repr() + ", reverse=True" * self.reverse
+        return super().extra_repr() + self._extended_repr() + ", reverse=True" * self._is_reverse()
+
+    def _is_reverse(self) -> bool:
+        return self.reverse and ACCELERATED not in self.__dict__
 
     # Looked up at every use: a parametrization, pruning, tying or functional_call may have put another tensor there.
     @property
     def _flat_weights(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return list(self._read_tensors(tuple(self._flat_weights_names)))
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:
@@ -106,109 +168,181 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 tensors, ValueError naming the argument.
             UnsupportedError: the backend that `tidegate.backend` names cannot run this call.
         """
-        if resets is None and (found := self._short_way(input, hx, lengths)):
-            return found[0], _one_or_tuple(tuple(found[1:]))
-        batch, batch_sizes, data = self._read(input, lengths, resets)
+        if isinstance(input, Tensor) and not input.is_nested:
+            batch, layout, lengths, resets = None, self._layout(input), *self._rows(input, lengths, resets)
+            data = input
+        else:
+            batch = self._read(input, lengths, resets)
+            data, lengths, resets, layout = batch.data, batch.lengths, batch.resets, Layout.TIME_MAJOR
+        states = self._states(hx)
         packed = input if isinstance(input, PackedSequence) else None
-        unbatched = isinstance(input, Tensor) and input.dim() == 2
-        states = self._read_states(data, batch_sizes, hx, unbatched)
-        if hx is not None:
-            states = self._permuted(states, packed and packed.sorted_indices)
-        if batch.data.shape[0] == 0 and batch.lengths is None:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        output, finals = self._run(batch, states)
-        if unbatched:
-            finals = tuple(final.squeeze(1) for final in finals)
-        finals = self._permuted(finals, packed and packed.unsorted_indices)
-        return batch.restore(output), _one_or_tuple(finals)
+        call = Call(
+            self.cell,
+            self._option_values(),
+            data,
+            states,
+            self._weights(),
+            lengths,
+            resets,
+            self.num_layers,
+            Direction.BOTH if self.bidirectional else Direction.REVERSE if self._is_reverse() else Direction.FORWARD,
+            layout,
+            self._between(batch),
+        )
+        find_faults = self._find_faults if packed is None else partial(self._find_faults, packed=packed)
+        if self._overridden:
+            find_faults(call)
+        permutes = packed is not None or "permute_hidden" in self._overridden
+        if hx is not None and permutes:
+            find_faults(call)  # before the states are indexed
+            call = call._replace(states=self._permuted(states, packed and packed.sorted_indices))
+        if dispatch.is_autocast():
+            output, *finals = autocast.run(call, find_faults, self.cell is cells.GRU)
+        else:
+            output, *finals = ops.run(call, find_faults)
+        if permutes:
+            finals = self._permuted(tuple(finals), packed and packed.unsorted_indices)
+        last: Any = finals[0] if len(finals) == 1 else tuple(finals)
+        return (output if batch is None else batch.restore(output)), last
 
-    def _short_way(self, input: Any, hx: Any, lengths: Any) -> Sequence[Tensor]:
-        """Output and final states at once, for a tensor through layers whose methods are torch.nn's; or nothing."""
-        way = ops.short_way()
-        if way is None or type(self) not in (RNN, LSTM, GRU):
-            return ()
-        if type(input) is not Tensor or input.is_nested or not (lengths is None or type(lengths) is Tensor):
-            return ()
-        if self.dropout and self.training and self.num_layers > 1:
-            return ()
-        form = Form(self.num_layers, self.bidirectional, self.reverse, self.batch_first, lengths)
-        return self._call_shortly(way.layers, input, hx, self._flat_weights_names, form)
+    def _layout(self, input: Tensor) -> Layout:
+        dims = input.dim()
+        if dims == 3:
+            return Layout.BATCH_FIRST if self.batch_first else Layout.TIME_MAJOR
+        if dims == 2:
+            return Layout.UNBATCHED
+        tail = " tensor instead" if self.cell is cells.RNN else " instead"
+        raise ValueError(f"{self.cell.name.upper()}: Expected input to be 2D or 3D, got {dims}D{tail}")
 
-    def _read(self, input: Any, lengths: Any, resets: Any) -> tuple[Sequences, Tensor | None, Tensor]:
-        """The input as Sequences, its batch sizes if packed, and the tensor that torch.nn's checks look at."""
-        is_padded = isinstance(input, Tensor) and not input.is_nested and input.dim() == 3
-        if lengths is not None and not is_padded:
+    def _rows(self, input: Tensor, lengths: Any, resets: Any) -> tuple[Tensor | None, Tensor | None]:
+        """lengths (B,) and resets (T, B) of a tensor."""
+        if lengths is None and resets is None:
+            return None, None
+        if input.dim() == 2:
+            self._refuse_lengths(lengths)
+            return None, sequences.read_resets(resets, "(T,)", (input.shape[0],), input.device).unsqueeze(1)
+        time, batch = (1, 0) if self.batch_first else (0, 1)
+        steps, rows = input.shape[time], input.shape[batch]
+        if resets is not None and self.batch_first:
+            resets = sequences.read_resets(resets, "(B, T)", (rows, steps), input.device).transpose(0, 1)
+        elif resets is not None:
+            resets = sequences.read_resets(resets, "(T, B)", (steps, rows), input.device)
+        return sequences.read_lengths(lengths, rows), resets
+
+    def _refuse_lengths(self, lengths: Any) -> None:
+        if lengths is not None:
             raise ValueError(
                 "lengths: expected None but with a padded batch (3-D input); this input has its own lengths"
             )
+
+    def _read(self, input: Any, lengths: Any, resets: Any) -> Sequences:
+        """The input in a form that has lengths of its own."""
+        self._refuse_lengths(lengths)
         if isinstance(input, PackedSequence):
             if resets is not None:
                 raise ValueError("resets: not for a PackedSequence; give a padded batch with lengths=, or a list")
-            self.check_input(input.data, input.batch_sizes)
-            return sequences.from_packed(input), input.batch_sizes, input.data
+            return sequences.from_packed(input)
         if isinstance(input, list):
-            batch = sequences.from_list(input, resets)
-        elif not isinstance(input, Tensor):
+            return sequences.from_list(input, resets)
+        if not isinstance(input, Tensor):
             raise TypeError(
                 f"input: expected a Tensor, a PackedSequence or a list of Tensors, got {type(input).__name__}"
             )
-        elif input.is_nested:
-            if resets is not None:
-                raise ValueError("resets: not for a nested tensor; give a padded batch with lengths=, or a list")
-            batch = sequences.from_nested(input)
-        elif input.dim() == 3:
-            return sequences.from_tensor(input, lengths, resets, self.batch_first), None, input
-        elif input.dim() == 2:
-            return sequences.from_unbatched(input, resets), None, input.unsqueeze(0 if self.batch_first else 1)
-        else:
-            name, tail = self.cell.name.upper(), " tensor instead" if self.cell is cells.RNN else " instead"
-            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tail}")
-        return batch, None, batch.data.transpose(0, 1) if self.batch_first else batch.data
+        if resets is not None:
+            raise ValueError("resets: not for a nested tensor; give a padded batch with lengths=, or a list")
+        return sequences.from_nested(input)
 
-    def _read_states(self, data: Tensor, batch_sizes: Tensor | None, hx: Any, unbatched: bool) -> tuple[Tensor, ...]:
-        """The initial states, checked as torch.nn checks them, each (L*D, B, .)."""
-        sizes = [self.get_expected_hidden_size(data, batch_sizes)]
-        if len(self.cell.states) > 1:
-            sizes.append((*sizes[0][:2], self.hidden_size))
-        if hx is None:
-            states = tuple([torch.zeros(size, dtype=data.dtype, device=data.device) for size in sizes])
-        else:
-            states = read_states(self.cell, hx)
-            if batch_sizes is None:
-                self._check_rank(states, 2 if unbatched else 3)
-            if unbatched:
+    def _between(self, batch: Sequences | None) -> Callable[[Tensor], Tensor] | None:
+        """Dropout between two layers."""
+        if not (self.dropout > 0 and self.training and self.num_layers > 1):
+            return None
+        if batch is None:
+            return partial(F.dropout, p=self.dropout)
+        return partial(batch.dropout, p=self.dropout)
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        """Of every layer and direction, as they are now, those that are absent as None."""
+        # torch's compiler warns of caches, and traces a name but once.
+        places = _places if torch.compiler.is_compiling() else _cached_places
+        return self._read_tensors(places(self.cell.names, tuple(self._flat_weights_names)))
+
+    def _find_faults(self, call: Call, packed: PackedSequence | None = None) -> None:
+        """Raise what torch.nn would raise, in its words."""
+        data, layout = call.input, call.layout
+        states: tuple[Any, ...] = call.states
+        batch_sizes = None if packed is None else packed.batch_sizes
+        if packed is not None:
+            data = packed.data
+        elif layout is Layout.UNBATCHED:
+            data = data.unsqueeze(0 if self.batch_first else 1)
+        elif self.batch_first and layout is Layout.TIME_MAJOR:  # a list or a nested tensor
+            data = data.transpose(0, 1)
+        if packed is not None:
+            self._check_input(data, batch_sizes)
+        if states[0] is not None:
+            if packed is None:
+                self._check_rank(states, 2 if layout is Layout.UNBATCHED else 3)
+            if layout is Layout.UNBATCHED:
                 states = tuple(state.unsqueeze(1) for state in states)
-        if batch_sizes is not None or not self._agree(data, states, sizes):
-            self.check_forward_args(data, _one_or_tuple(states), batch_sizes)
-            self._check_agreement(data, states)
-        return states
+        self._check_input(data, batch_sizes)
+        if self._overridden & {"check_forward_args", "check_input"}:
+            given = states if states[0] is not None else tuple(
+                data.new_zeros(size) for size in self._state_sizes(data, batch_sizes)
+            )
+            self.check_forward_args(data, given[0] if len(given) == 1 else given, batch_sizes)
+        if states[0] is not None:
+            self._check_states(data, states, batch_sizes)
+        self._check_agreement(data, states)
+        if packed is None and call.lengths is None and data.shape[1 if self.batch_first else 0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
-    def _agree(self, data: Tensor, states: tuple[Tensor, ...], sizes: Sequence[tuple[int, ...]]) -> bool:
-        """Whether the two checks need not be made: a quick look at nearly all that they look at, if they are ours."""
-        if type(self) not in (RNN, LSTM, GRU):
-            return False
-        dtype, device = data.dtype, data.device
-        weight = self._parameters.get(self._flat_weights_names[0])
-        if weight is None or weight.dtype is not dtype or weight.device != device or data.size(-1) != self.input_size:
-            return False
-        for state, size in zip(states, sizes, strict=True):
-            if state.shape != size or state.dtype is not dtype or state.device != device:
-                return False
-        return True
+    def _check_input(self, data: Tensor, batch_sizes: Tensor | None) -> None:
+        dtype = self._first_weight().dtype
+        if data.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). Convert input: "
+                f"input.to({dtype}), or convert model: model.to({data.dtype})"
+            )
+        expected = 3 if batch_sizes is None else 2
+        if data.dim() != expected:
+            raise RuntimeError(f"input must have {expected} dimensions, got {data.dim()}")
+        if data.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.size(-1)}"
+            )
 
-    def _check_agreement(self, data: Tensor, states: tuple[Tensor, ...]) -> None:
+    def _check_states(self, data: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None) -> None:
+        sizes = self._state_sizes(data, batch_sizes)
+        for k, (state, size) in enumerate(zip(states, sizes, strict=True)):
+            name = "hidden" if len(states) == 1 else f"hidden[{k}]"
+            self.check_hidden_size(state, size, f"Expected {name} size {{}}, got {{}}")
+
+    def _state_sizes(self, data: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int, int]]:
+        h = self.get_expected_hidden_size(data, batch_sizes)
+        return [h, *[(h[0], h[1], self.hidden_size)] * (len(self.cell.states) - 1)]
+
+    def _first_weight(self) -> Tensor:
+        """For its dtype and device: of a parametrization its original, so as not to compute it once more."""
+        name = self._flat_weights_names[0]
+        found = self._parameters.get(name)
+        if found is not None:
+            return found
+        inside = getattr(self, "parametrizations", {})
+        return next(inside[name].parameters()) if name in inside else getattr(self, name)
+
+    def _check_agreement(self, data: Tensor, states: tuple[Any, ...]) -> None:
         """One device for all, one dtype for input and states, in the words of torch's own operators."""
-        weight = getattr(self, self._flat_weights_names[0])
-        for kind, tensor in (("parameter", weight), *(("hidden", state) for state in states)):
+        given = [state for state in states if state is not None]
+        for kind, tensor in (("parameter", self._first_weight()), *(("hidden", state) for state in given)):
             if tensor.device != data.device:
                 found = f"found input tensor at {data.device} and {kind} tensor at {tensor.device}"
                 raise RuntimeError(f"Input and {kind} tensors are not at the same device, {found}")
-        for state in states:
+        for state in given:
             if state.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
                 found = f"found input tensor with {data.dtype} and hidden tensor with {state.dtype}"
                 raise RuntimeError(f"Input and hidden tensors are not the same dtype, {found}")
 
-    def _check_rank(self, states: tuple[Tensor, ...], expected: int) -> None:
+    def _check_rank(self, states: tuple[Any, ...], expected: int) -> None:
         if all(state.dim() == expected for state in states):
             return
         form = "unbatched 2-D" if expected == 2 else "batched 3-D"
@@ -216,19 +350,12 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         names, came = ("hx", f"{came} tensor") if len(states) == 1 else ("hx and cx", f"({came}) tensors")
         raise RuntimeError(f"For {form} input, {names} should also be {expected}-D but got {came}")
 
-    def _permuted(self, states: tuple[Tensor, ...], permutation: Tensor | None) -> tuple[Tensor, ...]:
-        if permutation is None and type(self) in (RNN, LSTM, GRU):
+    def _permuted(self, states: tuple[Any, ...], permutation: Tensor | None) -> tuple[Any, ...]:
+        """Rows of states in another order."""
+        if permutation is None and "permute_hidden" not in self._overridden:
             return states
-        permuted: Any = self.permute_hidden(_one_or_tuple(states), permutation)
+        permuted: Any = self.permute_hidden(states[0] if len(states) == 1 else states, permutation)  # type: ignore[arg-type]
         return permuted if len(states) > 1 else (permuted,)
-
-    def _weights(self, k: int) -> Weights:
-        """What layer k // D in direction k % D runs with, as it is now."""
-        # torch.nn stores weight_hr after the biases, which may be absent: names, not places.
-        weights: Weights = dict.fromkeys(self.cell.weights)
-        for name in self._all_weights[k]:
-            weights[_plain_name(name)] = self._weight(name)
-        return weights
 
     def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
         """Run the layer step by step, without gradients and without dropout.
@@ -246,73 +373,30 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
             ValueError: the layer is bidirectional, or `state` does not fit.
             UnsupportedError: the backend that `tidegate.backend` names cannot run it.
         """
-        if self.bidirectional:
+        if self.bidirectional or self._is_reverse():
+            option = "bidirectional=False" if self.bidirectional else "reverse=False"
             raise ValueError(
-                "stream: expected bidirectional=False; the reverse direction begins at a sequence's last step, "
+                f"stream: expected {option}; the reverse direction begins at a sequence's last step, "
                 "which a stream has not seen"
             )
-        return Stream(
-            Source(
-                self.cell,
-                self._options(),
-                lambda: [self._weights(k) for k in range(self.num_layers)],
-                layered=True,
-                batch_first=self.batch_first,
-            ),
-            batch_size,
-            state,
-            dtype,
-        )
+        return Stream(Source(self, self.num_layers, layered=True, batch_first=self.batch_first), batch_size, state, dtype)
 
-    def _run(self, batch: Sequences, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Layers by directions: each one call. Returns output (T, B, D*P) and the final states, each (L*D, B, .)."""
-        directions = 2 if self.bidirectional else 1
-        options = self._options()
-        finals: list[list[Tensor]] = []
-        output = batch.data
-        for layer in range(self.num_layers):
-            outputs: list[Tensor] = []
-            for k in range(layer * directions, (layer + 1) * directions):
-                call = Call(
-                    self.cell,
-                    output,
-                    tuple([state[k] for state in states]),
-                    self._weights(k),
-                    batch.lengths,
-                    batch.resets,
-                    self.reverse or k % directions == 1,
-                    options,
-                )
-                result, *last = autocast.recurrence(call, widens_on_cpu=self.cell is cells.GRU)
-                outputs.append(result)
-                finals.append(last)
-            output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-            if self.dropout > 0 and self.training and layer < self.num_layers - 1:
-                output = batch.dropout(output, self.dropout)
-        # Never a view, not even of one: FSDP2 warns of a module that returns one.
-        return output, tuple(torch.stack(column) for column in zip(*finals, strict=True))
+
+def _places(parameters: tuple[str, ...], names: tuple[str, ...]) -> tuple[str | None, ...]:
+    """Of every layer and direction, the names of the cell's parameters in its order, None for absent ones."""
+    places: dict[str, list[str | None]] = {}
+    for name in names:
+        plain, _, suffix = name.rpartition("_l")
+        places.setdefault(suffix, [None] * len(parameters))[parameters.index(plain)] = name
+    return tuple([name for layer in places.values() for name in layer])
+
+
+_cached_places = cache(_places)
 
 
 def _plain_name(name: str) -> str:
     """Of "weight_ih_l0_reverse" the part that a cell knows."""
-    return name.rsplit("_l", 1)[0]
-
-
-def read_states(cell: Cell, hx: Any) -> tuple[Tensor, ...]:
-    """The user's state, h or (h, c), as a tuple.
-
-    Raises:
-        TypeError: a tuple where a tensor belongs, or the other way round.
-        RuntimeError: not two tensors, in torch's words.
-    """
-    expects_pair = len(cell.states) > 1
-    if isinstance(hx, Tensor) if expects_pair else not isinstance(hx, Tensor):
-        expected = "a tuple (h_0, c_0) of Tensors" if expects_pair else "a Tensor"
-        raise TypeError(f"hx: expected {expected}, got {type(hx).__name__}")
-    states = tuple(hx) if expects_pair else (hx,)
-    if len(states) != len(cell.states):
-        raise RuntimeError(f"{cell.name} expects two hidden states")
-    return states
+    return name.rpartition("_l")[0]
 
 
 class RNN(RecurrentLayer):
@@ -322,10 +406,13 @@ class RNN(RecurrentLayer):
         input_size, hidden_size, num_layers, nonlinearity ('tanh' or 'relu'), bias, batch_first, dropout, bidirectional,
             device, dtype: as torch.nn.RNN takes them, in this order.
         activations: a name in tidegate.activations, in place of nonlinearity.
-        reverse, clip, init: as RecurrentLayer takes them.
+        clip: bound of every gate's pre-activation (ONNX's clip), or None.
+        reverse, init: as RecurrentLayer takes them.
     """
 
     cell = cells.RNN
+    nonlinearity: str
+    clip: float = 0.0
 
     def __init__(
         self,
@@ -333,17 +420,28 @@ class RNN(RecurrentLayer):
         hidden_size: int,
         num_layers: int = 1,
         nonlinearity: str = "tanh",
-        *args: Any,
-        activations: Any = None,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        _proj_size: int = 0,  # by its place alone, as torch.nn has it
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activations: str | Sequence[str] | None = None,
+        reverse: bool = False,
+        clip: float | None = None,
+        init: str = "torch",
         **kwargs: Any,
     ) -> None:
         _reject_projection(kwargs)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        self.nonlinearity = nonlinearity if activations is None else read_nonlinearity(activations)
-        # torch.nn knows two modes and lays out the parameters of both alike.
-        mode = "RNN_RELU" if self.nonlinearity == "relu" else "RNN_TANH"
-        super().__init__(mode, input_size, hidden_size, num_layers, *args, **kwargs)
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, _proj_size, device, dtype,
+            reverse=reverse, init=init, clip=clip,
+            nonlinearity=nonlinearity if activations is None else read_nonlinearity(activations), **kwargs,
+        )  # fmt: skip
         self.mode = f"RNN_{self.nonlinearity.upper()}"
 
 
@@ -355,55 +453,51 @@ class LSTM(RecurrentLayer):
             torch.nn.LSTM takes them, in this order.
         peepholes: i and f also see w_i c and w_f c, o sees w_o c': weight_peephole_l{k} (3*H), rows i | f | o.
         activations: of the gates, the candidate g and the output, names in tidegate.activations.
+        clip: bound of every gate's pre-activation (ONNX's clip), or None.
         cell_clip: bound of c' (TensorFlow v1), or None.
         proj_clip: bound of the projected h' (TensorFlow v1), or None.
         coupled: f = 1 - i (ONNX's input_forget); the weights' f rows are not used.
-        reverse, clip, init: as RecurrentLayer takes them.
+        reverse, init: as RecurrentLayer takes them.
     """
 
     cell = cells.LSTM
-    activations: str = cell.options["activations"][1]
+    activations: str = cells.LSTM.options["activations"][1]
+    clip: float = 0.0
     cell_clip: float = 0.0
     proj_clip: float = 0.0
     coupled: bool = False
+    peepholes: bool = False
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
         peepholes: bool = False,
-        activations: Any = None,
+        activations: str | Sequence[str] | None = None,
+        reverse: bool = False,
+        clip: float | None = None,
         cell_clip: float | None = None,
         proj_clip: float | None = None,
         coupled: bool = False,
-        **kwargs: Any,
+        init: str = "torch",
     ) -> None:
-        self.activations = read_activations(self.cell, activations)
-        self.cell_clip, self.proj_clip = read_clip("cell_clip", cell_clip), read_clip("proj_clip", proj_clip)
-        self.coupled = read_flag("coupled", coupled)
-        super().__init__("LSTM", *args, **kwargs)
-        if read_flag("peepholes", peepholes):
-            self._add_peepholes()
-
-    @property
-    def peepholes(self) -> bool:
-        return any(name.startswith("weight_peephole") for name in self._flat_weights_names)
-
-    def _add_peepholes(self) -> None:
-        for names in self._all_weights:
-            like, suffix = getattr(self, names[0]), names[0].removeprefix("weight_ih")
-            peephole = torch.nn.Parameter(like.new_empty(3 * self.hidden_size))
-            bound = 1 / math.sqrt(self.hidden_size)
-            names.append("weight_peephole" + suffix)
-            self._flat_weights_names.append(names[-1])
-            self.register_parameter(names[-1], peephole)
-            torch.nn.init.uniform_(peephole, -bound, bound)
-        self._draw()
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ", peepholes=True" * self.peepholes
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
+            reverse=reverse, init=init, peepholes=peepholes, activations=activations, clip=clip, cell_clip=cell_clip,
+            proj_clip=proj_clip, coupled=coupled,
+        )  # fmt: skip
 
 
 class GRU(RecurrentLayer):
@@ -415,23 +509,40 @@ class GRU(RecurrentLayer):
         reset_after: True for n = tanh(W_in x + b_in + r (W_hn h + b_hn)), torch.nn's and cuDNN's form; False for
             n = tanh(W_in x + b_in + W_hn (r h) + b_hn), the original (Cho et al. 2014) and TensorFlow v1's.
         activations: of the gates and the candidate n, names in tidegate.activations.
-        reverse, clip, init: as RecurrentLayer takes them.
+        clip: bound of every gate's pre-activation (ONNX's clip), or None.
+        reverse, init: as RecurrentLayer takes them.
     """
 
     cell = cells.GRU
     reset_after: bool = True
-    activations: str = cell.options["activations"][1]
+    activations: str = cells.GRU.options["activations"][1]
+    clip: float = 0.0
 
-    def __init__(self, *args: Any, reset_after: bool = True, activations: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        _proj_size: int = 0,  # by its place alone, as torch.nn has it
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        activations: str | Sequence[str] | None = None,
+        reverse: bool = False,
+        clip: float | None = None,
+        init: str = "torch",
+        **kwargs: Any,
+    ) -> None:
         _reject_projection(kwargs)
-        self.reset_after = read_flag("reset_after", reset_after)
-        self.activations = read_activations(self.cell, activations)
-        super().__init__("GRU", *args, **kwargs)
-
-
-def _one_or_tuple(states: tuple[Tensor, ...]) -> Any:
-    """States as torch.nn passes them: h alone, or (h, c)."""
-    return states[0] if len(states) == 1 else states
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, _proj_size, device, dtype,
+            reverse=reverse, init=init, reset_after=reset_after, activations=activations, clip=clip, **kwargs,
+        )  # fmt: skip
 
 
 def _reject_projection(kwargs: dict[str, Any]) -> None:

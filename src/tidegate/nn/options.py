@@ -4,61 +4,120 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tidegate import activations
-from tidegate.cells import CELLS, Cell, Options
+from tidegate.cells import Cell, Options
 from tidegate.nn import initialization
 
-# The values of a cell's options, of the module that has them: quicker than one by one.
-_values = {cell.name: operator.attrgetter(*cell.options) for cell in CELLS}
+ACCELERATED = "_accelerated"
+OWN_OPTIONS = ("reverse", "init", "peepholes", "proj_size")  # beside those of a cell
 
 
 class Extended(torch.nn.Module):
-    """A module that keeps its cell's options as attributes of the options' names.
+    """A module of a cell. It keeps the cell's options as attributes of their names.
 
-    The class attributes are torch.nn's meanings: a module that was pickled before an option existed has them.
+    One that `accelerate` swapped has torch.nn's meaning whatever its owner calls his own attributes: its options are
+    not looked up.
     """
 
     cell: Cell
-    clip: float = 0.0
     init: str = "torch"
 
+    def _read_options(self, given: dict[str, Any]) -> None:
+        """Set every option of the cell, from the arguments of a constructor.
+
+        Raises:
+            TypeError: an argument is none of them.
+        """
+        for name in self.cell.options:
+            if name in given or not hasattr(self, name):
+                setattr(self, name, read_option(self.cell, name, given.pop(name, None)))
+        if given:
+            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {next(iter(given))!r}")
+
+    def _option_values(self) -> tuple[Any, ...]:
+        """In the cell's order."""
+        if ACCELERATED in self.__dict__:
+            # torch.nn's own: the RNN's nonlinearity.
+            return tuple([getattr(self, k) if k == "nonlinearity" else v for k, (_, v) in self.cell.options.items()])
+        if torch.compiler.is_compiling():
+            return tuple([getattr(self, name) for name in self.cell.options])
+        return self.cell.read_options(self)
+
+    def _initialize(self, weights: dict[str, Tensor]) -> None:
+        """Draw a layer's or a cell's weights anew, by name as the cell has them, where `init` is not torch.nn's."""
+        if ACCELERATED not in self.__dict__:
+            initialization.initialize(self.init, self.cell, weights)
+
     def _options(self) -> Options:
-        return {name: getattr(self, name) for name in self.cell.options}
+        """By name."""
+        return dict(zip(self.cell.options, self._option_values(), strict=True))
 
-    def _weight(self, name: str) -> Any:
-        """The tensor of this name as it is now; a parametrization, pruning or tying may have put another there."""
-        parameters = self._parameters  # looked up first: a module's own attribute access costs as much as a small step
-        return parameters[name] if name in parameters else getattr(self, name)
+    def _read_tensors(self, names: tuple[str | None, ...]) -> tuple[Tensor | None, ...]:
+        """The tensors of these names as they are now: a parametrization, pruning or tying may have put others there.
 
-    def _call_shortly(
-        self, run: Callable[..., Sequence[Tensor]], input: Tensor, states: Any, names: Sequence[str], *rest: Any
-    ) -> Sequence[Tensor]:
-        """`run`, of `backends.ShortWay`, on the tensors of these names."""
-        if states is None:
-            states = ()
-        elif isinstance(states, tuple) != (len(self.cell.states) > 1):
-            return ()
-        elif not isinstance(states, tuple):
-            states = (states,)
-        found = self._parameters
-        weights = [found[name] if name in found else getattr(self, name, None) for name in names]
-        return run(self.cell, _values[self.cell.name](self), input, states, weights, *rest)
+        Each is read once, because a parametrization may count its uses. A name that is None, or gone, is absent.
+        """
+        found = self._parameters  # a module's own attribute access costs as much as a small step
+        try:
+            return tuple(map(found.__getitem__, names))
+        except KeyError:
+            pass
+        return tuple([None if n is None else found[n] if n in found else getattr(self, n, None) for n in names])
+
+    def _states(self, hx: Any) -> tuple[Any, ...]:
+        """The user's state, h or (h, c), as a tuple; of None where there is none.
+
+        Raises:
+            TypeError: a tuple where a tensor belongs, or the other way round.
+            RuntimeError: another number of states, in torch's words.
+        """
+        count = len(self.cell.states)
+        if hx is None:
+            return (None,) * count
+        if isinstance(hx, Tensor) is (count > 1):
+            expected = f"a tuple ({', '.join(f'{name}_0' for name in self.cell.states)}) of Tensors"
+            raise TypeError(f"hx: expected {expected if count > 1 else 'a Tensor'}, got {type(hx).__name__}")
+        if count == 1:
+            if not isinstance(hx, Tensor):
+                raise TypeError(f"hx: expected a Tensor, got {type(hx).__name__}")
+            return (hx,)
+        states = tuple(hx)
+        if len(states) != count:
+            raise RuntimeError(f"{self.cell.name} expects two hidden states")
+        for state in states:
+            if not isinstance(state, Tensor):
+                raise TypeError(f"hx: expected a tuple of Tensors, got one of {type(state).__name__}")
+        return states
 
     def _extended_repr(self) -> str:
-        """The options that are not torch.nn's, as the constructor takes them."""
+        """The options and optional parameters that are not torch.nn's, as the constructor takes them."""
         shown = ""
-        for name, (_, default) in self.cell.options.items():
-            value = getattr(self, name)
-            if value not in (default, "relu"):
+        for name, value in zip(self.cell.options, self._option_values(), strict=True):
+            if value not in (self.cell.options[name][1], "relu"):
                 shown += f", {'activations' if name == 'nonlinearity' else name}={value!r}"
+        for parameter in () if ACCELERATED in self.__dict__ else self.cell.parameters.values():
+            if parameter.when not in ("", "bias", "proj_size") and getattr(self, parameter.when, False):
+                shown += f", {parameter.when}=True"
         return shown
+
+
+def read_option(cell: Cell, name: str, value: Any) -> Any:
+    """An option's value from what the user gave; None for the default."""
+    kind, default = cell.options[name]
+    if name == "activations":
+        return read_activations(cell, value)
+    if kind is float:
+        return read_clip(name, value)
+    if value is None:
+        return default
+    if kind is bool:
+        return read_flag(name, value)
+    return value
 
 
 def read_activations(cell: Cell, value: Any) -> str:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tidegate.cells import Call, extensions
+from tidegate.call import Call, Layer
+from tidegate.cells import extensions
 from tidegate.kernels.triton import plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,8 +65,8 @@ def availability() -> list[str]:
 
 def unsupported_reasons(call: Call) -> list[str]:
     """Why the kernels cannot run `call`; empty if they can. Never raises."""
-    reasons = availability() + extensions(call)
-    if call.weights.get("weight_hr") is not None:
+    reasons = [*availability(), *extensions(call.cell, call.options, call.weights)]
+    if call.weights_of(0).get("weight_hr") is not None:
         reasons.append("LSTM with projections is not among the kernels")
     input, dtype = call.input, call.input.dtype
     if not (input.is_cuda or (input.is_cpu and is_interpreted())):
@@ -77,8 +78,9 @@ def unsupported_reasons(call: Call) -> list[str]:
         reasons.append(f"input is {str(dtype).removeprefix('torch.')}, not float32, bfloat16 or float16")
     if dtype is torch.bfloat16 and input.is_cuda and torch.cuda.get_device_capability(input.device) < (8, 0):
         reasons.append("bfloat16 needs compute capability 8.0")
-    names = ("input", *(f"{state}_0" for state in call.cell.states), *call.weights)
-    for name, tensor in zip(names, call.tensors, strict=True):
+    names = ("input", *(f"{state}_0" for state in call.cell.states))
+    weights = (*call.cell.parameters,) * (call.layers * call.directions)
+    for name, tensor in zip((*names, *weights), call.tensors, strict=True):
         if tensor is None:
             continue
         if tensor.layout is not torch.strided:
@@ -86,14 +88,14 @@ def unsupported_reasons(call: Call) -> list[str]:
         elif tensor.dtype is not dtype or tensor.device != input.device:
             reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, unlike input")
     # Offsets within a step and within a weight are 32-bit.
-    if max(2, input.shape[0]) * input.shape[1] * call.hidden_size >= 2**31:
+    if max(2, call.steps) * call.batch * call.hidden_size >= 2**31:
         reasons.append("T*B*hidden_size is 2**31 or more")
     if len(call.cell.gates) * call.hidden_size**2 >= 2**31:
         reasons.append("weight_hh has 2**31 entries or more")
     return reasons
 
 
-def saved_shape(call: Call) -> tuple[int, ...]:
+def saved_shape(call: Layer) -> tuple[int, ...]:
     """The shape of what `forward(call, save=True)` keeps for the backward."""
     kind = plan.kind_of(call)
     kept = _KEPT[kind] if not plan.settings.recompute else int(kind == "lstm")
@@ -102,7 +104,7 @@ def saved_shape(call: Call) -> tuple[int, ...]:
     return (call.input.shape[0] * call.input.shape[1], kept * call.hidden_size)
 
 
-def forward(call: Call, save: bool) -> tuple[Tensor, ...]:
+def forward(call: Layer, save: bool) -> tuple[Tensor, ...]:
     """Runs the sequence: output (T, B, H), the final states, and what `backward` needs, (0,) without `save`."""
     from tidegate.kernels.triton import launch
 
@@ -127,7 +129,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, ...]:
     return (output, *finals, saved)
 
 
-def _valid(call: Call) -> Tensor | None:
+def _valid(call: Layer) -> Tensor | None:
     """(T, B) bool: the steps within each row's length; None for all."""
     if call.lengths is None:
         return None
@@ -135,7 +137,7 @@ def _valid(call: Call) -> Tensor | None:
     return steps.unsqueeze(-1) < call.lengths.to(call.input.device)
 
 
-def _before(call: Call, after: Tensor, initial: Tensor, valid: Tensor | None) -> Tensor:
+def _before(call: Layer, after: Tensor, initial: Tensor, valid: Tensor | None) -> Tensor:
     """The state that entered each step, from that which left it: (T, B, H); past a row's length anything finite."""
     fresh = call.resets
     if not call.reverse:
@@ -152,18 +154,17 @@ def _before(call: Call, after: Tensor, initial: Tensor, valid: Tensor | None) ->
 
 
 def backward(
-    call: Call,
+    call: Layer,
     output: Tensor,
     saved: Tensor,
-    grad_output: Tensor | None,
-    grad_states: Gradients,
+    gradients: Gradients,
     needs: tuple[bool, ...],
-    overwrite: bool = False,
 ) -> Gradients:
-    """The gradients of `Call.tensors`, in that order, None where not needed. `saved` stays, `overwrite` or not."""
+    """The gradients of `Layer.tensors`, in that order, None where not needed."""
     from tidegate.kernels.triton import launch
 
     kind, hidden_size = launch.KINDS[plan.kind_of(call)], call.hidden_size
+    grad_output, *grad_states = gradients
     dfinals = tuple(
         torch.zeros_like(state, memory_format=torch.contiguous_format) if grad is None else grad.contiguous()
         for state, grad in zip(call.states, grad_states, strict=True)
@@ -192,7 +193,7 @@ def backward(
 
 
 def _kept(
-    call: Call, output: Tensor, saved: Tensor, input: Tensor, h_before: Tensor, valid: Tensor | None
+    call: Layer, output: Tensor, saved: Tensor, input: Tensor, h_before: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The kept values, (T*B, n*H), and the states that entered each step."""
     from tidegate.kernels.triton import launch
@@ -212,7 +213,7 @@ def _kept(
 
 
 def _products(
-    call: Call, rolled: bool, dgates: Tensor, input: Tensor, h_before: Tensor, kept: Tensor, need: dict[str, bool]
+    call: Layer, rolled: bool, dgates: Tensor, input: Tensor, h_before: Tensor, kept: Tensor, need: dict[str, bool]
 ) -> dict[str, Tensor | None]:
     """The gradients of input, weights and biases, each one product or sum over all steps."""
     hidden_size, shift = call.hidden_size, call.hidden_size if rolled else 0

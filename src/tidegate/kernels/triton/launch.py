@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tidegate.cells import Call
+from tidegate.call import Layer
 from tidegate.kernels.triton import gru, lstm, plan, pointwise, reset_before, resident, rnn, streamed
 
 INTERPRETED = type(streamed.forward).__name__ == "InterpretedFunction"  # decided when triton.jit made it
@@ -73,7 +73,7 @@ def device_on(device: torch.device) -> plan.Device:
     return _properties(torch.cuda.current_device() if index is None else index)
 
 
-def plan_of(call: Call, backward: bool = False) -> plan.Plan:
+def plan_of(call: Layer, backward: bool = False) -> plan.Plan:
     """The kernel that would run `call` or its gradient, its block sizes, and the other kernels' reasons."""
     return plan.choose(plan.size_of(call), device_on(call.input.device), backward)
 
@@ -89,14 +89,14 @@ def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _buffers(call: Call) -> Buffers:
+def _buffers(call: Layer) -> Buffers:
     device, bias = call.input.device, call.weights["bias_hh"]
     lengths = None if call.lengths is None else call.lengths.to(device).contiguous()
     resets = None if call.resets is None else call.resets.contiguous().view(torch.uint8)
     return Buffers(call.weights["weight_hh"].contiguous(), None if bias is None else bias.contiguous(), lengths, resets)
 
 
-def _constants(call: Call) -> dict[str, Any]:
+def _constants(call: Layer) -> dict[str, Any]:
     dtype = call.input.dtype
     return {
         "HAS_LENGTHS": call.lengths is not None,
@@ -142,7 +142,7 @@ def _run_streamed(
 
 
 def run_forward(
-    call: Call, chosen: plan.Plan, x: Tensor, kept: Tensor | None, skip: int
+    call: Layer, chosen: plan.Plan, x: Tensor, kept: Tensor | None, skip: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The recurrence after the input's product x (T, B, G*H): output (T, B, H) and the final states.
 
@@ -195,7 +195,7 @@ def _carry(state: Tensor) -> Tensor:
 
 
 def run_backward(
-    call: Call, chosen: plan.Plan, kept: Tensor, before: tuple[Tensor, ...], dout: Tensor, dfinals: tuple[Tensor, ...]
+    call: Layer, chosen: plan.Plan, kept: Tensor, before: tuple[Tensor, ...], dout: Tensor, dfinals: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The recurrence's gradient: dgates (T*B, D*H), zero where a row has no step, and those of the initial states.
 
@@ -237,7 +237,7 @@ def run_backward(
     return dgates, (initial[0], *(carry.to(dout.dtype) for carry in carries[1:]))
 
 
-def run_pointwise(call: Call, x: Tensor, before: tuple[Tensor, ...], keep: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+def run_pointwise(call: Layer, x: Tensor, before: tuple[Tensor, ...], keep: bool) -> tuple[tuple[Tensor, ...], Tensor]:
     """Steps that do not depend on one another, their input's product x (N, G*H): the new states and the kept values.
 
     before: the states entering them, (N, H) each, contiguous. Without `keep` the kept values are an empty tensor.

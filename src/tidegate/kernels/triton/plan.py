@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tidegate.cells import Call
+from tidegate.call import Layer
 
 KERNELS = {
     "step": "torch's products and one pointwise kernel, for one step",
@@ -115,7 +115,7 @@ def using(kernel: str = "", recompute: bool = False, precision: str = "", **conf
         settings = before
 
 
-def kind_of(call: Call) -> str:
+def kind_of(call: Layer) -> str:
     if call.cell.name == "rnn":
         return f"rnn_{call.options['nonlinearity']}"
     if call.cell.name == "gru" and not call.options["reset_after"]:
@@ -123,7 +123,7 @@ def kind_of(call: Call) -> str:
     return call.cell.name
 
 
-def size_of(call: Call) -> Size:
+def size_of(call: Layer) -> Size:
     steps, batch = call.input.shape[:2]
     plain = call.lengths is None and call.resets is None
     return Size(kind_of(call), len(call.cell.gates), steps, batch, call.hidden_size, call.input.dtype, plain)

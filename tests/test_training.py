@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call that is recorded: the short way gives the reference's results and gradients, and takes only what it can."""
+"""Recorded calls on the compiled operators: one operator forward and one backward a call, the reference's gradients."""
 
 from __future__ import annotations
 
@@ -30,21 +30,6 @@ def named():
         yield
 
 
-@pytest.fixture
-def answers(monkeypatch):
-    """How many results each call of the short way gave."""
-    given: list[int] = []
-    operator = cpu._operator
-
-    def counted(*arguments):
-        results = operator("recorded_forward")(*arguments)
-        given.append(len(results))
-        return results
-
-    monkeypatch.setattr(cpu, "_operator", lambda name: counted if name == "recorded_forward" else operator(name))
-    return given
-
-
 def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
@@ -73,11 +58,17 @@ def gradients(made, x, hx, used=slice(None), **keywords):
     return results, torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
-def assert_same(made, x, hx, answers, calls=1, **options):
-    answers.clear()
-    got = gradients(made, x, hx, **options)
-    assert len(answers) == calls
-    assert all(answers), "the short way did not run"
+def on_the_cpu(run, calls=1):
+    """Its results, by one compiled operator forward and one backward for each call."""
+    with tg.trace() as ran:
+        results = run()
+    assert [one.what for one in ran] == ["forward"] * calls + ["backward"] * calls
+    assert all((one.backend, one.operators) == ("cpu", 1) for one in ran)
+    return results
+
+
+def assert_same(made, x, hx, **options):
+    got = on_the_cpu(lambda: gradients(made, x, hx, **options))
     with tg.backend("reference"):
         expected = gradients(made, x, hx, **options)
     for ours, theirs in zip((*got[0], *got[1]), (*expected[0], *expected[1]), strict=True):
@@ -90,12 +81,12 @@ def assert_same(made, x, hx, answers, calls=1, **options):
 @pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
 @pytest.mark.parametrize("kind", CELLS)
-def test_cells(kind, given, answers):
+def test_cells(kind, given):
     for input_size, hidden_size in ((1, 1), (5, 17), (33, 64)):
         for batch in (None, 1, 3, 7):
             rows = () if batch is None else (batch,)
             hx = states(kind, *rows, hidden_size) if given else None
-            assert_same(module(kind, input_size, hidden_size, batch != 3), randn(*rows, input_size), hx, answers)
+            assert_same(module(kind, input_size, hidden_size, batch != 3), randn(*rows, input_size), hx)
 
 
 @pytest.mark.parametrize("form", [{}, {"batch_first": True}, {"reverse": True}], ids=["", "batch-first", "reverse"])
@@ -104,12 +95,12 @@ def test_cells(kind, given, answers):
     ("kind", "options"),
     [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("LSTM", {}), ("GRU", {}), ("GRU", {"reset_after": False})],
 )
-def test_layers(kind, options, given, form, answers):
+def test_layers(kind, options, given, form):
     for batch, steps in ((None, 1), (1, 1), (3, 1), (None, 4), (1, 7), (3, 2), (5, 13)):
         made = module(kind, 5, 17, bias=batch != 3, **form, **options)
         rows = () if batch is None else (batch,)
         x = randn(*rows, steps, 5) if "batch_first" in form else randn(steps, *rows, 5)
-        assert_same(made, x, states(kind, 1, *rows, 17) if given else None, answers)
+        assert_same(made, x, states(kind, 1, *rows, 17) if given else None)
 
 
 STACKS = {"two layers": (2, False), "two directions": (1, True), "three layers of two directions": (3, True)}
@@ -118,7 +109,7 @@ STACKS = {"two layers": (2, False), "two directions": (1, True), "three layers o
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch-first"])
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_stacks(kind, stack, batch_first, answers):
+def test_stacks(kind, stack, batch_first):
     layers, bidirectional = STACKS[stack]
     depth = layers * (1 + bidirectional)
     for batch, steps in ((None, 4), (1, 1), (3, 7)):
@@ -126,24 +117,20 @@ def test_stacks(kind, stack, batch_first, answers):
         rows = () if batch is None else (batch,)
         x = randn(*rows, steps, 5) if batch_first else randn(steps, *rows, 5)
         for given in (True, False):
-            assert_same(made, x, states(kind, depth, *rows, 9) if given else None, answers, calls=depth)
+            assert_same(made, x, states(kind, depth, *rows, 9) if given else None)
 
 
 @pytest.mark.parametrize("form", [{}, {"batch_first": True}, {"bidirectional": True}, {"reverse": True}], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_lengths(kind, form, answers):
+def test_lengths(kind, form):
     for lengths in ([5, 1, 4], [0, 2, 0], [0, 0, 0], [6, 6, 6]):
         made = module(kind, 5, 9, **form)
         x = randn(3, 6, 5) if "batch_first" in form else randn(6, 3, 5)
-        calls = 1 + made.bidirectional
-        assert_same(made, x, states(kind, calls, 3, 9), answers, calls=calls, lengths=torch.tensor(lengths))
+        assert_same(made, x, states(kind, 1 + made.bidirectional, 3, 9), lengths=torch.tensor(lengths))
 
 
-def assert_same_outcome(outcome, answers, calls):
-    """The reference's, and each of so many calls went the short way."""
-    found = outcome()
-    assert len(answers) == calls
-    assert all(answers)
+def assert_same_outcome(outcome, calls=1):
+    found = on_the_cpu(outcome, calls)
     with tg.backend("reference"):
         for ours, right in zip(found, outcome(), strict=True):
             close(ours, right)
@@ -151,7 +138,7 @@ def assert_same_outcome(outcome, answers, calls):
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_rows_that_lie_apart(batch_first, steps, answers):
+def test_rows_that_lie_apart(batch_first, steps):
     """An input that is a part of a larger one, and an output of which a part is used, transposed."""
     made, wide = module("GRU", 5, 6, batch_first=batch_first), randn(1 + steps, 3, 9)
     x = wide[1:, :, 2:7]
@@ -161,12 +148,12 @@ def test_rows_that_lie_apart(batch_first, steps, answers):
         loss = output.transpose(0, 1)[1:].square().sum() + output.sum() + h_n[0, 0].square().sum()
         return torch.autograd.grad(loss, [wide, *made.parameters()])
 
-    assert_same_outcome(outcome, answers, calls=1)
+    assert_same_outcome(outcome)
 
 
 @pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("kind", CELLS)
-def test_a_row_of_a_larger_tensor(kind, answers):
+def test_a_row_of_a_larger_tensor(kind):
     """Input and states that begin inside their storage, gradients that come expanded or from a slice."""
     made = module(kind, 5, 6)
     frames, given = randn(3, 2, 5), states(kind, 3, 2, 6)
@@ -178,22 +165,22 @@ def test_a_row_of_a_larger_tensor(kind, answers):
         loss = torch.stack(after).transpose(0, 2)[1:].pow(2).sum() + after[0].sum()
         return torch.autograd.grad(loss, [frames, *tensors_in(given), *made.parameters()])
 
-    assert_same_outcome(outcome, answers, calls=2)
+    assert_same_outcome(outcome, calls=2)
 
 
 @pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_result_alone(kind, answers):
+def test_each_result_alone(kind):
     shape = (2, 4) if kind in CELLS else (1, 2, 4)
     count = len(tensors_in(module(kind, 3, 4)(randn(*shape[:-1], 3))))
     for k in range(count):
         x, hx = randn(*shape[:-1], 3), states(kind, *shape)
-        assert_same(module(kind, 3, 4), x, hx, answers, used=slice(k, k + 1))
+        assert_same(module(kind, 3, 4), x, hx, used=slice(k, k + 1))
 
 
 @pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_gradients(kind, answers):
+def test_gradients_of_gradients(kind):
     shape, steps = ((2, 4), ()) if kind in CELLS else ((1, 2, 4), (3,))
     made, pair = module(kind, 3, 4), kind.startswith("LSTM")
 
@@ -203,33 +190,25 @@ def test_gradients_of_gradients(kind, answers):
     inputs = (randn(*steps, 2, 3), *tensors_in(states(kind, *shape)))
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
-    assert all(answers)
 
 
 @pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_graph_may_be_used_again(kind, answers):
+def test_the_graph_may_be_used_again(kind):
     shape = (2, 4) if kind in CELLS else (1, 2, 4)
     made, x = module(kind, 3, 4), randn(*shape[:-1], 3)
     loss = tensors_in(made(x, states(kind, *shape)))[0].square().sum()
     leaves = [x, *made.parameters()]
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
-    assert len(answers) == 1
-    assert answers[0]
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
 
-LONG = {
-    "a projection": ("LSTMCell", {"proj_size": 2}, lambda m, x: m(x)),
-    "a clip": ("RNNCell", {"clip": 0.5}, lambda m, x: m(x)),
+FORMS_OF_INPUT = {
     "other strides": ("GRUCell", {}, lambda m, x: m(x.t().contiguous().t())),
     "no rows": ("GRUCell", {}, lambda m, x: m(x[:0])),
-    "a meta device": ("GRUCell", {"device": "meta"}, lambda m, x: m(x.to("meta"))),
-    "dropout in training": ("GRU", {"num_layers": 2, "dropout": 0.5}, lambda m, x: m(x[None])),
     "resets": ("GRU", {}, lambda m, x: m(x[None], resets=torch.zeros(1, len(x), dtype=torch.bool))),
     "a projected layer": ("LSTM", {"proj_size": 2}, lambda m, x: m(x[None])),
-    "peepholes": ("LSTM", {"peepholes": True}, lambda m, x: m(x[None])),
     "a nested tensor": (
         "GRU",
         {"batch_first": True},
@@ -238,31 +217,63 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("why", LONG)
-def test_the_long_way(why, answers):
-    kind, options, run = LONG[why]
-    result = tensors_in(run(module(kind, 6, 4, **options), randn(3, 6)))
-    assert not any(answers), f"{why} went the short way"
-    assert result
+@pytest.mark.parametrize("form", FORMS_OF_INPUT)
+def test_every_form_is_one_operator(form):
+    kind, options, run = FORMS_OF_INPUT[form]
+    made, x = module(kind, 6, 4, **options), randn(3, 6)
+
+    def outcome():
+        return torch.autograd.grad(tensors_in(run(made, x))[0].square().sum(), [*made.parameters()], allow_unused=True)
+
+    assert_same_outcome(outcome)
 
 
-def test_an_empty_state_is_refused(answers):
+ELSEWHERE = {
+    "a projection": ("LSTMCell", {"proj_size": 2}, lambda m, x: m(x)),
+    "a clip": ("RNNCell", {"clip": 0.5}, lambda m, x: m(x)),
+    "a meta device": ("GRUCell", {"device": "meta"}, lambda m, x: m(x.to("meta"))),
+    "peepholes": ("LSTM", {"peepholes": True}, lambda m, x: m(x[None])),
+}
+
+
+@pytest.mark.parametrize("why", ELSEWHERE)
+def test_what_the_kernels_do_not_know(why):
+    kind, options, run = ELSEWHERE[why]
+    with tg.trace() as ran:
+        assert tensors_in(run(module(kind, 6, 4, **options), randn(3, 6)))
+    assert not any(one.operators for one in ran)
+
+
+def test_dropout_between_layers_is_one_operator_a_layer():
+    made = module("GRU", 6, 4, num_layers=2, dropout=0.5)
+    on_the_cpu(lambda: made(randn(3, 1, 6))[0].sum().backward(), calls=2)
+
+
+def test_an_empty_state_is_refused():
     with pytest.raises(RuntimeError):
         module("GRUCell", 3, 4)(randn(2, 3), torch.empty(0, dtype=torch.float64))
     with pytest.raises(RuntimeError):
         module("GRU", 3, 4)(randn(1, 2, 3), torch.empty(0, dtype=torch.float64))
-    assert not any(answers)
+    # No number of dimensions stands for an absent state.
+    for empty in (torch.empty(0, 7, 1, 2), torch.empty(0, 0, 0, 0)):
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+            module("GRU", 3, 4)(randn(1, 2, 3), empty.double())
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+            module("LSTM", 3, 4)(randn(1, 2, 3), (empty.double(), randn(1, 2, 4)))
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-def test_an_rnn_cell_is_torchs(nonlinearity, given, answers):
+def test_an_rnn_cell_is_torchs(nonlinearity, given):
     """So small a step that torch's own, recorded, is the quicker: to the bit the same."""
     made = module("RNNCell", 5, 6, nonlinearity=nonlinearity)
     twin = torch.nn.RNNCell(5, 6, nonlinearity=nonlinearity, dtype=torch.float64)
     twin.load_state_dict(made.state_dict())
     x, hx = randn(3, 5), randn(3, 6) if given else None
-    for ours, theirs in zip(gradients(made, x, hx), gradients(twin, x, hx), strict=True):
+    with tg.trace() as ran:
+        found = gradients(made, x, hx)
+    assert [one.backend for one in ran] == ["aten"]
+    assert tg.explain(made, x, hx).backend == "aten"
+    for ours, theirs in zip(found, gradients(twin, x, hx), strict=True):
         assert all(map(torch.equal, ours, theirs))
-    assert not answers
     assert module("RNNCell", 5, 6, clip=0.1)(x).abs().max() < 1

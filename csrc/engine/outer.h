@@ -1,52 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two large products of the backward: the input's gradient and the weights'. Here because the register tile of
-// panel.h runs at the machine's rate wherever its instruction set is used, and because both read rows that lie apart.
+// The gradients of weights: products over all positions, of rows that lie apart.
 #pragma once
 
 #include "engine/columns.h"
 #include "engine/sequence.h"
 
 namespace tidegate::TIDEGATE_ISA {
-
-// Runs `body(crew)` on as many threads as the work is worth: `count` rows by so many weights.
-template <class Body>
-inline void run_products(int64_t count, double weights, int most, Body& body) {
-    const double flops = 2 * static_cast<double>(count) * weights;
-    run_crew(
-        static_cast<int>(threads_worth_waking(flops, weights, most)), patience_for(flops),
-        [](void* context, Crew& crew, Post*) { (*static_cast<Body*>(context))(crew); }, &body);
-}
-
-template <class S>
-void run_product(const ProductProblem& p) {
-    using A = computed<S>;
-    using F = factor<S>;
-    constexpr int64_t block = 48;   // rows that pass over a panel while it is in the nearest cache
-    // Padded, so that rows do not fall on one cache set.
-    const int64_t stride = padded<F>(p.depth), blocks = ceil_div(p.count, block);
-    const Columns<S> columns(p.weight, p.depth, p.columns, p.count, p.poison);
-    const Buffer<F> copies(p.threads * block * stride, p.poison);
-    auto body = [&](Crew& crew) {
-        columns.pack(crew);
-        crew.wait();
-        F* rows = copies + crew.rank() * block * stride;
-        // Fewer blocks than threads: each thread takes its columns of all of them.
-        const bool by_columns = blocks < crew.size();
-        const Crew alone(nullptr, 0, 1);
-        const Crew &by_block = by_columns ? alone : crew, &by_column = by_columns ? crew : alone;
-        for (int64_t i = by_block.begin(blocks); i < by_block.end(blocks); ++i) {
-            const int64_t first = i * block, size = p.count - first < block ? p.count - first : block;
-            for (int64_t row = 0; row < size; ++row)
-                copy_factors(rows + row * stride, static_cast<const S*>(p.rows) + (first + row) * p.stride, p.depth);
-            const auto put = [&](int64_t row, int64_t column, int64_t valid, Vec<A> sum) {
-                const int64_t place = p.places ? p.places[first + row] : first + row;
-                store(static_cast<S*>(p.out) + place * p.columns + column, sum, valid);
-            };
-            columns.multiply(by_column, rows, stride, size, size, put);
-        }
-    };
-    run_products(p.count, static_cast<double>(p.depth) * static_cast<double>(p.columns), p.threads, body);
-}
 
 // The transposed product, by blocks of positions. D's block is packed into tiles of R columns, [tile][position][R], and
 // X's into panels; each element of the result is the sum of the blocks in order, whoever computes it.
@@ -55,6 +14,7 @@ class Outer {
     static constexpr int wide = 2, lanes = width<A>, R = Tiles<A, wide>::max_rows;
     static constexpr int parts = (R + lanes - 1) / lanes;   // vectors that hold a tile's row
     static constexpr int64_t block = 256;
+    static constexpr int64_t block_of_sums = 64;   // D's columns are added up in float so far, then in double
 
 public:
     explicit Outer(const OuterProblem& p)
@@ -65,6 +25,7 @@ public:
           panel_stride_(rows_ * wide * lanes),
           d_(tiles_ * tile_stride_, p.poison),
           sums_(tiles_ * parts * lanes, p.poison),
+          totals_(sums_.size(), p.poison),
           x_(all_panels(p) * panel_stride_, p.poison) {}
 
     void run(Crew& crew) const {
@@ -125,7 +86,7 @@ private:
             x[n] = static_cast<const A*>(target.rows[n]);
             d[n] = splat<A>(static_cast<const A*>(p_.d)[n * p_.stride + column]);
         }
-        const auto sum = [&](auto load_from) [[gnu::always_inline]] {
+        const auto sum = [&](auto load_from) __attribute__((always_inline)) {
             Vec<A> total{};
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) total += d[n] * (x[n] ? load_from(x[n]) : Vec<A>{});
@@ -148,9 +109,19 @@ private:
     // Row by row, because D's rows are long and lie apart; a vector that runs past its tile is overwritten by the next
     // row's.
     void pack_d(int64_t begin, int64_t end, int64_t first, int64_t size) const {
-        const A* from = static_cast<const A*>(p_.d) + first * p_.stride;
+        for (int64_t n = 0; n < size; n += block_of_sums) {
+            pack_rows_of_d(begin, end, first, n, size - n < block_of_sums ? size : n + block_of_sums);
+            for (int64_t i = begin * parts * lanes; i < end * parts * lanes; ++i)
+                totals_[i] = (first + n == 0 ? 0 : totals_[i]) + static_cast<double>(sums_[i]);
+        }
+        if (first + size == p_.count) put_sums(begin, end);
+    }
+
+    // The rows n .. last - 1 of the block.
+    void pack_rows_of_d(int64_t begin, int64_t end, int64_t first, int64_t n, int64_t last) const {
+        const A* from = static_cast<const A*>(p_.d) + (first + n) * p_.stride;
         for (int64_t i = begin * parts * lanes; i < end * parts * lanes; i += lanes) store(sums_ + i, Vec<A>{});
-        for (int64_t n = 0; n < size; ++n, from += p_.stride)
+        for (; n < last; ++n, from += p_.stride)
             for (int64_t tile = begin; tile < end; ++tile)
                 for (int part = 0; part < parts; ++part) {
                     const int64_t column = tile * R + part * lanes;
@@ -159,12 +130,12 @@ private:
                     store(d_ + tile * tile_stride_ + n * R + part * lanes, values);
                     store(sums, load(sums) + values);
                 }
-        for (int64_t tile = begin; tile < end; ++tile) {
-            const int64_t column = tile * R;
-            A* total = static_cast<A*>(p_.sums) + column;
-            const A* sums = sums_ + tile * parts * lanes;
-            for (int r = 0; r < R && column + r < p_.columns; ++r) total[r] = first == 0 ? sums[r] : total[r] + sums[r];
-        }
+    }
+
+    void put_sums(int64_t begin, int64_t end) const {
+        for (int64_t tile = begin; tile < end; ++tile)
+            for (int r = 0; r < R && tile * R + r < p_.columns; ++r)
+                static_cast<A*>(p_.sums)[tile * R + r] = static_cast<A>(totals_[tile * parts * lanes + r]);
     }
 
     void pack_x(const Crew& crew, const OuterTarget& target, A* x, int64_t first, int64_t size) const {
@@ -233,14 +204,16 @@ private:
 
     const OuterProblem& p_;
     const int64_t tiles_, rows_, tile_stride_, panel_stride_;   // rows_: positions of a block
-    const Buffer<A> d_, sums_, x_;
+    const Buffer<A> d_, sums_;       // sums_, totals_: of D's columns, by tile and part
+    const Buffer<double> totals_;
+    const Buffer<A> x_;
 };
 
 template <class A>
 void run_outer(const OuterProblem& problem) {
     const Outer<A> outer(problem);
-    auto body = [&](Crew& crew) { outer.run(crew); };
-    run_products(problem.count, outer.weights(), problem.threads, body);
+    auto body = [&](Crew& all, Team&) { outer.run(all); };
+    run_shared(share_product(problem.count, outer.weights(), problem.threads), body);
 }
 
 }  // namespace tidegate::TIDEGATE_ISA

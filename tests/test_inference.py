@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call without gradients: the short way gives what the long way gives, and takes only what it can run."""
+"""Calls without gradients on the compiled operators: one operator a call, and the reference's results."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+from unittest import mock
 
 import needs
 import pytest
@@ -13,7 +13,6 @@ from comparing import CELLS, LAYERS, tensors_in
 from tolerances import assert_close
 
 import tidegate as tg
-from tidegate import backends, dispatch, ops
 from tidegate.kernels import cpu
 
 pytestmark = needs.compiled_operators
@@ -30,26 +29,6 @@ def _bare():
         yield
     cpu.operators().poison_buffers(False)
     cpu.operators().use_isa("")
-
-
-@pytest.fixture
-def answers(monkeypatch):
-    """How many results each call of the short way gave."""
-    given: list[int] = []
-
-    def counted(run):
-        def call(*arguments):
-            results = run(*arguments)
-            given.append(len(results))
-            return results
-
-        return call
-
-    way = backends.ShortWay(counted(cpu.short_step), counted(cpu.short_layers))
-    asked = dataclasses.replace(backends.CPU, short=way)
-    unasked = backends.short
-    monkeypatch.setattr(backends, "short", lambda: unasked() if backends.named() else asked)
-    return given
 
 
 def randn(*shape, dtype=torch.float32):
@@ -73,34 +52,40 @@ def by_reference(made, x, hx, **keywords):
         return exact, tensors_in(made(x, hx, **keywords))
 
 
-def assert_same(made, x, hx, answers, states):
-    answers.clear()
-    got = tensors_in(made(x, hx))
-    assert answers == [states], "the short way did not run"
-    exact, same_dtype = by_reference(made, x, hx)
+def on_the_cpu(run):
+    """Its results, by one compiled operator."""
+    with tg.trace() as ran:
+        results = run()
+    assert [(one.backend, one.what, one.operators) for one in ran] == [("cpu", "forward", 1)]
+    return results
+
+
+def assert_same(made, x, hx, **keywords):
+    got = tensors_in(on_the_cpu(lambda: made(x, hx, **keywords)))
+    exact, same_dtype = by_reference(made, x, hx, **keywords)
     for ours, theirs, oracle in zip(got, same_dtype, exact, strict=True):
         assert ours.shape == oracle.shape
-        assert ours.is_contiguous()
         assert_close(ours, theirs, oracle, type(made).__name__)
+    return got
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
 @pytest.mark.parametrize("kind", CELLS)
-def test_cells(kind, given, dtype, answers):
+def test_cells(kind, given, dtype):
     for input_size, hidden_size in SIZES:
         for batch in BATCHES:
             made = module(kind, input_size, hidden_size, batch != 3, dtype=dtype)
             rows = () if batch is None else (batch,)
             h, c = randn(*rows, hidden_size, dtype=dtype), randn(*rows, hidden_size, dtype=dtype)
             hx = None if not given else (h, c) if kind == "LSTMCell" else h
-            assert_same(made, randn(*rows, input_size, dtype=dtype), hx, answers, 1 + (kind == "LSTMCell"))
+            assert_same(made, randn(*rows, input_size, dtype=dtype), hx)
 
 
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch-first"])
 @pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_one_step_of_layers(kind, given, batch_first, answers):
+def test_one_step_of_layers(kind, given, batch_first):
     for layers, (input_size, hidden_size) in enumerate(SIZES, 1):
         for batch in BATCHES:
             made = module(kind, input_size, hidden_size, layers, bias=batch != 3, batch_first=batch_first)
@@ -108,7 +93,7 @@ def test_one_step_of_layers(kind, given, batch_first, answers):
             x = randn(*rows, 1, input_size) if batch_first else randn(1, *rows, input_size)
             h, c = randn(layers, *rows, hidden_size), randn(layers, *rows, hidden_size)
             hx = None if not given else (h, c) if kind == "LSTM" else h
-            assert_same(made, x, hx, answers, 2 + (kind == "LSTM"))
+            assert_same(made, x, hx)
 
 
 FORMS = {
@@ -130,7 +115,7 @@ OPTIONS = {
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_sequences(kind, form, threads, answers):
+def test_sequences(kind, form, threads):
     """Layers and directions side by side or one by one, at any thread count: to the bit what the long way gives."""
     sizes, options = FORMS[form]
     before = torch.get_num_threads()
@@ -143,12 +128,12 @@ def test_sequences(kind, form, threads, answers):
                 made = module(kind, *sizes, dtype=dtype, scale=1, batch_first=batch_first, **options, **extra)
                 for batch, steps in ((None, 40), (1, 33), (3, 70), (16, 9), (17, 2), (40, 5)):
                     for lengths in (None,) if batch is None else (None, torch.randint(0, steps + 1, (batch,))):
-                        assert_like_the_long_way(made, batch, steps, lengths, dtype, answers)
+                        assert_right(made, batch, steps, lengths, dtype)
     finally:
         torch.set_num_threads(before)
 
 
-def assert_like_the_long_way(made, batch, steps, lengths, dtype, answers):
+def assert_right(made, batch, steps, lengths, dtype):
     rows = () if batch is None else (batch,)
     shape = (*rows, steps, made.input_size) if made.batch_first else (steps, *rows, made.input_size)
     x = randn(*shape, dtype=dtype)
@@ -157,21 +142,16 @@ def assert_like_the_long_way(made, batch, steps, lengths, dtype, answers):
         h = randn(depth, *rows, made.proj_size or made.hidden_size, dtype=dtype)
         c = randn(depth, *rows, made.hidden_size, dtype=dtype)
         hx = None if not given else (h, c) if made.mode == "LSTM" else h
-        answers.clear()
-        got = tensors_in(made(x, hx, lengths=lengths))
-        assert answers == [2 + (made.mode == "LSTM")], "the short way did not run"
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(ops, "short_way", lambda: None)
-            expected = tensors_in(made(x, hx, lengths=lengths))
-        exact, same_dtype = by_reference(made, x, hx, lengths=lengths)
-        for ours, long, theirs, oracle in zip(got, expected, same_dtype, exact, strict=True):
-            assert ours.stride() == long.stride()
-            assert torch.equal(ours, long)
-            assert_close(ours, theirs, oracle, type(made).__name__)
+        got = assert_same(made, x, hx, lengths=lengths)
+        # Layers and directions side by side give the bits of one after another.
+        with mock.patch.object(tg.nn.layers.RecurrentLayer, "_between", lambda self, batch: lambda output: output):
+            one_by_one = tensors_in(made(x, hx, lengths=lengths))
+        if made.num_layers > 1:
+            assert all(map(torch.equal, got, one_by_one))
 
 
 @pytest.mark.parametrize("isa", needs.ISAS)
-def test_every_instruction_set(isa, answers):
+def test_every_instruction_set(isa):
     cpu.operators().use_isa(isa)
     for kind in CELLS:
         for dtype in DTYPES:
@@ -179,66 +159,73 @@ def test_every_instruction_set(isa, answers):
                 h, c = randn(batch, 37, dtype=dtype), randn(batch, 37, dtype=dtype)
                 hx = (h, c) if kind == "LSTMCell" else h
                 x = randn(batch, 21, dtype=dtype)
-                assert_same(module(kind, 21, 37, dtype=dtype), x, hx, answers, 1 + (kind == "LSTMCell"))
+                assert_same(module(kind, 21, 37, dtype=dtype), x, hx)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads(threads, answers):
+def test_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for kind in CELLS:
             x, h, c = randn(9, 200), randn(9, 260), randn(9, 260)
-            assert_same(
-                module(kind, 200, 260), x, (h, c) if kind == "LSTMCell" else h, answers, 1 + (kind == "LSTMCell")
-            )
+            assert_same(module(kind, 200, 260), x, (h, c) if kind == "LSTMCell" else h)
     finally:
         torch.set_num_threads(before)
 
 
-def test_state_given_is_state_kept(answers):
+def test_state_given_is_state_kept():
     """What comes back shares no memory with what went in, nor with one another."""
     x, h, c = randn(1, 2, 3), randn(1, 2, 4), randn(1, 2, 4)
-    output, (h_n, c_n) = module("LSTM", 3, 4)(x, (h, c))
-    assert answers == [3]
+    output, (h_n, c_n) = on_the_cpu(lambda: module("LSTM", 3, 4)(x, (h, c)))
     assert len({t.data_ptr() for t in (x, h, c, output, h_n, c_n)}) == 6
     assert torch.equal(output, h_n)
 
 
 @pytest.mark.parametrize("kind", CELLS + LAYERS)
-def test_rows_that_lie_apart(kind, answers):
+def test_rows_that_lie_apart(kind):
     """One step of an input that is a part of a larger one."""
     x = randn(3, 9)[:, 2:7] if kind in CELLS else randn(2, 3, 9)[1:, :, 2:7]
-    pair = kind.startswith("LSTM")
-    assert_same(module(kind, 5, 4), x, None, answers, 1 + pair + (kind in LAYERS))
+    assert_same(module(kind, 5, 4), x, None)
 
 
-LONG = {
-    "a gradient": ("GRUCell", {}, lambda m, x: torch.enable_grad()(m)(x)),
-    "autocast": ("GRUCell", {}, lambda m, x: torch.autocast("cpu", torch.bfloat16)(m)(x)),
-    "torch.func": ("GRUCell", {}, lambda m, x: torch.func.vmap(m)(x)),
+FORMS_OF_INPUT = {
     "a reset before the product": ("GRUCell", {"reset_after": False}, lambda m, x: m(x)),
     "a projection": ("LSTMCell", {"proj_size": 2}, lambda m, x: m(x)),
-    "peepholes": ("LSTMCell", {"peepholes": True}, lambda m, x: m(x)),
-    "a clip": ("RNNCell", {"clip": 0.5}, lambda m, x: m(x)),
-    "another activation": ("GRUCell", {"activations": ("hard_sigmoid", "tanh")}, lambda m, x: m(x)),
     "other strides": ("GRUCell", {}, lambda m, x: m(x.t().contiguous().t())),
     "no rows": ("GRUCell", {}, lambda m, x: m(x[:0])),
     "lengths that are not int64": ("GRU", {}, lambda m, x: m(x[None], lengths=[1] * len(x))),
     "resets": ("GRU", {}, lambda m, x: m(x[None], resets=torch.zeros(1, len(x), dtype=torch.bool))),
-    "a layer's peepholes": ("LSTM", {"peepholes": True}, lambda m, x: m(x[None])),
     "a list": ("GRU", {}, lambda m, x: m([x])),
     "a packed sequence": ("GRU", {}, lambda m, x: m(torch.nn.utils.rnn.pack_sequence([x]))),
+}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_INPUT)
+def test_every_form_is_one_operator(form):
+    kind, options, run = FORMS_OF_INPUT[form]
+    made, x = module(kind, 6, 4, **options), randn(3, 6)
+    result = tensors_in(on_the_cpu(lambda: run(made, x)))
+    with tg.backend("reference"):
+        for ours, right in zip(result, tensors_in(run(made, x)), strict=True):
+            torch.testing.assert_close(ours, right)
+
+
+ELSEWHERE = {
+    "autocast": ("GRUCell", {}, lambda m, x: torch.autocast("cpu", torch.bfloat16)(m)(x)),
+    "torch.func": ("GRUCell", {}, lambda m, x: torch.func.vmap(m)(x)),
+    "peepholes": ("LSTMCell", {"peepholes": True}, lambda m, x: m(x)),
+    "a clip": ("RNNCell", {"clip": 0.5}, lambda m, x: m(x)),
+    "another activation": ("GRUCell", {"activations": ("hard_sigmoid", "tanh")}, lambda m, x: m(x)),
+    "a layer's peepholes": ("LSTM", {"peepholes": True}, lambda m, x: m(x[None])),
     "dropout in training": ("GRU", {"num_layers": 2, "dropout": 0.5}, lambda m, x: m(x[None])),
 }
 
 
-@pytest.mark.parametrize("why", LONG)
-def test_the_long_way(why, answers):
-    kind, options, run = LONG[why]
-    made = module(kind, 6, 4, **options)
-    result = tensors_in(run(made, randn(3, 6)))
-    assert not any(answers), f"{why} went the short way"
+@pytest.mark.parametrize("why", ELSEWHERE)
+def test_what_the_kernels_do_not_know(why):
+    kind, options, run = ELSEWHERE[why]
+    result = tensors_in(run(module(kind, 6, 4, **options), randn(3, 6)))
     assert all(tensor.isfinite().all() for tensor in result)
 
 
@@ -258,51 +245,52 @@ def test_the_long_way(why, answers):
         ("GRUCell", torch.zeros(2, 6), torch.zeros(2, 4).half(), "dtype"),
     ],
 )
-def test_errors_are_torchs(kind, x, hx, message, answers):
+def test_errors_are_torchs(kind, x, hx, message):
     with pytest.raises((RuntimeError, ValueError), match=message):
         module(kind, 6, 4)(x, hx)
-    assert not any(answers)
 
 
-def test_parameters_are_read_at_every_call(answers):
+def test_parameters_are_read_at_every_call():
     cell = module("GRUCell", 5, 6)
     x, h = randn(2, 5), randn(2, 6)
     torch.nn.utils.parametrizations.weight_norm(cell, "weight_hh")
-    first = cell(x, h)
+    first = on_the_cpu(lambda: cell(x, h))
     cell.parametrizations.weight_hh.original0.mul_(2)
     cell.bias_ih.data.add_(1)
-    second = cell(x, h)
-    assert answers == [1, 1]
+    second = on_the_cpu(lambda: cell(x, h))
     with tg.backend("reference"):
         torch.testing.assert_close(cell(x, h), second)
     assert not torch.allclose(first, second)
 
 
-def test_bare_is_what_it_says():
-    assert dispatch.is_bare()
-    with torch.inference_mode():
-        assert dispatch.is_bare()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not dispatch.is_bare()
-    with torch.enable_grad():
-        assert dispatch.is_bare()
-    with torch.autograd.forward_ad.dual_level():
-        assert not dispatch.is_bare()
-    seen: list[bool] = []
-    torch.func.vmap(lambda x: seen.append(dispatch.is_bare()) or x)(torch.zeros(2))
-    assert seen == [False]
-    assert tg.explain(tg.GRUCell(3, 4), torch.zeros(2, 3)).backend == "cpu"
+@pytest.mark.parametrize("name", [None, "aten", "reference"])
+def test_a_parametrization_is_computed_once(name):
+    class Counting(torch.nn.Module):
+        count = 0
+
+        def forward(self, weight):
+            Counting.count += 1
+            return weight
+
+    for made, x in ((module("GRUCell", 5, 6), randn(2, 5)), (module("LSTM", 5, 6, 2), randn(3, 2, 5))):
+        parameter = "weight_hh" if hasattr(made, "weight_hh") else "weight_hh_l1"
+        torch.nn.utils.parametrize.register_parametrization(made, parameter, Counting())
+        Counting.count = 0
+        with tg.backend(name):
+            made(x)
+        assert Counting.count == 1
 
 
-def test_what_torch_multiplies_faster_is_left_to_it(answers, monkeypatch):
-    layer, x = module("GRU", 6, 4, dtype=torch.bfloat16), randn(3, 2, 6, dtype=torch.bfloat16)
-    layer(x)
+def test_what_torch_multiplies_faster_is_left_to_it(monkeypatch):
+    layer, x = module("GRU", 6, 256, dtype=torch.bfloat16), randn(3, 256, 6, dtype=torch.bfloat16)
+    monkeypatch.setattr(cpu, "_multiplies_matrices", lambda: False)
+    on_the_cpu(lambda: layer(x))
     monkeypatch.setattr(cpu, "_multiplies_matrices", lambda: True)
-    layer(x)
-    assert answers == [2, 0]
+    with tg.trace() as ran:
+        layer(x)
+    assert [one.backend for one in ran] == ["aten"]
 
 
-def test_lengths_are_refused_by_name(answers):
+def test_lengths_are_refused_by_name():
     with pytest.raises(ValueError, match="lengths"):
         module("GRU", 6, 4)(torch.zeros(3, 2, 6), lengths=torch.tensor([4, 1]))
-    assert not any(answers)

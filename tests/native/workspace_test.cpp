@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// What threads keep between calls stays within the budget, and goes with them.
+#include <atomic>
+#include <cstdio>
+#include <thread>
+
+#include "engine/crew.h"
+#include "engine/workspace.h"
+#include "testing.h"
+
+using namespace tidegate;
+
+namespace {
+
+void expect(const char* what, bool holds) { compare(what, {holds ? 0.0 : 1.0}, {0.0}, 0.5); }
+
+// Twice, because a thread keeps from its second call on what its first took. What a call has in hand is its own.
+void call(size_t bytes) {
+    for (int i = 0; i < 3; ++i) {
+        char* const memory = static_cast<char*>(take_workspace(bytes));
+        char* const more = static_cast<char*>(take_workspace(1000));
+        memory[0] = memory[bytes - 1] = more[999] = static_cast<char>(i);
+        give_workspace_back(memory);
+        give_workspace_back(more);
+    }
+}
+
+}  // namespace
+
+void check_workspace() {
+    const size_t before = workspace_held();
+    constexpr int threads = 24;
+    std::atomic<int> called{0};
+    std::atomic<bool> may_end{false};
+    std::vector<std::thread> callers;
+    for (int i = 0; i < threads; ++i)
+        callers.emplace_back([&, i] {
+            for (int round = 0; round < 20; ++round) call((size_t{40} << 20) - static_cast<size_t>(i) * 4096);
+            ++called;
+            while (!may_end) std::this_thread::yield();
+        });
+    while (called < threads) {
+        expect("workspace within its budget, but for calls in hand",
+               workspace_held() <= workspace_budget + threads * kept_workspace);
+        std::this_thread::yield();
+    }
+    std::printf("workspaces of %d idle threads: %zu MB of %zu\n", threads, workspace_held() >> 20,
+                workspace_budget >> 20);
+    expect("workspace within its budget", workspace_held() <= workspace_budget);
+    may_end = true;
+    for (std::thread& caller : callers) caller.join();
+    expect("workspace freed with its thread", workspace_held() <= before);
+    expect("a CPU to run on", available_cpus() >= 1);
+}
