@@ -232,7 +232,12 @@ def test_subclasses_are_left_alone_and_looked_into(kind: str) -> None:
 
 
 OPTIONS = [("GRU", "clip", 0.01), ("GRU", "reset_after", False), ("LSTM", "reverse", True), ("GRU", "activations", [])]
-OPTIONS += [("LSTMCell", "proj_size", 3), ("LSTM", "init", "keras"), ("LSTMCell", "coupled", True), ("RNN", "clip", "no")]
+OPTIONS += [
+    ("LSTMCell", "proj_size", 3),
+    ("LSTM", "init", "keras"),
+    ("LSTMCell", "coupled", True),
+    ("RNN", "clip", "no"),
+]
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), OPTIONS)

@@ -16,7 +16,7 @@ from tidegate.nn import RecurrentCell, RecurrentLayer
 
 
 def mgu_step(gates_x: Tensor, states: States, weights: Weights, options: Options) -> States:
-    """f = sigmoid(..), n = tanh(x_n + W_hn (f h)), h' = (1 - f) h + scale f n. Source: Zhou et al. 2016 (1603.09420)."""
+    """f = sigmoid(..), n = tanh(x_n + W_hn (f h)), h' = (1 - f) h + scale f n. Zhou et al. 2016 (1603.09420)."""
     (h,) = states
     x_f, x_n = gates_x.chunk(2, -1)
     w_f, w_n = weights["weight_hh"].chunk(2)
@@ -102,7 +102,7 @@ def test_a_cell_module():
         h = made(x_t, h)
     torch.testing.assert_close(h, sequence(x)[1][0], rtol=0, atol=1e-14)
     torch.testing.assert_close(made(x[0, 0]), made(x[0])[0], rtol=0, atol=1e-15)
-    outputs, state = tg.dynamic_rnn(made, x, initial_state=torch.zeros(2, 5, dtype=torch.float64), time_major=True)
+    _, state = tg.dynamic_rnn(made, x, initial_state=torch.zeros(2, 5, dtype=torch.float64), time_major=True)
     torch.testing.assert_close(state, h, rtol=0, atol=1e-14)
 
 
@@ -140,5 +140,5 @@ def test_what_torch_expects_of_a_module():
         layer(scale=-1.0)
     with pytest.raises(ValueError, match="cell: expected a name that is free"):
         ops.register(MGU)
-    with pytest.raises(RuntimeError, match="input.size.-1. must be equal to input_size. Expected 3, got 4"):
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size. Expected 3, got 4"):
         made(torch.zeros(2, 2, 4, dtype=torch.float64))

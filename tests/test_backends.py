@@ -73,7 +73,9 @@ def test_explain_names_each_call_and_runs_none() -> None:
     assert [call.call for call in found.calls] == ["lstm(T=5, B=2, I=3, H=4, layers=2, float32, cpu, bidirectional)"]
     with tg.backend("reference"):
         assert tg.explain(layer, x).backend == "reference"
-        assert str(tg.explain(layer, x)).startswith("lstm(T=5, B=2, I=3, H=4, layers=2, float32, cpu, bidirectional): ref")
+        assert str(tg.explain(layer, x)).startswith(
+            "lstm(T=5, B=2, I=3, H=4, layers=2, float32, cpu, bidirectional): ref"
+        )
     with tg.backend("aten"), pytest.raises(tg.UnsupportedError):
         tg.explain(layer, x, resets=torch.zeros(5, 2, dtype=torch.bool))
     assert str(tg.explain(torch.nn.Linear(3, 4), x)) == "no recurrent call of tidegate's"
@@ -87,7 +89,9 @@ def test_explain_looks_inside_a_model() -> None:
 def test_aten_refuses_lengths_that_it_would_have_to_wait_for() -> None:
     call = make_call("gru", lengths=True)
     call = call._replace(lengths=torch.empty(3, dtype=torch.int64, device="meta"))
-    assert backends.ATEN.unsupported_reasons(call.call()) == ["lengths are on meta: torch packs from lengths on the cpu"]
+    assert backends.ATEN.unsupported_reasons(call.call()) == [
+        "lengths are on meta: torch packs from lengths on the cpu"
+    ]
 
 
 def test_import_is_cheap() -> None:

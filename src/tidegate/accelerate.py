@@ -72,9 +72,9 @@ def accelerate(model: M) -> M:
     """Swap every torch.nn.RNN, LSTM, GRU and cell inside `model`, at any depth, for tidegate's, in place.
 
     Exact types only: a subclass may override what is replaced, so it is left alone, and `report` says so. So is a
-    module whose `forward` was replaced on the instance, or that has something of its own by the name of one of tidegate's
-    methods (`stream`, ...). A swapped module knows torch.nn's attributes alone: what its owner keeps on it as `clip` or
-    `reverse` stays his. Classes that torch itself makes around an exact one, for parametrizations and
+    module whose `forward` was replaced on the instance, or that has something of its own by the name of one of
+    tidegate's methods (`stream`, ...). A swapped module knows torch.nn's attributes alone: what its owner keeps on it
+    as `clip` or `reverse` stays his. Classes that torch itself makes around an exact one, for parametrizations and
     fully_shard, count as the class inside.
     `isinstance(module, torch.nn.GRU)` is False while a layer is swapped (torch.nn.RNNBase stays true), as for every
     tidegate layer; it stays true for cells. Doing it twice is doing it once.

@@ -37,12 +37,13 @@ class Backend:
         takes_stacks: it takes a whole `Call`; else it is given a `Layer` at a time.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd.
         forward: `(call, save) -> (output, *final states[, saved])`, not recording autograd. One that takes stacks gives
-            no output of a step, and may give more of it between the states and `saved`, for `gradients` to put together.
+            no output of a step, and may give more of it before `saved`, for `gradients` to put together.
         backward: of one that takes stacks `(call, saved, gradients, needs, overwrite) -> gradients` in the order of
             `Call.tensors`, None where `needs` is False; else `(layer, output, saved, gradients, needs)`. Where
             `overwrite`, nobody reads `saved` afterwards.
         saved_shape: from shapes alone.
         prepare: `call -> run(layout, input, states) -> (output, *new states)`, the weights laid out once; for streams.
+        layout: what `prepare`'s result holds for, beside the call.
         checks: it refuses by itself what `checks.check` would, with a RuntimeError, so that a plain call need not be
             looked at twice.
         slower_reasons: why it leaves a call that it can run to torch's operators, if those can and none is named; pure.
@@ -56,10 +57,11 @@ class Backend:
     composite: Callable[..., tuple[Tensor, ...]] | None = None
     forward: Callable[..., Sequence[Tensor]] | None = None
     backward: Callable[..., Gradients] | None = None
-    saved_shape: Callable[..., tuple[int, ...]] = lambda call: (0,)
+    saved_shape: Callable[..., tuple[int, ...]] = lambda _: (0,)
     prepare: Callable[[Call], Callable[..., Sequence[Tensor]]] | None = None
+    layout: Callable[[], str] = str
     checks: bool = False
-    slower_reasons: Callable[[Call], list[str]] = lambda call: []
+    slower_reasons: Callable[[Call], list[str]] = lambda _: []
     only_named: str = ""
 
 
@@ -81,6 +83,7 @@ CPU = Backend(
     backward=cpu.backward,
     saved_shape=cpu.saved_shape,
     prepare=cpu.prepare,
+    layout=cpu.layout,
     checks=True,
     slower_reasons=cpu.slower_reasons,
 )

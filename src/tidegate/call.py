@@ -232,9 +232,7 @@ def layer_by_layer(call: Call, run: Callable[[Layer], tuple[Tensor, ...]]) -> tu
         for k in range(layer * directions, (layer + 1) * directions):
             reverse = call.direction is Direction.REVERSE or k % directions == 1
             states = tuple([state[k] for state in whole.states if state is not None])
-            one = Layer(
-                call.cell, output, states, call.weights_of(k), call.lengths, call.resets, reverse, options
-            )
+            one = Layer(call.cell, output, states, call.weights_of(k), call.lengths, call.resets, reverse, options)
             result, *last = run(one)
             outputs.append(result)
             finals.append(last)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -254,7 +254,8 @@ def extensions(cell: Cell, options: tuple[Any, ...], weights: tuple[Tensor | Non
         if value != default and (name, value) not in cell.plain
     ]
     for k, (name, parameter) in enumerate(cell.parameters.items()):
-        if parameter.when not in ("", "bias", "proj_size") and any(w is not None for w in weights[k :: len(cell.parameters)]):
+        of_every_layer = weights[k :: len(cell.parameters)]
+        if parameter.when not in ("", "bias", "proj_size") and any(weight is not None for weight in of_every_layer):
             found.append(f"{name}: {parameter.when} are beyond torch.nn's equations")
     return found
 

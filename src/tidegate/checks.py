@@ -126,9 +126,7 @@ def _tensor_faults(name: str, tensor: Tensor, expected: tuple[int, ...], letters
     return faults
 
 
-def _sequence_faults(
-    steps: int, batch: int, lengths: Tensor | None, resets: Tensor | None, like: Tensor
-) -> list[str]:
+def _sequence_faults(steps: int, batch: int, lengths: Tensor | None, resets: Tensor | None, like: Tensor) -> list[str]:
     faults: list[str] = []
     if lengths is not None:
         if lengths.dim() != 1 or lengths.shape[0] != batch:

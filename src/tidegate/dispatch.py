@@ -21,7 +21,7 @@ _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
 
 
 # The key of the older vmap, which autograd batches gradients with; torch.func's is another.
-_VMAP_MODE = _C._parse_dispatch_key("VmapMode")
+_VMAP_MODE: Any = _C._parse_dispatch_key("VmapMode")
 
 
 def is_traced() -> bool:

@@ -163,11 +163,11 @@ def _read_again(kept: _Kept, is_first_order: bool) -> Any:
         RuntimeError: as torch does, of a tensor that was changed in place since.
     """
     unit = kept.unit
-    names = [*(f"{state}_0" for state in unit.cell.states), *unit.cell.parameters]
-    for k, (tensor, version) in enumerate(zip(unit.tensors, kept.versions, strict=True)):
+    layers = (len(unit.tensors) - 1 - len(unit.states)) // len(unit.cell.parameters)
+    names = ["input", *(f"{state}_0" for state in unit.cell.states), *[*unit.cell.parameters] * layers]
+    for name, tensor, version in zip(names, unit.tensors, kept.versions, strict=True):
         if tensor is None or version is None or tensor._version == version:
             continue
-        name = "input" if k == 0 else names[k - 1] if k <= len(names) else names[(k - 1 - len(unit.states)) % len(names)]
         raise RuntimeError(
             _CHANGED.format(
                 name=name, cell=unit.cell.name, shape=tuple(tensor.shape), now=tensor._version, then=version

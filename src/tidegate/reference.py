@@ -19,7 +19,9 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(layer: Layer) -> tuple[Tensor, ...]:
-    """Run one layer in one direction, recording autograd. float16 and bfloat16 are computed in float32 and rounded once, at the end.
+    """Run one layer in one direction, recording autograd.
+
+    float16 and bfloat16 are computed in float32 and rounded once, at the end.
 
     Returns:
         output (T, B, P), 0 past each row's length, and the final states.

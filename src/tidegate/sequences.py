@@ -126,9 +126,7 @@ def read_lengths(lengths: Any, batch: int, name: str = "lengths") -> Tensor | No
     return lengths.to(torch.int64)
 
 
-def read_resets(
-    resets: Any, layout: str, shape: tuple[int, ...], device: torch.device, name: str = "resets"
-) -> Tensor:
+def read_resets(resets: Any, layout: str, shape: tuple[int, ...], device: torch.device, name: str = "resets") -> Tensor:
     """A bool tensor of that shape, on that device."""
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
         came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__

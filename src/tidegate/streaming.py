@@ -20,7 +20,6 @@ from tidegate import backends, ops
 from tidegate.call import Call, Layout
 from tidegate.cells import States
 from tidegate.checks import check
-from tidegate.kernels import cpu
 from tidegate.scope import scope
 
 _FORMAT = "tidegate stream 1"
@@ -53,13 +52,15 @@ class _Laid(NamedTuple):
     """A module's weights as streams run them.
 
     Attributes:
-        call: over one step (1, 1, I), on a copy of the weights; its zero states say the sizes.
+        call: over one step (1, 1, I), on a copy of the weights.
+        zeros: its states, (L, 1, size).
         chosen: the backend.
         run: its way to run any number of steps.
         layout: what else `run` holds for.
     """
 
     call: Call
+    zeros: States
     chosen: backends.Backend
     run: Run
     layout: str
@@ -83,13 +84,13 @@ def _lay_out(source: Source, dtype: torch.dtype | None) -> _Laid:
         call = call._replace(input=first.new_zeros((1, 1, sizes["I"]), dtype=dtype), states=zeros)
         check(call)
         chosen = backends.select(call, scope.named)
-        layout = cpu.layout_of_weights() if chosen.prepare is not None else ""
+        layout = chosen.layout()
         laid = _LAID.get(module)
         if laid is not None and (laid.chosen, laid.layout) == (chosen, layout) and _is_same(laid.call, call):
             return laid
         call = call._replace(weights=tuple(None if w is None else w.clone() for w in weights))
         run = chosen.prepare(call) if chosen.prepare is not None else _unprepared(call, chosen)
-        _LAID[module] = laid = _Laid(call, chosen, run, layout)
+        _LAID[module] = laid = _Laid(call, zeros, chosen, run, layout)
         return laid
 
 
@@ -99,9 +100,10 @@ def _is_same(kept: Call, call: Call) -> bool:
     for a, b in zip(kept.tensors, call.tensors, strict=True):
         if (a is None) != (b is None):
             return False
-        if a is not None and b is not None:
-            if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) or not torch.equal(a, b):
-                return False
+        if a is None or b is None:
+            continue
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) or not torch.equal(a, b):
+            return False
     return True
 
 
@@ -331,7 +333,7 @@ class Stream:
         named = saved.get("states")
         if not isinstance(named, dict):
             raise ValueError(f"source: expected states by name, got {type(named).__name__}")
-        states = [named.get(name) for name in self._source.cell.states]
+        states: list[Any] = [named.get(name) for name in self._source.cell.states]
         self._check_states(states, None, "source", torch.device("cpu"))
         self._set_states([state.clone().to(self._device) for state in states])
 
@@ -361,7 +363,7 @@ class Stream:
         self._layout = Layout.STEP if self._batched else Layout.UNBATCHED_STEP
 
     def _zeros(self, rows: int) -> States:
-        return tuple([s.new_zeros(s.shape[0], rows, s.shape[-1]) for s in self._laid.call.states if s is not None])
+        return tuple([s.new_zeros(s.shape[0], rows, s.shape[-1]) for s in self._laid.zeros])
 
     def _to_user(self, state: Tensor) -> Tensor:
         state = state if self._source.layered else state.squeeze(0)
@@ -385,9 +387,7 @@ class Stream:
 
     def _check_states(self, states: list[Any], rows: int | None, name: str, device: torch.device) -> None:
         faults: list[str] = []
-        for letter, state, pattern in zip(
-            self._source.cell.states, states, self._laid.call.states, strict=True
-        ):
+        for letter, state, pattern in zip(self._source.cell.states, states, self._laid.zeros, strict=True):
             if not isinstance(state, Tensor) or state.dim() != 3:
                 raise ValueError(f"{name}: expected a tensor {letter} (layers, rows, size)")
             expected = (self._source.layers, states[0].shape[1] if rows is None else rows, pattern.shape[-1])

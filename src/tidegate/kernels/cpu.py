@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tidegate import kernels
-from tidegate.call import Call, Direction, Layout
+from tidegate.call import Call, Layout
 from tidegate.cells import GRU, LSTM, RNN, extensions
 
 _LIBRARY = "tidegate_cpu.so"
@@ -122,7 +122,8 @@ def _stack_reasons(call: Call) -> list[str]:
 
 def _is_uniform(weights: tuple[Tensor | None, ...], count: int) -> bool:
     present = [weight is None for weight in weights[:count]]
-    return all([weight is None for weight in weights[k : k + count]] == present for k in range(count, len(weights), count))
+    starts = range(count, len(weights), count)
+    return all([weight is None for weight in weights[k : k + count]] == present for k in starts)
 
 
 def slower_reasons(call: Call) -> list[str]:
@@ -164,7 +165,8 @@ def saved_shape(call: Call) -> tuple[int, ...]:
 
 
 # What csrc/torch/call.h's `Form` says beside the kind: where its numbers stand.
-_LAYOUT, _DIRECTION, _SAVES, _LENGTHS, _RESETS, _PROJECTS, _LAYERS = (1 << place for place in (4, 8, 10, 11, 12, 13, 14))
+_LAYOUT, _DIRECTION, _LAYERS = 1 << 4, 1 << 8, 1 << 14
+_SAVES, _LENGTHS, _RESETS, _PROJECTS = 1 << 10, 1 << 11, 1 << 12, 1 << 13
 
 
 def _form(call: Call) -> int:
@@ -248,6 +250,6 @@ def prepare(call: Call) -> Callable[[Layout, Tensor, tuple[Tensor, ...]], Sequen
     return run
 
 
-def layout_of_weights() -> str:
+def layout() -> str:
     """What `prepare`'s result holds for: no other instruction set lays weights out like this."""
     return operators().isa()

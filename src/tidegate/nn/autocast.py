@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from tidegate import ops
 from tidegate.call import Call
 
 
-def run(call: Call, find_faults: Callable[[Call], None], widens_on_cpu: bool) -> tuple[Tensor, ...]:
+def run(call: Call, find_faults: Callable[[Call], None], widens_on_cpu: bool) -> Sequence[Tensor]:
     """`ops.run` in the dtype of an autocast that is on.
 
     Args:

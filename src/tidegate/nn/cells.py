@@ -106,7 +106,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         states = self._step(input, hx)
         return states[0] if len(states) == 1 else tuple(states)
 
-    def _step(self, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
+    def _step(self, input: Tensor, hx: Any) -> Sequence[Tensor]:
         """One step: input (B, I) or (I,), states (B, size) or (size,) each, zeros if None."""
         cell, states, dims = self.cell, self._states(hx), input.dim()
         if dims not in (1, 2):
@@ -144,8 +144,8 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         input, given = call.input, [state for state in call.states if state is not None]
         for k, state in enumerate(given):
             if state.dim() not in (1, 2):
-                which = "hidden" if len(call.states) == 1 else f"hx[{k}]"
-                raise ValueError(f"{self.cell.name.upper()}Cell: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
+                name, which = f"{self.cell.name.upper()}Cell", "hidden" if len(call.states) == 1 else f"hx[{k}]"
+                raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
         if input.dim() == 1:
             input, given = input.unsqueeze(0), [state.unsqueeze(0) for state in given]
         if input.size(1) != self.input_size:
@@ -201,9 +201,7 @@ class RNNCell(_OneStateCell, torch.nn.RNNCell):
     ) -> None:
         if activations is not None:
             nonlinearity = read_nonlinearity(activations)
-        super().__init__(
-            input_size, hidden_size, bias, device, dtype, init=init, nonlinearity=nonlinearity, clip=clip
-        )
+        super().__init__(input_size, hidden_size, bias, device, dtype, init=init, nonlinearity=nonlinearity, clip=clip)
         if activations is not None:
             self._own_nonlinearity = nonlinearity
 

@@ -49,7 +49,9 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         theirs = [{getattr(base, name, None) for base in (torch.nn.RNNBase, torch.nn.LSTM)} for name in _OVERRIDABLE]
-        cls._overridden = frozenset(n for n, own in zip(_OVERRIDABLE, theirs, strict=True) if getattr(cls, n) not in own)
+        cls._overridden = frozenset(
+            name for name, own in zip(_OVERRIDABLE, theirs, strict=True) if getattr(cls, name) not in own
+        )
 
     def __init__(
         self,
@@ -286,9 +288,8 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 states = tuple(state.unsqueeze(1) for state in states)
         self._check_input(data, batch_sizes)
         if self._overridden & {"check_forward_args", "check_input"}:
-            given = states if states[0] is not None else tuple(
-                data.new_zeros(size) for size in self._state_sizes(data, batch_sizes)
-            )
+            sizes = self._state_sizes(data, batch_sizes)
+            given: Any = states if states[0] is not None else tuple(data.new_zeros(size) for size in sizes)
             self.check_forward_args(data, given[0] if len(given) == 1 else given, batch_sizes)
         if states[0] is not None:
             self._check_states(data, states, batch_sizes)
@@ -379,7 +380,9 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 f"stream: expected {option}; the reverse direction begins at a sequence's last step, "
                 "which a stream has not seen"
             )
-        return Stream(Source(self, self.num_layers, layered=True, batch_first=self.batch_first), batch_size, state, dtype)
+        return Stream(
+            Source(self, self.num_layers, layered=True, batch_first=self.batch_first), batch_size, state, dtype
+        )
 
 
 def _places(parameters: tuple[str, ...], names: tuple[str, ...]) -> tuple[str | None, ...]:

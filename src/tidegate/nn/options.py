@@ -37,7 +37,8 @@ class Extended(torch.nn.Module):
             if name in given or not hasattr(self, name):
                 setattr(self, name, read_option(self.cell, name, given.pop(name, None)))
         if given:
-            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {next(iter(given))!r}")
+            constructor = f"{type(self).__name__}.__init__()"
+            raise TypeError(f"{constructor} got an unexpected keyword argument {next(iter(given))!r}")
 
     def _option_values(self) -> tuple[Any, ...]:
         """In the cell's order."""
@@ -62,7 +63,7 @@ class Extended(torch.nn.Module):
 
         Each is read once, because a parametrization may count its uses. A name that is None, or gone, is absent.
         """
-        found = self._parameters  # a module's own attribute access costs as much as a small step
+        found: Any = self._parameters  # attribute access costs as much as a small step
         try:
             return tuple(map(found.__getitem__, names))
         except KeyError:
