@@ -128,7 +128,6 @@ def test_onnxruntime_gives_our_numbers_and_the_model_reads_back(kind, bidirectio
         with torch.no_grad():
             expected = layer(*arguments, **keywords)
         equal(expected, run_model.run(None, given))
-        back.batch_first = layer.batch_first
         equal(back(*arguments, **keywords), [t.numpy() for t in flat(expected)])
     assert not [node for node in model.graph.node if node.op_type in ("Loop", "Scan")]
 

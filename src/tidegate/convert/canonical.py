@@ -59,6 +59,9 @@ class Faults:
             sizes = ", ".join("any" if size is None else str(size) for size in expected)
             self.add(f"{name}: expected {letters} = ({sizes}), got {tuple(tensor.shape)}")
             return torch.zeros([size or 1 for size in expected], dtype=tensor.dtype)
+        if not tensor.numel():
+            self.add(f"{name}: expected {letters}, none of them 0, got {tuple(tensor.shape)}")
+            return torch.zeros([size or 1 for size in tensor.shape], dtype=tensor.dtype)
         return tensor
 
     def same_dtype(self, tensors: Mapping[str, Any]) -> None:
@@ -68,17 +71,28 @@ class Faults:
             self.add("arrays of different dtypes: " + ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()))
 
 
+def missing(purpose: str, error: ImportError) -> ImportError:
+    """The error that names the package `purpose` lacks: the one that was asked for, or one that it needs itself."""
+    name = (error.name or "").split(".")[0]
+    package = {"google": "protobuf", "": "that it names"}.get(name, name)
+    words = f"{purpose} needs the package {package}: pip install tidegate[convert] ({error})"
+    return ImportError(words, name=error.name, path=error.path)
+
+
 def as_tensor(value: Any) -> Tensor:
     """A floating-point array of any framework as a tensor of its own memory.
 
     Raises:
         TypeError, ValueError: it is no array of floating-point numbers.
+        ImportError: NumPy is missing, and it is no tensor.
     """
-    import numpy as np
-
     if isinstance(value, Tensor):
         tensor = value.detach().clone()
     else:
+        try:
+            import numpy as np
+        except ImportError as error:
+            raise missing("reading an array", error) from error
         array: Any = np.asarray(value)
         if array.dtype.name == "bfloat16":
             tensor = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from tidegate.convert.canonical import missing
 from tidegate.errors import ConversionError
 
 RECURRENT = ("SimpleRNN", "GRU", "LSTM", "Bidirectional")
@@ -125,7 +126,7 @@ def _arrays(path: str | os.PathLike[str], content: bytes, entry: Entry) -> list[
     try:
         import h5py
     except ImportError as error:
-        raise ImportError("reading a .keras file needs h5py: pip install tidegate[convert]") from error
+        raise missing("reading a .keras file", error) from error
 
     parts = ("forward_layer/", "backward_layer/") if entry.class_name == "Bidirectional" else ("",)
     found: list[Any] = []

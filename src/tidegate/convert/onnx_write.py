@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidegate import cells
 from tidegate.cells import GRU, LSTM, RNN, Cell, Options, reordered
-from tidegate.convert.canonical import Faults
+from tidegate.convert.canonical import Faults, missing
 from tidegate.convert.onnx_names import PEEPHOLE_ORDER, default_activations, gate_orders, write_activations
 
 _OPSET = 17
@@ -53,7 +53,7 @@ def to_onnx(
     try:
         import onnx
     except ImportError as error:
-        raise ImportError("writing ONNX needs the package onnx: pip install tidegate[convert]") from error
+        raise missing("writing ONNX", error) from error
 
     faults = Faults(f"to_onnx({type(module).__name__})")
     cell = next((cell for cell in cells.CELLS if getattr(module, "mode", "").lower().startswith(cell.name)), None)

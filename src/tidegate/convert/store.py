@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from tidegate import nn
+from tidegate.convert.canonical import missing
 from tidegate.errors import ConversionError
 
 _CLASSES = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
@@ -79,5 +80,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("safetensors files need the package safetensors: pip install tidegate[convert]") from error
+        raise missing("reading or writing a safetensors file", error) from error
     return safetensors.torch
