@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import helper
 
 import tidegate as tg
@@ -291,6 +293,77 @@ def test_an_rnns_state_dict_needs_its_activation(tmp_path):
     torch.save(torch.nn.RNN(3, 4).state_dict(), tmp_path / "model.pt")
     with pytest.raises(tg.ConversionError, match="give tanh or relu"):
         tg.convert.from_torch_file(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (
+            {"weight_hh_l0": torch.zeros(0, 0)},
+            {},
+            "weight_hh_l0: expected 2 dimensions of floating-point numbers, none",
+        ),
+        ({"weight_hh_l0": torch.zeros(12, 0)}, {}, "none of them 0, got torch.float32 (12, 0)"),
+        ({"weight_ih_l0": torch.zeros(12, 3, dtype=torch.int64)}, {}, "weight_ih_l0: expected 2 dimensions"),
+        ({"bias_ih_l0": torch.zeros(12, dtype=torch.float64)}, {}, "arrays of different dtypes: "),
+        ({"weight_hh_l0": torch.zeros(12, 5)}, {}, "(12, 5) is no RNN's, GRU's or LSTM's"),
+        ({"weight_ih_l0": torch.zeros(9, 3)}, {}, "weight_ih_l0"),
+        ({"weight_ih_l2": torch.zeros(12, 4)}, {}, "expected 3 layers of 1 directions, got [(0, ''), (2, '')]"),
+        ({}, {"num_layers": 2}, "num_layers=2 is not supported: a state_dict says it itself"),
+        ({}, {"forget": 2}, "forget"),
+        ({}, {"layer": "decoder"}, "layer='decoder': 0 fit; the recurrent layers are ['']"),
+    ],
+)
+def test_a_state_dict_of_another_kind_says_so(tmp_path, change, options, words):
+    torch.save({**torch.nn.GRU(3, 4).state_dict(), **change}, tmp_path / "model.pt")
+    with pytest.raises(tg.ConversionError) as error:
+        tg.convert.from_torch_file(tmp_path / "model.pt", **options)
+    assert words in str(error.value)
+
+
+LISTED = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4)
+
+
+# torch's own word on a pickle that another protocol wrote.
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(LISTED, st.floats(0, 1), st.booleans())
+def test_a_damaged_torch_file_is_read_or_refused(tmp_path_factory, changes, share, zipped):
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    torch.manual_seed(0)
+    torch.save(torch.nn.GRU(1, 1).state_dict(), path, _use_new_zipfile_serialization=zipped)
+    read_or_refused(tg.convert.from_torch_file, path, changes, share)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(LISTED, st.floats(0, 1))
+def test_a_damaged_keras_file_is_read_or_refused(tmp_path_factory, changes, share):
+    arrays = gru_arrays(input_size=1, hidden_size=1)
+    path = tmp_path_factory.getbasetemp() / "damaged.keras"
+    keras_file(path, [layer_config("gru", units=1)], keras_weights({"layers/gru": arrays}))
+    read_or_refused(tg.from_keras, path, changes, share)
+
+
+def read_or_refused(read, path, changes, share):
+    content = bytearray(path.read_bytes())
+    content = content if changes else content[: int(share * len(content))]
+    for place, value in changes:
+        # Most of what can be damaged stands at the end of a zip, and at the beginning of what it holds.
+        place = 1 - place**3 if value % 2 else place**3
+        content[min(int(place * len(content)), len(content) - 1)] = value
+    path.write_bytes(bytes(content))
+    try:
+        read(path)
+    except tg.ConversionError as error:
+        assert "from_" in str(error)  # noqa: PT017 - either outcome is right, no other error is
+
+
+def test_a_path_that_cannot_be_read_is_no_damaged_file(tmp_path):
+    for read in (tg.from_keras, tg.from_onnx, tg.convert.load, tg.convert.from_torch_file):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "nothing")
+        with pytest.raises(OSError, match=r"irectory|device"):
+            read(tmp_path)
 
 
 def test_the_command_converts_checks_and_says_so(tmp_path):

@@ -6,6 +6,9 @@ A direction's weights are a dict by the names of `Call.weights`, absent or None 
 
 from __future__ import annotations
 
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +25,10 @@ Weights = dict[str, Any]
 
 _LAYERS: dict[str, type[RecurrentLayer]] = {RNN.name: nn.RNN, LSTM.name: nn.LSTM, GRU.name: nn.GRU}
 _CELLS: dict[str, type[RecurrentCell]] = {RNN.name: nn.RNNCell, LSTM.name: nn.LSTMCell, GRU.name: nn.GRUCell}
+
+
+# What zipfile raises for a damaged archive, beside its own error.
+DAMAGED_ZIP = (zipfile.BadZipFile, EOFError, ValueError, IndexError, RuntimeError, OSError, struct.error, zlib.error)
 
 
 class Faults:

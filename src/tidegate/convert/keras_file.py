@@ -12,11 +12,10 @@ import json
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tidegate.convert.canonical import missing
+from tidegate.convert.canonical import DAMAGED_ZIP, Faults, missing
 from tidegate.errors import ConversionError
 
 RECURRENT = ("SimpleRNN", "GRU", "LSTM", "Bidirectional")
@@ -59,28 +58,32 @@ def _named(path: str | os.PathLike[str]) -> str:
 
 def _unzip(path: str | os.PathLike[str]) -> tuple[bytes, bytes]:
     """config.json and model.weights.h5 in memory, their sizes checked before they are read."""
-    size = os.path.getsize(path)
+    with open(path, "rb") as file:  # a path that cannot be opened is no damaged file
+        size, head = os.fstat(file.fileno()).st_size, file.read(8)
     if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
-            head = file.read(8)
         kind = "an HDF5 file; save the model as .keras" if head == b"\x89HDF\r\n\x1a\n" else "no zip, or cut short"
         raise ConversionError(f"{_named(path)}: not a .keras file ({kind})")
+    faults = Faults(_named(path))
+    found: list[bytes] = []
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             for name in ("config.json", "model.weights.h5"):
                 if names.count(name) != 1:
-                    raise ConversionError(f"{_named(path)}: not a .keras file: {names.count(name)} entries {name}")
-            config, weights = archive.getinfo("config.json"), archive.getinfo("model.weights.h5")
-            if config.file_size > _MAX_CONFIG or config.file_size + weights.file_size > _MAX_RATIO * size + _MAX_CONFIG:
-                raise ConversionError(
-                    f"{_named(path)}: a file of {size} bytes claims {config.file_size} for config.json and "
-                    f"{weights.file_size} for model.weights.h5"
-                )
-            # ZipFile.read stops at the size that the directory claims, which was checked.
-            return archive.read(config), archive.read(weights)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, RuntimeError) as error:
+                    faults.add(f"not a .keras file: {names.count(name)} entries {name}")
+            if not faults.lines:
+                entries = [archive.getinfo(name) for name in ("config.json", "model.weights.h5")]
+                config, weights = (entry.file_size for entry in entries)
+                if config > _MAX_CONFIG or config + weights > _MAX_RATIO * size + _MAX_CONFIG:
+                    faults.add(f"a file of {size} bytes claims {config} for config.json and {weights} for "
+                               "model.weights.h5")  # fmt: skip
+                else:
+                    # ZipFile.read stops at the size that the directory claims, which was checked.
+                    found = [archive.read(entry) for entry in entries]
+    except DAMAGED_ZIP as error:
         raise ConversionError(f"{_named(path)}: damaged: {error}") from error
+    faults.raise_any()
+    return found[0], found[1]
 
 
 def _configuration(content: bytes) -> dict[str, Any]:
