@@ -81,6 +81,121 @@ def test_each_layer_of_a_keras_file_by_its_name(tmp_path):
         tg.from_keras(path)
 
 
+def keras_weights_at(groups):
+    """As keras_weights, each place to its last group."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for place, arrays in groups.items():
+            group = file.create_group(place)
+            for k, array in enumerate(arrays):
+                group.create_dataset(str(k), data=array)
+    return buffer.getvalue()
+
+
+def cell_config(class_name="GRUCell", units=4):
+    return {"module": "keras.layers", "class_name": class_name, "registered_name": None, "config": {"units": units}}
+
+
+def stack_config(*cells):
+    return {"module": "keras.layers", "class_name": "StackedRNNCells", "config": {"cells": list(cells)}}
+
+
+def test_rnns_of_cells_in_a_keras_file_stand_where_keras_puts_them(tmp_path):
+    """The places are those that Keras 3.15 wrote."""
+    lower, upper = gru_arrays(0), gru_arrays(1, input_size=4)
+    inner = {"module": "keras.layers", "class_name": "RNN", "config": {"cell": cell_config()}}
+    layers = [
+        layer_config("one", "RNN", cell=cell_config()),
+        layer_config("two", "RNN", cell=stack_config(cell_config(), cell_config())),
+        layer_config("ways", "Bidirectional", layer=inner),
+        layer_config("spread", "TimeDistributed", layer=layer_config("hidden", "GRU")),
+        layer_config("frames", "ConvLSTM2D"),
+        layer_config("other", "GRU") | {"registered_name": "mine>GRU"},
+    ]
+    for layer in layers[:5]:
+        layer["config"].pop("units")
+    weights = keras_weights_at(
+        {
+            "layers/rnn/cell/vars": lower,
+            "layers/rnn_1/cell/cells/gru_cell/vars": lower,
+            "layers/rnn_1/cell/cells/gru_cell_1/vars": upper,
+            "layers/bidirectional/forward_layer/cell/vars": lower,
+            "layers/bidirectional/backward_layer/cell/vars": gru_arrays(2),
+        }
+    )
+    path = keras_file(tmp_path / "model.keras", layers, weights)
+    expected = {
+        "one": ("GRU", {"units": 4}, lower),
+        "two": ("RNN", {"cell": stack_config(cell_config(), cell_config())}, [*lower, *upper]),
+        "ways": ("Bidirectional", {"layer": inner}, [*lower, *gru_arrays(2)]),
+    }
+    for name, (kind, config, arrays) in expected.items():
+        layer, reference = tg.from_keras(path, layer=name), tg.from_keras(kind, config, arrays)
+        assert repr(layer) == repr(reference)
+        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), reference.parameters(), strict=True))
+    for name, words in (
+        ("hidden", r"hidden \(GRU\): inside spread \(TimeDistributed\), along another axis"),
+        ("frames", r"frames \(ConvLSTM2D\): no layer here is like it"),
+        ("other", r"other \(GRU\): a class of the model's own"),
+        (None, r"are one \(RNN\), two \(RNN\), ways \(Bidirectional\)\n  not read: hidden \(GRU\): inside"),
+    ):
+        with pytest.raises(tg.ConversionError, match=words):
+            tg.from_keras(path, layer=name)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 5) | st.floats() | st.sampled_from(["", "GRU", "RNN", "relu"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["config", "class_name", "layer", "layers", "cell", "cells"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+
+
+def places(node, path=()):
+    """Every place in a configuration."""
+    yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_configuration_of_any_form_is_read_or_refused(tmp_path_factory, data):
+    inner = {"module": "keras.layers", "class_name": "RNN", "config": {"cell": cell_config()}}
+    layers = [
+        layer_config("gru", activation="tanh", use_bias=True, go_backwards=False),
+        layer_config("two", "RNN", cell=stack_config(cell_config(), cell_config())),
+        layer_config("ways", "Bidirectional", layer=inner, backward_layer=inner, merge_mode="concat"),
+        layer_config("spread", "TimeDistributed", layer=layer_config("hidden", "GRU")),
+    ]
+    arrays, upper = gru_arrays(), gru_arrays(input_size=4)
+    weights = {
+        "layers/gru/cell/vars": arrays,
+        "layers/rnn/cell/cells/gru_cell/vars": arrays,
+        "layers/rnn/cell/cells/gru_cell_1/vars": upper,
+        "layers/bidirectional/forward_layer/cell/vars": arrays,
+        "layers/bidirectional/backward_layer/cell/vars": arrays,
+    }
+    *way, last = data.draw(st.sampled_from([place for place in places(layers) if place]))
+    target = layers
+    for key in way:
+        target = target[key]
+    if data.draw(st.booleans()):
+        target[last] = data.draw(JSON)
+    else:
+        del target[last]
+    path = keras_file(tmp_path_factory.getbasetemp() / "any.keras", layers, keras_weights_at(weights))
+    try:
+        tg.from_keras(path, layer=data.draw(st.sampled_from(["gru", "two", "ways", "hidden", None])))
+    except tg.ConversionError as error:
+        assert "from_keras(" in str(error)  # noqa: PT017 - either outcome is right, no other error is
+
+
 def soft_link(file, place):
     del file[place]
     file[place] = h5py.SoftLink("/elsewhere")
