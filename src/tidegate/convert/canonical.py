@@ -71,6 +71,16 @@ class Faults:
             return torch.zeros([size or 1 for size in tensor.shape], dtype=tensor.dtype)
         return tensor
 
+    def names(self, argument: str, value: Any) -> None:
+        """A fault where an argument is no mapping by names."""
+        if not isinstance(value, Mapping):
+            self.add(f"{argument}: expected arrays by name, got {type(value).__name__}")
+        else:
+            keys: list[Any] = list(value)
+            self.lines += [
+                f"{argument}: expected names, got the key {key!r}" for key in keys if not isinstance(key, str)
+            ]
+
     def same_dtype(self, tensors: Mapping[str, Any]) -> None:
         """A fault where the arrays of one layer differ in dtype."""
         dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
