@@ -177,6 +177,28 @@ def test_what_onnx_cannot_represent(layer, words):
         assert word in str(error.value)
 
 
+def mixed():
+    layer = tg.GRU(3, 4)
+    layer.weight_ih_l0 = torch.nn.Parameter(layer.weight_ih_l0.double())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "words"),
+    [
+        (lambda: tg.GRU(3, 4), {"batch_size": 0}, "batch_size=0 is not supported: a positive integer, or None"),
+        (lambda: tg.GRU(3, 4), {"steps": 2.5}, "steps=2.5 is not supported"),
+        (lambda: tg.GRU(3, 4), {"steps": True}, "steps=True is not supported"),
+        (lambda: tg.GRU(3, 4, device="meta"), {}, "on the meta device"),
+        (mixed, {}, "arrays of different dtypes: weight_ih_l0 torch.float64, weight_hh_l0 torch.float32"),
+    ],
+)
+def test_what_cannot_be_written_says_so(layer, options, words):
+    with pytest.raises(tg.ConversionError) as error:
+        tg.to_onnx(layer(), **options)
+    assert words in str(error.value)
+
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -213,3 +215,66 @@ def test_any_json_in_an_arguments_place_is_read_or_refused(tmp_path_factory, nam
         tg.convert.load(path)
     except tg.ConversionError as error:
         assert str(error).startswith("load(")  # noqa: PT017 - either outcome is right, no other error is
+
+
+@quick
+@given(modules())
+def test_a_cell_becomes_a_layer_with_every_option(module):
+    if "Cell" not in type(module).__name__:
+        return
+    layer = tg.convert.as_layer(module)
+    stored, kept = store.describe(module)["arguments"], store.describe(layer)["arguments"]
+    assert {name: kept[name] for name in stored} == stored
+    x = torch.randn(1, 3, module.input_size, dtype=module.weight_ih.dtype)
+    torch.testing.assert_close(layer(x)[0][0], flat(module(x[0]))[0])
+
+
+def test_two_cells_that_differ_are_no_layer():
+    for other, words in (
+        (tg.GRUCell(3, 4).double(), "cell 1, weight_ih torch.float64"),
+        (tg.GRUCell(3, 4, init="tf1"), "init: "),
+    ):
+        with pytest.raises(tg.ConversionError) as error:
+            tg.convert.as_layer(tg.GRUCell(3, 4), other)
+        assert words in str(error.value)
+
+
+PACKAGES = {
+    "onnx": ("tg.from_onnx('x')", "tg.to_onnx(tg.GRU(3, 4))"),
+    "google.protobuf": ("tg.from_onnx('x')",),
+    "onnxscript": ("tg.convert.onnx_translations()",),
+    "safetensors": ("tg.convert.save(tg.GRU(3, 4), 'x')", "tg.convert.load('x')"),
+    "h5py": ("tg.from_keras(file)",),
+    "numpy": (
+        "tg.from_onnx('x')",
+        "tg.from_keras('GRU', {}, [[1.0]] * 3)",
+        "tg.from_tf1('BasicRNNCell', {'kernel': [[1.0]] * 2, 'bias': [1.0]})",
+        "tg.from_flax('SimpleCell', {'i': {'kernel': [[1.0]]}, 'h': {'kernel': [[1.0]]}})",
+        "tg.from_keras(file)",
+    ),
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named(package, tmp_path):
+    """The one that is missing, not the one that asked for it; and without it `tidegate.convert` is imported."""
+    code = f"""
+import io, json, sys, zipfile
+sys.modules[{package!r}] = None
+import tidegate as tg
+tg.convert
+file = {str(tmp_path / "model.keras")!r}
+with zipfile.ZipFile(file, "w") as archive:
+    layers = [{{"class_name": "GRU", "config": {{"name": "gru"}}}}]
+    archive.writestr("config.json", json.dumps({{"config": {{"layers": layers}}}}))
+    archive.writestr("model.weights.h5", "")
+for call in {PACKAGES[package]!r}:
+    try:
+        eval(call)
+    except ImportError as error:
+        print(str(error).split(" (")[0].split(" needs ")[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    name = "protobuf" if package.startswith("google") else package
+    expected = f"the package {name}: pip install tidegate[convert]"
+    assert done.stdout.splitlines() == [expected] * len(PACKAGES[package])

@@ -207,10 +207,13 @@ def as_layer(cell: Any, reverse_cell: Any = None, *, batch_first: bool = False) 
     shapes = [{name: tuple(w.shape) for name, w in d.items() if w is not None} for d in directions]
     if shapes[0] != shapes[-1]:
         faults.add(f"the cells' weights differ: {shapes[0]} and {shapes[-1]}")
+    faults.same_dtype({f"cell {k}, {name}": w for k, d in enumerate(directions) for name, w in d.items()})
+    if cells[-1].init != cell.init:
+        faults.add(f"init: {cell.init!r} in one cell and {cells[-1].init!r} in the other; a layer has one")
     if cell.proj_size >= cell.hidden_size:
         faults.option("proj_size", cell.proj_size, "a layer's is smaller than hidden_size; run it by tg.dynamic_rnn")
     faults.raise_any()
     copies = [{name: None if w is None else w.detach().clone() for name, w in d.items()} for d in directions]
     if "nonlinearity" in options:
         options["activations"] = options.pop("nonlinearity")
-    return build_layer(cell.cell, copies, batch_first=batch_first, **options)
+    return build_layer(cell.cell, copies, batch_first=batch_first, init=cell.init, **options)
