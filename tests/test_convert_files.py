@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 import tidegate as tg
+from tidegate.cli import convert_check
 from tidegate.cli.convert import run_convert
 
 
@@ -500,3 +501,39 @@ def test_importing_tidegate_imports_no_framework():
     code = "import sys, tidegate; print(*{'onnx', 'h5py', 'safetensors', 'keras', 'jax'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stdout.strip()
+
+
+def test_the_command_keeps_the_layout_of_an_onnx_file(tmp_path):
+    """Read, checked against onnxruntime and written again: rows first throughout."""
+    layer = tg.GRU(3, 4, 2, batch_first=True, bidirectional=True)
+    tg.to_onnx(layer, tmp_path / "model.onnx")
+    lines = []
+    run_convert(tmp_path / "model.onnx", tmp_path / "model.safetensors", say=lines.append)
+    assert any("GRU(3, 4, num_layers=2, batch_first=True, bidirectional=True)" in line for line in lines)
+    assert any("onnxruntime: run on random input, the largest difference is" in line for line in lines)
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(tg.convert.load(tmp_path / "model.safetensors")(x)[0], layer(x)[0])
+
+
+def test_the_command_settles_what_an_onnx_file_leaves_open(tmp_path):
+    model = tg.to_onnx(tg.GRU(3, 4))
+    for node in model.graph.node:
+        if node.op_type == "GRU":
+            node.input[0] = "turned"
+    model.graph.node.insert(0, helper.make_node("Transpose", ["input"], ["turned"], perm=[1, 0, 2]))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(tg.ConversionError, match="say by batch_first="):
+        run_convert(tmp_path / "model.onnx", tmp_path / "model.safetensors", say=print)
+    run_convert(tmp_path / "model.onnx", tmp_path / "model.safetensors", batch_first=True, say=print)
+    assert tg.convert.load(tmp_path / "model.safetensors").batch_first
+
+
+def test_the_command_says_that_a_layer_goes_backwards(tmp_path, monkeypatch):
+    # The file holds no more than is read, so Keras itself would not run it.
+    monkeypatch.setattr(convert_check, "against_source", lambda *_: "not run")
+    arrays = keras_weights({"layers/gru": gru_arrays()})
+    path = keras_file(tmp_path / "model.keras", [layer_config("gru", go_backwards=True)], arrays)
+    lines = []
+    run_convert(path, tmp_path / "model.safetensors", say=lines.append)
+    assert "reverse=True" in lines[0]
+    assert lines[1].startswith("note     go_backwards: its output is in the input's order of time")

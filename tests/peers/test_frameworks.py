@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tidegate as tg
+from tidegate.cli.convert import run_convert
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -88,6 +89,23 @@ def test_keras_rnns_of_cells(tmp_path_factory, kind, depth, backwards, sequences
     expected = keras.ops.convert_to_numpy(model(x))
     for ours in (tg.from_keras(layer), tg.from_keras(path)):
         close(tg.convert.keras_call(ours, x, return_sequences=sequences), expected)
+
+
+@pytest.mark.parametrize("name", ["gru", "backwards", "both", "stack"])
+def test_the_command_checks_against_keras(tmp_path, name):
+    """return_state, go_backwards, directions, cells."""
+    layer = {
+        "gru": lambda: keras.layers.GRU(4, return_sequences=True, return_state=True),
+        "backwards": lambda: keras.layers.LSTM(4, return_sequences=True, go_backwards=True),
+        "both": lambda: keras.layers.Bidirectional(keras.layers.RNN(keras.layers.LSTMCell(4)), name="own"),
+        "stack": lambda: keras.layers.RNN([keras.layers.GRUCell(4), keras.layers.GRUCell(4)], return_sequences=True),
+    }[name]()
+    inputs = keras.Input((None, 3))
+    keras.Model(inputs, layer(inputs)).save(tmp_path / "model.keras")
+    lines = []
+    run_convert(tmp_path / "model.keras", tmp_path / "model.onnx", say=lines.append)
+    checks = [line for line in lines if "run on random input, the largest difference is" in line]
+    assert [line.split(":")[0].split()[1] for line in checks] == ["Keras", "onnxruntime"]
 
 
 @keras.saving.register_keras_serializable("mine")

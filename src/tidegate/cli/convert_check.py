@@ -67,7 +67,9 @@ def _keras(source: Path, name: str | None, layer: Any) -> str:
     model = keras.models.load_model(source, compile=False)
     theirs = _find(model, entry.name)
     x = _input(layer)
-    result = keras.ops.convert_to_numpy(theirs(x.numpy()))
+    results = theirs(x.numpy())
+    # With return_state the states follow.
+    result = keras.ops.convert_to_numpy(results[0] if isinstance(results, (list, tuple)) else results)
     ours = keras_call(layer, x, return_sequences=bool(theirs.return_sequences))
     return f"Keras ({keras.backend.backend()}): " + _compared([ours], [torch.tensor(result)])
 
