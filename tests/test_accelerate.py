@@ -337,13 +337,6 @@ def test_what_is_tidegates_own_stays(model: Model) -> None:
     assert not model.rnn.reset_after
 
 
-def test_what_torch_cannot_hold_is_not_restored() -> None:
-    gru = tg.accelerate(torch.nn.GRU(5, 6))
-    gru.reset_after = False
-    assert type(tg.restore(gru)) is tg.GRU
-    assert "reset_after=False" in str(tg.report(gru))
-
-
 def test_a_forward_replaced_on_the_instance_is_left_alone() -> None:
     gru = torch.nn.GRU(5, 6)
     gru.forward = lambda x: x  # type: ignore[method-assign]

@@ -13,9 +13,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import helper
 
 import tidegate as tg
+from tidegate.cli import convert_check
 from tidegate.cli.convert import run_convert
 
 
@@ -77,6 +80,121 @@ def test_each_layer_of_a_keras_file_by_its_name(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), reference.parameters(), strict=True))
     with pytest.raises(tg.ConversionError, match=r"layer=: needed; the recurrent layers are first \(GRU\), last"):
         tg.from_keras(path)
+
+
+def keras_weights_at(groups):
+    """As keras_weights, each place to its last group."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for place, arrays in groups.items():
+            group = file.create_group(place)
+            for k, array in enumerate(arrays):
+                group.create_dataset(str(k), data=array)
+    return buffer.getvalue()
+
+
+def cell_config(class_name="GRUCell", units=4):
+    return {"module": "keras.layers", "class_name": class_name, "registered_name": None, "config": {"units": units}}
+
+
+def stack_config(*cells):
+    return {"module": "keras.layers", "class_name": "StackedRNNCells", "config": {"cells": list(cells)}}
+
+
+def test_rnns_of_cells_in_a_keras_file_stand_where_keras_puts_them(tmp_path):
+    """The places are those that Keras 3.15 wrote."""
+    lower, upper = gru_arrays(0), gru_arrays(1, input_size=4)
+    inner = {"module": "keras.layers", "class_name": "RNN", "config": {"cell": cell_config()}}
+    layers = [
+        layer_config("one", "RNN", cell=cell_config()),
+        layer_config("two", "RNN", cell=stack_config(cell_config(), cell_config())),
+        layer_config("ways", "Bidirectional", layer=inner),
+        layer_config("spread", "TimeDistributed", layer=layer_config("hidden", "GRU")),
+        layer_config("frames", "ConvLSTM2D"),
+        layer_config("other", "GRU") | {"registered_name": "mine>GRU"},
+    ]
+    for layer in layers[:5]:
+        layer["config"].pop("units")
+    weights = keras_weights_at(
+        {
+            "layers/rnn/cell/vars": lower,
+            "layers/rnn_1/cell/cells/gru_cell/vars": lower,
+            "layers/rnn_1/cell/cells/gru_cell_1/vars": upper,
+            "layers/bidirectional/forward_layer/cell/vars": lower,
+            "layers/bidirectional/backward_layer/cell/vars": gru_arrays(2),
+        }
+    )
+    path = keras_file(tmp_path / "model.keras", layers, weights)
+    expected = {
+        "one": ("GRU", {"units": 4}, lower),
+        "two": ("RNN", {"cell": stack_config(cell_config(), cell_config())}, [*lower, *upper]),
+        "ways": ("Bidirectional", {"layer": inner}, [*lower, *gru_arrays(2)]),
+    }
+    for name, (kind, config, arrays) in expected.items():
+        layer, reference = tg.from_keras(path, layer=name), tg.from_keras(kind, config, arrays)
+        assert repr(layer) == repr(reference)
+        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), reference.parameters(), strict=True))
+    for name, words in (
+        ("hidden", r"hidden \(GRU\): inside spread \(TimeDistributed\), along another axis"),
+        ("frames", r"frames \(ConvLSTM2D\): no layer here is like it"),
+        ("other", r"other \(GRU\): a class of the model's own"),
+        (None, r"are one \(RNN\), two \(RNN\), ways \(Bidirectional\)\n  not read: hidden \(GRU\): inside"),
+    ):
+        with pytest.raises(tg.ConversionError, match=words):
+            tg.from_keras(path, layer=name)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 5) | st.floats() | st.sampled_from(["", "GRU", "RNN", "relu"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["config", "class_name", "layer", "layers", "cell", "cells"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+
+
+def places(node, path=()):
+    """Every place in a configuration."""
+    yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_configuration_of_any_form_is_read_or_refused(tmp_path_factory, data):
+    inner = {"module": "keras.layers", "class_name": "RNN", "config": {"cell": cell_config()}}
+    layers = [
+        layer_config("gru", activation="tanh", use_bias=True, go_backwards=False),
+        layer_config("two", "RNN", cell=stack_config(cell_config(), cell_config())),
+        layer_config("ways", "Bidirectional", layer=inner, backward_layer=inner, merge_mode="concat"),
+        layer_config("spread", "TimeDistributed", layer=layer_config("hidden", "GRU")),
+    ]
+    arrays, upper = gru_arrays(), gru_arrays(input_size=4)
+    weights = {
+        "layers/gru/cell/vars": arrays,
+        "layers/rnn/cell/cells/gru_cell/vars": arrays,
+        "layers/rnn/cell/cells/gru_cell_1/vars": upper,
+        "layers/bidirectional/forward_layer/cell/vars": arrays,
+        "layers/bidirectional/backward_layer/cell/vars": arrays,
+    }
+    *way, last = data.draw(st.sampled_from([place for place in places(layers) if place]))
+    target = layers
+    for key in way:
+        target = target[key]
+    if data.draw(st.booleans()):
+        target[last] = data.draw(JSON)
+    else:
+        del target[last]
+    path = keras_file(tmp_path_factory.getbasetemp() / "any.keras", layers, keras_weights_at(weights))
+    try:
+        tg.from_keras(path, layer=data.draw(st.sampled_from(["gru", "two", "ways", "hidden", None])))
+    except tg.ConversionError as error:
+        assert "from_keras(" in str(error)  # noqa: PT017 - either outcome is right, no other error is
 
 
 def soft_link(file, place):
@@ -293,6 +411,77 @@ def test_an_rnns_state_dict_needs_its_activation(tmp_path):
         tg.convert.from_torch_file(tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (
+            {"weight_hh_l0": torch.zeros(0, 0)},
+            {},
+            "weight_hh_l0: expected 2 dimensions of floating-point numbers, none",
+        ),
+        ({"weight_hh_l0": torch.zeros(12, 0)}, {}, "none of them 0, got torch.float32 (12, 0)"),
+        ({"weight_ih_l0": torch.zeros(12, 3, dtype=torch.int64)}, {}, "weight_ih_l0: expected 2 dimensions"),
+        ({"bias_ih_l0": torch.zeros(12, dtype=torch.float64)}, {}, "arrays of different dtypes: "),
+        ({"weight_hh_l0": torch.zeros(12, 5)}, {}, "(12, 5) is no RNN's, GRU's or LSTM's"),
+        ({"weight_ih_l0": torch.zeros(9, 3)}, {}, "weight_ih_l0"),
+        ({"weight_ih_l2": torch.zeros(12, 4)}, {}, "expected 3 layers of 1 directions, got [(0, ''), (2, '')]"),
+        ({}, {"num_layers": 2}, "num_layers=2 is not supported: a state_dict says it itself"),
+        ({}, {"forget": 2}, "forget"),
+        ({}, {"layer": "decoder"}, "layer='decoder': 0 fit; the recurrent layers are ['']"),
+    ],
+)
+def test_a_state_dict_of_another_kind_says_so(tmp_path, change, options, words):
+    torch.save({**torch.nn.GRU(3, 4).state_dict(), **change}, tmp_path / "model.pt")
+    with pytest.raises(tg.ConversionError) as error:
+        tg.convert.from_torch_file(tmp_path / "model.pt", **options)
+    assert words in str(error.value)
+
+
+LISTED = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4)
+
+
+# torch's own word on a pickle that another protocol wrote.
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(LISTED, st.floats(0, 1), st.booleans())
+def test_a_damaged_torch_file_is_read_or_refused(tmp_path_factory, changes, share, zipped):
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    torch.manual_seed(0)
+    torch.save(torch.nn.GRU(1, 1).state_dict(), path, _use_new_zipfile_serialization=zipped)
+    read_or_refused(tg.convert.from_torch_file, path, changes, share)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(LISTED, st.floats(0, 1))
+def test_a_damaged_keras_file_is_read_or_refused(tmp_path_factory, changes, share):
+    arrays = gru_arrays(input_size=1, hidden_size=1)
+    path = tmp_path_factory.getbasetemp() / "damaged.keras"
+    keras_file(path, [layer_config("gru", units=1)], keras_weights({"layers/gru": arrays}))
+    read_or_refused(tg.from_keras, path, changes, share)
+
+
+def read_or_refused(read, path, changes, share):
+    content = bytearray(path.read_bytes())
+    content = content if changes else content[: int(share * len(content))]
+    for place, value in changes:
+        # Most of what can be damaged stands at the end of a zip, and at the beginning of what it holds.
+        place = 1 - place**3 if value % 2 else place**3
+        content[min(int(place * len(content)), len(content) - 1)] = value
+    path.write_bytes(bytes(content))
+    try:
+        read(path)
+    except tg.ConversionError as error:
+        assert "from_" in str(error)  # noqa: PT017 - either outcome is right, no other error is
+
+
+def test_a_path_that_cannot_be_read_is_no_damaged_file(tmp_path):
+    for read in (tg.from_keras, tg.from_onnx, tg.convert.load, tg.convert.from_torch_file):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "nothing")
+        with pytest.raises(OSError, match=r"irectory|device"):
+            read(tmp_path)
+
+
 def test_the_command_converts_checks_and_says_so(tmp_path):
     lines = []
     torch.save(torch.nn.LSTM(3, 4, 2).state_dict(), tmp_path / "model.pt")
@@ -312,3 +501,39 @@ def test_importing_tidegate_imports_no_framework():
     code = "import sys, tidegate; print(*{'onnx', 'h5py', 'safetensors', 'keras', 'jax'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stdout.strip()
+
+
+def test_the_command_keeps_the_layout_of_an_onnx_file(tmp_path):
+    """Read, checked against onnxruntime and written again: rows first throughout."""
+    layer = tg.GRU(3, 4, 2, batch_first=True, bidirectional=True)
+    tg.to_onnx(layer, tmp_path / "model.onnx")
+    lines = []
+    run_convert(tmp_path / "model.onnx", tmp_path / "model.safetensors", say=lines.append)
+    assert any("GRU(3, 4, num_layers=2, batch_first=True, bidirectional=True)" in line for line in lines)
+    assert any("onnxruntime: run on random input, the largest difference is" in line for line in lines)
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(tg.convert.load(tmp_path / "model.safetensors")(x)[0], layer(x)[0])
+
+
+def test_the_command_settles_what_an_onnx_file_leaves_open(tmp_path):
+    model = tg.to_onnx(tg.GRU(3, 4))
+    for node in model.graph.node:
+        if node.op_type == "GRU":
+            node.input[0] = "turned"
+    model.graph.node.insert(0, helper.make_node("Transpose", ["input"], ["turned"], perm=[1, 0, 2]))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(tg.ConversionError, match="say by batch_first="):
+        run_convert(tmp_path / "model.onnx", tmp_path / "model.safetensors", say=print)
+    run_convert(tmp_path / "model.onnx", tmp_path / "model.safetensors", batch_first=True, say=print)
+    assert tg.convert.load(tmp_path / "model.safetensors").batch_first
+
+
+def test_the_command_says_that_a_layer_goes_backwards(tmp_path, monkeypatch):
+    # The file holds no more than is read, so Keras itself would not run it.
+    monkeypatch.setattr(convert_check, "against_source", lambda *_: "not run")
+    arrays = keras_weights({"layers/gru": gru_arrays()})
+    path = keras_file(tmp_path / "model.keras", [layer_config("gru", go_backwards=True)], arrays)
+    lines = []
+    run_convert(path, tmp_path / "model.safetensors", say=lines.append)
+    assert "reverse=True" in lines[0]
+    assert lines[1].startswith("note     go_backwards: its output is in the input's order of time")

@@ -118,3 +118,28 @@ def test_a_missing_parameter_is_named():
     del params["hz"], params["ir"]
     with pytest.raises(tg.ConversionError, match=r"(?s)ir/kernel: missing.*hz/kernel: missing"):
         tg.from_flax("GRUCell", params)
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (None, "params: expected arrays by name, got NoneType"),
+        ([1], "params: expected arrays by name, got list"),
+        ({1: gru_params()}, "params: expected names, got the key 1"),
+        (
+            {"lower": gru_params(), "upper": gru_params()},
+            "params: expected those of one cell, got parameters below 'lower', 'upper'; give one",
+        ),
+        ({**gru_params(), "more": {"ir": {"kernel": np.zeros((3, 4))}}}, "got parameters below '', 'more'"),
+        (
+            {**gru_params(), "ir": {"kernel": np.zeros((0, 4))}},
+            "ir/kernel: expected (I, H), none of them 0, got (0, 4)",
+        ),
+    ],
+)
+def test_params_of_another_kind_say_so(params, words):
+    """Of two cells the one found last would win."""
+    with pytest.raises(tg.ConversionError) as error:
+        tg.from_flax("GRUCell", params)
+    assert words in str(error.value)
+    assert "(1, " not in str(error.value)

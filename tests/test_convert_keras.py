@@ -156,3 +156,222 @@ def test_what_cannot_be_represented(name, config, weights, words):
         tg.from_keras(name, config, weights)
     for word in words:
         assert word in str(error.value)
+
+
+PLAIN = [name for name in ONE if ALL[name]["meta"]["mk"] == "base"]
+BACKWARDS = [name for name in PLAIN if ALL[name]["meta"]["kw"].get("go_backwards") and "mask" not in ALL[name]]
+
+
+def as_cell(kind, kw):
+    """The config of the RNN of a cell that is the layer of `kw`."""
+    outer = {key: kw[key] for key in kw if key.startswith("return_") or key in ("go_backwards", "zero_output_for_mask")}
+    inner = {key: value for key, value in kw.items() if key not in outer}
+    return {**outer, "cell": {"module": "keras.layers", "class_name": f"{CLASSES[kind]}Cell", "config": inner}}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_an_rnn_of_a_cell_gives_the_layers_numbers(name):
+    case = ALL[name]
+    meta = case["meta"]
+    layer = tg.from_keras("RNN", as_cell(meta["kind"], meta["kw"]), list(vectors.part(case, "w/").values()))
+    x = torch.tensor(case["x"])
+    results = call(layer, case, x, [torch.tensor(value) for value in vectors.part(case, "init/").values()])
+    for k, result in enumerate(results):
+        close(result, case[f"out/{k}"], f"out/{k}")
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_a_bidirectional_of_rnns_of_a_cell_gives_the_layers_numbers(name):
+    case = ALL[name]
+    meta = case["meta"]
+    inner = {"class_name": "RNN", "config": as_cell(meta["kind"], meta["kw"])}
+    layer = tg.from_keras("Bidirectional", {"layer": inner}, list(vectors.part(case, "w/").values()))
+    reference = converted(case)
+    assert repr(layer) == repr(reference)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), reference.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_a_layer_that_goes_backwards_says_so_and_keeps_the_inputs_order(name):
+    """Keras returns such a layer's steps as it takes them; the plain call returns them where they belong."""
+    case = ALL[name]
+    layer = converted(case)
+    assert layer.reverse
+    assert "reverse=True" in repr(layer)
+    init = [torch.tensor(value) for value in vectors.part(case, "init/").values()]
+    states = tuple(value.unsqueeze(0) for value in init)
+    output, final = layer(torch.tensor(case["x"]), (states if len(states) > 1 else states[0]) if states else None)
+    in_keras = output.flip(1) if case["meta"]["kw"]["return_sequences"] else output[:, 0]
+    close(in_keras, case["out/0"], "out/0")
+    for k, state in enumerate(final if isinstance(final, tuple) else (final,), 1):
+        close(state[0], case[f"out/{k}"], f"out/{k}")
+
+
+def test_there_are_layers_that_go_backwards():
+    assert len(BACKWARDS) >= 6
+    assert {ALL[name]["meta"]["kw"]["return_sequences"] for name in BACKWARDS} == {False, True}
+
+
+def cell(class_name="GRUCell", **config):
+    return {
+        "module": "keras.layers",
+        "class_name": class_name,
+        "registered_name": None,
+        "config": {"units": 4, **config},
+    }
+
+
+def stack(*cells, **config):
+    return {"cell": {"class_name": "StackedRNNCells", "config": {"cells": list(cells)}}, **config}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_stack_of_like_cells_is_one_layer_after_another(backwards):
+    lower, upper = arrays(), arrays(inputs=4)
+    layer = tg.from_keras("RNN", stack(cell(), cell(), go_backwards=backwards), [*lower, *upper])
+    assert (layer.num_layers, layer.reverse) == (2, backwards)
+    apart = [tg.from_keras("GRU", {"units": 4, "go_backwards": backwards}, part) for part in (lower, upper)]
+    x, mask = torch.randn(2, 5, 3, dtype=torch.float64), torch.tensor([[True] * 5, [False, True, True, False, True]])
+    init = torch.randn(2, 2, 4, dtype=torch.float64)
+    found = tg.convert.keras_call(layer, x, mask, list(init), return_sequences=True, return_state=True)
+    middle = tg.convert.keras_call(apart[0], x, mask, [init[0]], return_sequences=True, return_state=True)
+    # A layer that goes backwards returns its last step first; the next one of the stack takes the steps in that order.
+    between = middle[0].flip(1) if backwards else middle[0]
+    final = tg.convert.keras_call(apart[1], between, mask, [init[1]], return_sequences=True, return_state=True)
+    for a, b in zip(found, (final[0], middle[1], final[1]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+TWICE = [*arrays(), *arrays(inputs=4)]
+REFUSED = [
+    ("TimeDistributed", {"layer": cell("GRU")}, arrays(), ["from_keras(config['layer']['class_name']", "another axis"]),
+    ("ConvLSTM2D", {}, arrays(), ["class_name='ConvLSTM2D'", "its cell convolves"]),
+    ("LSTMCell", {"units": 4}, arrays(), ["it is a cell: give the config of the RNN around it"]),
+    ("CuDNNGRU", {"units": 4}, arrays(), ["load the model in Keras and save it again"]),
+    ("RNN", {}, arrays(), ["cell: expected class_name and config, got None"]),
+    ("RNN", {"cell": cell("MyCell")}, arrays(), ["cell='MyCell' is not supported: one of SimpleRNNCell, GRUCell"]),
+    (
+        "RNN",
+        {"cell": {**cell(), "registered_name": "mine>GRUCell"}},
+        arrays(),
+        ["'mine>GRUCell' is a class of the model"],
+    ),
+    ("RNN", {"cell": {**cell(), "module": "mine"}}, arrays(), ["cell: 'mine' is a class of the model's own"]),
+    ("RNN", {"cell": cell(), "novel": 1}, arrays(), ["novel=1"]),
+    ("RNN", {"cell": cell(dropout=0.5)}, arrays(), ["dropout=0.5"]),
+    ("RNN", {"cell": cell()}, TWICE, ["weights: expected 3 (kernel, recurrent_kernel, bias), got 6"]),
+    (
+        "RNN",
+        stack(cell(), cell()),
+        arrays(),
+        ["weights: expected 6 (kernel, recurrent_kernel, bias), of 2 cells, got 3"],
+    ),
+    ("RNN", stack(), [], ["cells: expected the cells of a StackedRNNCells, got []"]),
+    (
+        "RNN",
+        {"cell": {"class_name": "StackedRNNCells", "config": {}}},
+        [],
+        ["cells: expected the cells of", "got None"],
+    ),
+    (
+        "RNN",
+        stack(cell(), cell("LSTMCell")),
+        [*arrays(), *arrays(inputs=4, gates=4, rows=())],
+        ["cells that differ, GRU(4), {", "; LSTM(4), {", "one kind, size and options", "run one after another"],
+    ),
+    ("RNN", stack(cell(), cell(units=2)), [*arrays(), *arrays(2, 4)], ["cells that differ, GRU(4), {", "GRU(2)"]),
+    ("RNN", stack(cell(), cell(activation="relu")), TWICE, ["cells that differ"]),
+    ("RNN", stack(cell(), cell(use_bias=False)), TWICE[:5], ["cells that differ"]),
+    ("RNN", stack(cell(), cell("GRU")), TWICE, ["cell 1='GRU' is not supported"]),
+    (
+        "Bidirectional",
+        {"layer": cell("TimeDistributed")},
+        TWICE,
+        ["TimeDistributed and TimeDistributed are not supported"],
+    ),
+    ("Bidirectional", {"layer": cell("GRU"), "novel": 1}, TWICE, ["novel=1"]),
+    (
+        "Bidirectional",
+        {"layer": {"class_name": "RNN", "config": stack(cell(), cell())}},
+        TWICE * 2,
+        [
+            "a stack in each direction",
+            "convert layer and backward_layer apart",
+        ],
+    ),
+    (
+        "Bidirectional",
+        {"layer": cell("GRU"), "backward_layer": cell("GRU")},
+        [*arrays(), *arrays()],
+        ["go_backwards: "],
+    ),
+    (
+        "Bidirectional",
+        {"layer": cell("GRU"), "backward_layer": cell("LSTM", go_backwards=True)},
+        [
+            *arrays(),
+            *arrays(gates=4, rows=()),
+        ],
+        ["options differ: GRU {", "} forward, LSTM {"],
+    ),
+    (
+        "Bidirectional",
+        {"layer": {**cell("GRU"), "registered_name": "mine>GRU"}},
+        TWICE,
+        ["what its GRU computes is not"],
+    ),
+    ("Bidirectional", {"layer": [1]}, TWICE, ["layer: expected class_name and config, got [1]"]),
+    ("Bidirectional", {}, TWICE, ["layer: expected class_name and config, got None"]),
+    ("GRU", [1], arrays(), ["config: expected what layer.get_config() returns, got list [1]"]),
+    ("GRU", {1: 2}, arrays(), ["config: expected what layer.get_config() returns, got dict"]),
+    ("GRU", {"units": "4"}, arrays(), ["units='4' is not supported: a positive integer"]),
+    ("GRU", {"units": -4}, arrays(), ["units=-4"]),
+    ("GRU", {"reset_after": "no"}, arrays(), ["reset_after='no' is not supported: True or False"]),
+    ("GRU", {"go_backwards": "no"}, arrays(), ["go_backwards='no'"]),
+    ("GRU", {"units": 4}, 3, ["weights: expected a list, as layer.get_weights() returns, got int"]),
+    ("GRU", {"units": 4}, [], ["a layer has none before it is built"]),
+    (
+        "GRU",
+        {"units": 4},
+        [np.zeros((0, 12)), *arrays()[1:]],
+        ["kernel: expected (I, 3*H), none of them 0, got (0, 12)"],
+    ),
+    ("GRU", {}, [arrays()[0], np.zeros((0, 0)), arrays()[2]], ["recurrent_kernel: expected (H, G*H), none of them 0"]),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "weights", "words"), REFUSED)
+def test_a_refusal_says_what_it_saw_and_what_to_do(name, config, weights, words):
+    with pytest.raises(tg.ConversionError) as error:
+        tg.from_keras(name, config, weights)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("source", [42, None, torch.nn.GRU(3, 4), object])
+def test_what_is_no_layer_says_so(source):
+    with pytest.raises(
+        tg.ConversionError, match="expected a layer of Keras' own, the name of its class with its config"
+    ):
+        tg.from_keras(source)
+
+
+@pytest.mark.parametrize(
+    ("layer", "keywords", "words"),
+    [
+        (tg.GRU(3, 4), {}, "layer: expected what from_keras returns, got GRU"),
+        (torch.nn.GRU(3, 4, batch_first=True), {}, "layer: expected what from_keras returns"),
+        (tg.GRU(3, 4, 2, batch_first=True, bidirectional=True), {}, "layer: expected what from_keras returns"),
+        (
+            tg.GRU(3, 4, batch_first=True),
+            {"mask": torch.ones(2, 5)},
+            "mask: expected bool (B, T) = (2, 5), got torch.float32",
+        ),
+        (tg.GRU(3, 4, batch_first=True), {"mask": torch.ones(5, 2, dtype=torch.bool)}, "got torch.bool (5, 2)"),
+        (tg.GRU(3, 4, batch_first=True), {"initial_state": []}, "initial_state: expected 1 tensors, got 0"),
+    ],
+)
+def test_a_call_of_another_kind_says_so(layer, keywords, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are compared below
+        tg.convert.keras_call(layer, torch.randn(2, 5, 3), **keywords)
+    assert words in str(error.value)

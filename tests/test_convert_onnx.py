@@ -128,7 +128,6 @@ def test_onnxruntime_gives_our_numbers_and_the_model_reads_back(kind, bidirectio
         with torch.no_grad():
             expected = layer(*arguments, **keywords)
         equal(expected, run_model.run(None, given))
-        back.batch_first = layer.batch_first
         equal(back(*arguments, **keywords), [t.numpy() for t in flat(expected)])
     assert not [node for node in model.graph.node if node.op_type in ("Loop", "Scan")]
 
@@ -176,6 +175,28 @@ def test_what_onnx_cannot_represent(layer, words):
         tg.to_onnx(layer())
     for word in words:
         assert word in str(error.value)
+
+
+def mixed():
+    layer = tg.GRU(3, 4)
+    layer.weight_ih_l0 = torch.nn.Parameter(layer.weight_ih_l0.double())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "words"),
+    [
+        (lambda: tg.GRU(3, 4), {"batch_size": 0}, "batch_size=0 is not supported: a positive integer, or None"),
+        (lambda: tg.GRU(3, 4), {"steps": 2.5}, "steps=2.5 is not supported"),
+        (lambda: tg.GRU(3, 4), {"steps": True}, "steps=True is not supported"),
+        (lambda: tg.GRU(3, 4, device="meta"), {}, "on the meta device"),
+        (mixed, {}, "arrays of different dtypes: weight_ih_l0 torch.float64, weight_hh_l0 torch.float32"),
+    ],
+)
+def test_what_cannot_be_written_says_so(layer, options, words):
+    with pytest.raises(tg.ConversionError) as error:
+        tg.to_onnx(layer(), **options)
+    assert words in str(error.value)
 
 
 class Model(torch.nn.Module):

@@ -231,3 +231,28 @@ def test_what_cannot_be_represented(kind, variables, options, words):
     with pytest.raises(tg.ConversionError) as error:
         tg.from_tf1(kind, variables, **options)
     assert words in str(error.value)
+
+
+LSTM = {"kernel": np.zeros((7, 16)), "bias": np.zeros(16)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "variables", "options", "words"),
+    [
+        ("GRUCell", [1], {}, "variables: expected arrays by name, got list"),
+        ("GRUCell", None, {}, "variables: expected arrays by name, got NoneType"),
+        ("GRUCell", {1: 2}, {}, "variables: expected names, got the key 1"),
+        ("GRUCell", gru_variables(), {"scope": 1}, "scope=1 is not supported: a text"),
+        ("GRUCell", {**gru_variables(), "gates/kernel": np.zeros((7, 0))}, {}, "none of them 0, got (7, 0)"),
+        ("LSTMCell", LSTM, {"num_proj": "3"}, "num_proj='3' is not supported: a positive integer"),
+        ("LSTMCell", LSTM, {"cell_clip": float("nan")}, "cell_clip=nan is not supported"),
+        ("LSTMCell", LSTM, {"cell_clip": float("inf")}, "cell_clip=inf is not supported"),
+        ("LSTMCell", LSTM, {"forget_bias": float("nan")}, "forget_bias=nan is not supported"),
+        ("LSTMCell", LSTM, {"use_peepholes": "no"}, "use_peepholes='no' is not supported"),
+    ],
+)
+def test_arguments_of_another_kind_say_so(kind, variables, options, words):
+    with pytest.raises(tg.ConversionError) as error:
+        tg.from_tf1(kind, variables, **options)
+    assert words in str(error.value)
+    assert "got (1, 1)" not in str(error.value)

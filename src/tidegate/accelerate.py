@@ -191,7 +191,7 @@ def _names_taken(module: Module) -> list[str]:
     ours: Any = _SWAPS[theirs]
     meanings = set(dir(ours)) - set(dir(theirs)) - _REPLACED
     # What an instance keeps by the name of an option stands before the class's, and a swapped module reads no options.
-    attributes = set(vars(module)) - {*ours.cell.options, *OWN_OPTIONS}
+    attributes = set(vars(module)) - {*ours.cell.options, *OWN_OPTIONS, "proj_size"}
     return sorted(meanings & {*attributes, *module._parameters, *module._buffers, *module._modules})
 
 

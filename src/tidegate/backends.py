@@ -24,6 +24,14 @@ Gradients = tuple["Tensor | None", ...]
 T = TypeVar("T", Tensor, "Tensor | None")
 
 
+def _nothing(call: Any) -> tuple[int, ...]:
+    return (0,)
+
+
+def _no_reasons(call: Call) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run a call.
@@ -57,11 +65,11 @@ class Backend:
     composite: Callable[..., tuple[Tensor, ...]] | None = None
     forward: Callable[..., Sequence[Tensor]] | None = None
     backward: Callable[..., Gradients] | None = None
-    saved_shape: Callable[..., tuple[int, ...]] = lambda _: (0,)
+    saved_shape: Callable[..., tuple[int, ...]] = _nothing
     prepare: Callable[[Call], Callable[..., Sequence[Tensor]]] | None = None
     layout: Callable[[], str] = str
     checks: bool = False
-    slower_reasons: Callable[[Call], list[str]] = lambda _: []
+    slower_reasons: Callable[[Call], list[str]] = _no_reasons
     only_named: str = ""
 
 

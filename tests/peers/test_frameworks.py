@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tidegate as tg
+from tidegate.cli.convert import run_convert
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -63,6 +64,78 @@ def test_keras_layers(layer, batch, steps, input_size):
     found = tg.convert.keras_call(ours, x, return_sequences=layer.return_sequences, return_state=True)
     for a, b in zip(found, theirs, strict=True):
         close(a, b)
+
+
+KERAS_CELLS = ["SimpleRNNCell", "GRUCell", "LSTMCell"]
+
+
+@quick
+@given(st.sampled_from(KERAS_CELLS), st.integers(1, 3), st.booleans(), st.booleans(), st.booleans(), SIZES, SIZES)
+def test_keras_rnns_of_cells(tmp_path_factory, kind, depth, backwards, sequences, two_way, units, input_size):
+    cells = [getattr(keras.layers, kind)(units, bias_initializer="ones") for _ in range(depth)]
+    layer = keras.layers.RNN(
+        cells if depth > 1 else cells[0], return_sequences=sequences, go_backwards=backwards and not two_way, name="own"
+    )
+    if two_way:
+        layer = keras.layers.Bidirectional(layer, name="own")
+    model = keras.Sequential([keras.Input((None, input_size)), layer])
+    path = tmp_path_factory.getbasetemp() / "model.keras"
+    model.save(path)
+    if two_way and depth > 1:
+        with pytest.raises(tg.ConversionError, match="a stack in each direction"):
+            tg.from_keras(path)
+        return
+    x = torch.rand(2, 4, input_size) - 0.5
+    expected = keras.ops.convert_to_numpy(model(x))
+    for ours in (tg.from_keras(layer), tg.from_keras(path)):
+        close(tg.convert.keras_call(ours, x, return_sequences=sequences), expected)
+
+
+@pytest.mark.parametrize("name", ["gru", "backwards", "both", "stack"])
+def test_the_command_checks_against_keras(tmp_path, name):
+    """return_state, go_backwards, directions, cells."""
+    layer = {
+        "gru": lambda: keras.layers.GRU(4, return_sequences=True, return_state=True),
+        "backwards": lambda: keras.layers.LSTM(4, return_sequences=True, go_backwards=True),
+        "both": lambda: keras.layers.Bidirectional(keras.layers.RNN(keras.layers.LSTMCell(4)), name="own"),
+        "stack": lambda: keras.layers.RNN([keras.layers.GRUCell(4), keras.layers.GRUCell(4)], return_sequences=True),
+    }[name]()
+    inputs = keras.Input((None, 3))
+    keras.Model(inputs, layer(inputs)).save(tmp_path / "model.keras")
+    lines = []
+    run_convert(tmp_path / "model.keras", tmp_path / "model.onnx", say=lines.append)
+    checks = [line for line in lines if "run on random input, the largest difference is" in line]
+    assert [line.split(":")[0].split()[1] for line in checks] == ["Keras", "onnxruntime"]
+
+
+@keras.saving.register_keras_serializable("mine")
+class Own(keras.layers.GRU):
+    pass
+
+
+def test_keras_layers_that_are_none_of_ours(tmp_path):
+    """A file that holds them beside one that is; each asked for by name."""
+    outer = keras.Input((4, 5, 3))
+    y = keras.layers.TimeDistributed(keras.layers.Bidirectional(keras.layers.LSTM(2), name="inner"), name="spread")(
+        outer
+    )
+    y = keras.layers.GRU(4, return_sequences=True, name="plain")(y)
+    y = Own(2, return_sequences=True, name="own")(y)
+    model = keras.Model(outer, keras.layers.RNN([keras.layers.LSTMCell(3), keras.layers.GRUCell(2)], name="mixed")(y))
+    model.save(tmp_path / "model.keras")
+    cases = {
+        "inner": r"inner \(Bidirectional\): inside spread \(TimeDistributed\), along another axis",
+        "own": r"own \(Own\): |not found",
+        "mixed": "cells that differ, LSTM",
+        None: r"the recurrent layers are plain \(GRU\), mixed \(RNN\)",
+    }
+    for name, words in cases.items():
+        with pytest.raises(tg.ConversionError, match=words):
+            tg.from_keras(tmp_path / "model.keras", layer=name)
+    assert tg.from_keras(tmp_path / "model.keras", layer="plain").hidden_size == 4
+    for layer, words in ((model.get_layer("spread"), "another axis"), (model.get_layer("own"), "of Keras' own")):
+        with pytest.raises(tg.ConversionError, match=words):
+            tg.from_keras(layer)
 
 
 def test_keras_file_then_onnx_then_onnxruntime(tmp_path):

@@ -33,7 +33,8 @@ def run_convert(
     Args:
         layer: its name in the source; not needed if there is one alone.
         inference_only: leave out what a Keras layer does in training alone.
-        batch_first, reset_before, activation: of a torch file, which does not say.
+        batch_first, reset_before, activation: of a torch file, which does not say; the first also of an ONNX file whose
+            Transposes leave it open.
 
     Raises:
         ConversionError: what cannot be read, represented or written; or the two sides differ.
@@ -45,7 +46,8 @@ def run_convert(
     if kind == "Keras":
         found = convert.from_keras(source, layer=layer, inference_only=inference_only)
     elif kind == "ONNX":
-        found = convert.from_onnx(source, layer)
+        # The file says it; the option settles what it leaves open.
+        found = convert.from_onnx(source, layer, batch_first=batch_first or None)
     elif kind == "tidegate":
         found = store.load(source)
     else:
@@ -55,6 +57,8 @@ def run_convert(
         found = torch_file.from_torch_file(source, layer, **options)
     found.eval()
     say(f"found    {kind}: {found}, {sum(weight.numel() for weight in found.parameters())} weights")
+    if kind == "Keras" and found.reverse:
+        say("note     go_backwards: its output is in the input's order of time, where Keras' is last step first")
     say(f"source   {convert_check.against_source(kind, source, layer, found)}")
     if target.suffix == ".onnx":
         convert.to_onnx(found, target, lengths=True)

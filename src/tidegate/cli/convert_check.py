@@ -67,7 +67,9 @@ def _keras(source: Path, name: str | None, layer: Any) -> str:
     model = keras.models.load_model(source, compile=False)
     theirs = _find(model, entry.name)
     x = _input(layer)
-    result = keras.ops.convert_to_numpy(theirs(x.numpy()))
+    results = theirs(x.numpy())
+    # With return_state the states follow.
+    result = keras.ops.convert_to_numpy(results[0] if isinstance(results, (list, tuple)) else results)
     ours = keras_call(layer, x, return_sequences=bool(theirs.return_sequences))
     return f"Keras ({keras.backend.backend()}): " + _compared([ours], [torch.tensor(result)])
 
@@ -86,25 +88,28 @@ def _onnx(source: Path, name: str | None, layer: Any) -> str:
     if find_spec("onnxruntime") is None:
         return "not run: onnxruntime is not installed"
     from tidegate.convert.canonical import Faults
-    from tidegate.convert.onnx_file import Constants, load
-    from tidegate.convert.onnx_read import recurrent_nodes
+    from tidegate.convert.onnx_file import load
+    from tidegate.convert.onnx_graph import Wiring
+    from tidegate.convert.onnx_read import choose
 
     model, folder = load(source, str(source))
-    nodes = [node for node in recurrent_nodes(model) if name in (None, node.name, node.output[0])]
-    if layer.batch_first:
+    faults = Faults(str(source))
+    places, wiring = choose(faults, model, name), Wiring(folder)
+    if any(attribute.name == "layout" and attribute.i for place in places for attribute in place.node.attribute):
         return "not run: onnxruntime has no layout=1"
-    held = Constants(model, folder)
     x = _input(layer)
-    y = x
-    for node in nodes:
-        y = _run_onnx(_single(model, node, held, Faults(str(source)), y), {"X": y})[0].transpose(1, 2).flatten(2)
-    return "onnxruntime: " + _compared([layer(x)[0]], [y])
+    y = x.transpose(0, 1).contiguous() if layer.batch_first else x
+    for place in places:
+        held = wiring.constants(place.graphs)
+        y = _run_onnx(_single(model, place, held, faults, y), {"X": y})[0].transpose(1, 2).flatten(2)
+    return "onnxruntime: " + _compared([layer(x)[0]], [y.transpose(0, 1) if layer.batch_first else y])
 
 
-def _single(model: Any, node: Any, held: Any, faults: Any, x: Tensor) -> bytes:
+def _single(model: Any, place: Any, held: Any, faults: Any, x: Tensor) -> bytes:
     """A model of one node on zero states, its weights constants."""
     from onnx import TensorProto, helper, numpy_helper
 
+    node = place.node
     alone = type(node)()
     alone.CopyFrom(node)
     names = ["X", *node.input[1:4], *[""] * 3, *node.input[7:8]][: max(len(node.input), 4)]
@@ -113,11 +118,12 @@ def _single(model: Any, node: Any, held: Any, faults: Any, x: Tensor) -> bytes:
         names.pop()
     alone.input.extend(names)
     alone.output.extend(["Y"])
-    constants = [numpy_helper.from_array(held.read(faults, name), name) for name in names[1:] if name]
+    constants = [numpy_helper.from_array(held.read(faults, name), name) for name in {*names[1:]} - {""}]
     kind = TensorProto.DOUBLE if x.dtype == torch.float64 else TensorProto.FLOAT
     info = helper.make_tensor_value_info
     graph = helper.make_graph([alone], "node", [info("X", kind, x.shape)], [info("Y", kind, None)], constants)
-    opsets = [opset for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
+    # A local function has its own.
+    opsets = [o for o in getattr(place.graphs[0], "opset_import", model.opset_import) if o.domain in ("", "ai.onnx")]
     return helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version).SerializeToString()
 
 

@@ -6,6 +6,9 @@ A direction's weights are a dict by the names of `Cell.parameters`, absent or No
 
 from __future__ import annotations
 
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +25,10 @@ Weights = dict[str, Any]
 
 _LAYERS: dict[str, type[RecurrentLayer]] = {RNN.name: nn.RNN, LSTM.name: nn.LSTM, GRU.name: nn.GRU}
 _CELLS: dict[str, type[RecurrentCell]] = {RNN.name: nn.RNNCell, LSTM.name: nn.LSTMCell, GRU.name: nn.GRUCell}
+
+
+# What zipfile raises for a damaged archive, beside its own error.
+DAMAGED_ZIP = (zipfile.BadZipFile, EOFError, ValueError, IndexError, RuntimeError, OSError, struct.error, zlib.error)
 
 
 class Faults:
@@ -59,7 +66,20 @@ class Faults:
             sizes = ", ".join("any" if size is None else str(size) for size in expected)
             self.add(f"{name}: expected {letters} = ({sizes}), got {tuple(tensor.shape)}")
             return torch.zeros([size or 1 for size in expected], dtype=tensor.dtype)
+        if not tensor.numel():
+            self.add(f"{name}: expected {letters}, none of them 0, got {tuple(tensor.shape)}")
+            return torch.zeros([size or 1 for size in tensor.shape], dtype=tensor.dtype)
         return tensor
+
+    def names(self, argument: str, value: Any) -> None:
+        """A fault where an argument is no mapping by names."""
+        if not isinstance(value, Mapping):
+            self.add(f"{argument}: expected arrays by name, got {type(value).__name__}")
+        else:
+            keys: list[Any] = list(value)
+            self.lines += [
+                f"{argument}: expected names, got the key {key!r}" for key in keys if not isinstance(key, str)
+            ]
 
     def same_dtype(self, tensors: Mapping[str, Any]) -> None:
         """A fault where the arrays of one layer differ in dtype."""
@@ -68,17 +88,28 @@ class Faults:
             self.add("arrays of different dtypes: " + ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()))
 
 
+def missing(purpose: str, error: ImportError) -> ImportError:
+    """The error that names the package `purpose` lacks: the one that was asked for, or one that it needs itself."""
+    name = (error.name or "").split(".")[0]
+    package = {"google": "protobuf", "": "that it names"}.get(name, name)
+    words = f"{purpose} needs the package {package}: pip install tidegate[convert] ({error})"
+    return ImportError(words, name=error.name, path=error.path)
+
+
 def as_tensor(value: Any) -> Tensor:
     """A floating-point array of any framework as a tensor of its own memory.
 
     Raises:
         TypeError, ValueError: it is no array of floating-point numbers.
+        ImportError: NumPy is missing, and it is no tensor.
     """
-    import numpy as np
-
     if isinstance(value, Tensor):
         tensor = value.detach().clone()
     else:
+        try:
+            import numpy as np
+        except ImportError as error:
+            raise missing("reading an array", error) from error
         array: Any = np.asarray(value)
         if array.dtype.name == "bfloat16":
             tensor = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
@@ -172,14 +203,17 @@ def as_layer(cell: Any, reverse_cell: Any = None, *, batch_first: bool = False) 
     for name, value in cells[-1]._options().items():
         if cells[-1].cell is cell.cell and value != options[name]:
             faults.add(f"{name}: {options[name]!r} in one cell and {value!r} in the other; a layer has one")
-    directions = [{name: getattr(given, name, None) for name in given.cell.weights} for given in cells]
+    directions = [{name: getattr(given, name, None) for name in given.cell.parameters} for given in cells]
     shapes = [{name: tuple(w.shape) for name, w in d.items() if w is not None} for d in directions]
     if shapes[0] != shapes[-1]:
         faults.add(f"the cells' weights differ: {shapes[0]} and {shapes[-1]}")
+    faults.same_dtype({f"cell {k}, {name}": w for k, d in enumerate(directions) for name, w in d.items()})
+    if cells[-1].init != cell.init:
+        faults.add(f"init: {cell.init!r} in one cell and {cells[-1].init!r} in the other; a layer has one")
     if cell.proj_size >= cell.hidden_size:
         faults.option("proj_size", cell.proj_size, "a layer's is smaller than hidden_size; run it by tg.dynamic_rnn")
     faults.raise_any()
     copies = [{name: None if w is None else w.detach().clone() for name, w in d.items()} for d in directions]
     if "nonlinearity" in options:
         options["activations"] = options.pop("nonlinearity")
-    return build_layer(cell.cell, copies, batch_first=batch_first, **options)
+    return build_layer(cell.cell, copies, batch_first=batch_first, init=cell.init, **options)

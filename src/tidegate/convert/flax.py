@@ -73,7 +73,9 @@ def from_flax(cell_class: Any, params: Any, **options: Any) -> Any:
             faults.option(option, value, f"{name} takes {', '.join(known)}")
     act = activation(faults, "activation_fn", options.get("activation_fn", "tanh"), _ACTIVATIONS)
     gate = activation(faults, "gate_fn", options.get("gate_fn", "sigmoid"), _ACTIVATIONS)
-    found = _flat(params)
+    faults.names("params", params)
+    faults.raise_any()
+    found = _flat(faults, params)
     fused = any(path.startswith("dense_") for path in found)
     weights = _fused(faults, cell, found) if fused else _separate(faults, cell, letters, found)
     faults.raise_any()
@@ -85,9 +87,10 @@ def from_flax(cell_class: Any, params: Any, **options: Any) -> Any:
     return build_cell(cell, weights, activations=",".join([gate] + [act] * (len(cell.activations) - 1)))
 
 
-def _flat(params: Any) -> dict[str, Any]:
-    """Arrays by "dense/kernel": the last two names of each path, wherever the cell stands."""
+def _flat(faults: Faults, params: Any) -> dict[str, Any]:
+    """Arrays by "dense/kernel": the last two names of each path, wherever the cell stands; a fault for two cells."""
     found: dict[str, Any] = {}
+    cells: dict[str, None] = {}
 
     def walk(node: Any, path: tuple[str, ...]) -> None:
         if isinstance(node, Mapping):
@@ -96,9 +99,12 @@ def _flat(params: Any) -> dict[str, Any]:
         else:
             # nnx calls its if-gate "if_" beside Python's keyword.
             dense, leaf = (*path, "", "")[:2] if len(path) < 2 else path[-2:]
+            cells["/".join(path[:-2])] = None
             found[f"{dense.rstrip('_')}/{leaf}"] = node[...] if hasattr(node, "raw_value") else node
 
     walk(params, ())
+    if len(cells) > 1:
+        faults.add(f"params: expected those of one cell, got parameters below {', '.join(map(repr, cells))}; give one")
     return found
 
 
@@ -111,6 +117,7 @@ def _separate(faults: Faults, cell: Cell, letters: tuple[str, ...], found: dict[
     faults.lines += [f"{path}: missing" for path in missing]
     faults.raise_any()
     first = faults.tensor(f"{names['i'][0]}/kernel", found[f"{names['i'][0]}/kernel"], (None, None), "(I, H)")
+    faults.raise_any()
     input_size, hidden_size = first.shape
     read: dict[str, Tensor] = {}
     for path, value in found.items():
@@ -140,6 +147,7 @@ def _fused(faults: Faults, cell: Cell, found: dict[str, Any]) -> Weights:
     faults.raise_any()
     gates = len(cell.gates)
     recurrent = faults.tensor("dense_h/kernel", found["dense_h/kernel"], (None, None), f"(H, {gates}*H)")
+    faults.raise_any()
     rows = gates * recurrent.shape[0]
     if recurrent.shape[1] != rows:
         faults.add(f"dense_h/kernel: expected (H, {gates}*H), got {tuple(recurrent.shape)}")

@@ -14,7 +14,7 @@ import torch
 from tidegate import cells, signature
 from tidegate.cells import Cell
 from tidegate.cells import reordered as blocks_reordered
-from tidegate.convert.canonical import Faults
+from tidegate.convert.canonical import Faults, missing
 from tidegate.convert.onnx_names import PEEPHOLE_ORDER, gate_orders
 from tidegate.convert.onnx_write import node_attributes
 
@@ -34,7 +34,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
     try:
         from onnxscript import opset18
     except ImportError as error:
-        raise ImportError("torch.onnx.export needs the package onnxscript: pip install tidegate[convert]") from error
+        raise missing("torch.onnx.export", error) from error
 
     return {signature.forward_operator(cell): _translation(cell, opset18) for cell in cells.CELLS}
 

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tidegate.convert.canonical import Faults
+from tidegate.convert.canonical import Faults, missing
 from tidegate.errors import ConversionError
 
 _MAX_BYTES = 2 << 30
@@ -24,7 +23,7 @@ def load(model_or_path: Any, source: str) -> tuple[Any, Path | None]:
         import onnx
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise ImportError("reading ONNX needs the package onnx: pip install tidegate[convert]") from error
+        raise missing("reading ONNX", error) from error
 
     if not isinstance(model_or_path, (str, os.PathLike)):
         if not isinstance(model_or_path, onnx.ModelProto):
@@ -46,15 +45,20 @@ def load(model_or_path: Any, source: str) -> tuple[Any, Path | None]:
 
 
 class Constants:
-    """The tensors that a model holds, by name: initializers, Constant nodes, and what `_MOVES` make of them."""
+    """The tensors that graphs hold, by name: initializers, Constant nodes, and what `_MOVES` make of them.
 
-    def __init__(self, model: Any, folder: Path | None) -> None:
+    Args:
+        graphs: the main graph, then each that is inside the one before, to the one whose names are asked for; or a
+            local function alone.
+    """
+
+    def __init__(self, graphs: Sequence[Any], folder: Path | None) -> None:
         self.folder = folder
-        self.protos = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.protos = {tensor.name: tensor for graph in graphs for tensor in getattr(graph, "initializer", ())}
         self.nodes: dict[str, Any] = {}
         self.moved: dict[str, Any] = {}
         depth: dict[str, int] = {}
-        for node in model.graph.node:
+        for node in (node for graph in graphs for node in graph.node if node.output):
             if node.op_type == "Constant":
                 self._constant(node)
             elif node.op_type in _MOVES and all(not name or name in self for name in node.input):
@@ -68,6 +72,7 @@ class Constants:
         return name in self.protos or name in self.nodes
 
     def _constant(self, node: Any) -> None:
+        import numpy as np
         from onnx import helper, numpy_helper
 
         for attribute in node.attribute:
@@ -91,6 +96,13 @@ class Constants:
             return found
         faults.add(f"{name}: expected floating-point numbers, got {found.dtype.name}")
         return None
+
+    def integers(self, name: str) -> list[int] | None:
+        """The numbers of a constant of integers; None where it is none, or cannot be read."""
+        if name not in self:
+            return None
+        found = self._read(Faults(""), name)
+        return found.ravel().tolist() if found is not None and found.dtype.kind in "iu" else None
 
     def _read(self, faults: Faults, name: str) -> Any:
         if name in self.moved:
@@ -132,7 +144,11 @@ class Constants:
         if needed != held:
             faults.add(f"{name}: dimensions {list(proto.dims)} need {needed} bytes, there are {held}")
             return None
-        return numpy_helper.to_array(proto)
+        try:
+            return numpy_helper.to_array(proto)
+        except (ValueError, TypeError) as error:
+            faults.add(f"{name}: of type {proto.data_type}, dimensions {list(proto.dims)}: {error}")
+            return None
 
     def _external(self, faults: Faults, proto: Any) -> bytes | None:
         """The bytes of a tensor kept beside the model: in its folder, by a plain file, within that file's size."""
@@ -140,6 +156,9 @@ class Constants:
         location = entries.get("location", "")
         if self.folder is None:
             faults.add(f"{proto.name}: kept in {location!r}; give the model's path, or load it with its data")
+            return None
+        if not all(isinstance(text, str) for text in entries.values()) or "\0" in location:
+            faults.add(f"{proto.name}: kept in {location!r}, which is no name of a file")
             return None
         path = self.folder / location
         inside = path.resolve().parent.is_relative_to(self.folder.resolve())
@@ -159,37 +178,81 @@ class Constants:
 
 
 def moved(node: Any, arrays: list[Any], limit: int) -> Any:
-    """What a node of `_MOVES` makes of constant arrays.
+    """What a node of `_MOVES` makes of constant arrays; None stands for an optional input that is left out.
 
     Raises:
-        ValueError, IndexError, TypeError: its attributes or sizes are none that it can have.
+        ValueError, IndexError, TypeError: its attributes, inputs or sizes are none that it can have.
     """
+    import numpy as np
     from onnx import helper
 
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    first, *rest = arrays
+    inputs: list[Any] = [*arrays, None, None]
+    first, second, *rest = inputs
+    if first is None:
+        raise ValueError("its first input is left out")
     axis = int(attributes.get("axis", 0))
-    if node.op_type in ("Unsqueeze", "Squeeze"):
-        axes = tuple(attributes.get("axes", ())) or tuple(int(n) for n in rest[0].ravel())
-        return np.expand_dims(first, axes) if node.op_type == "Unsqueeze" else np.squeeze(first, axes)
     if node.op_type == "Transpose":
         return np.transpose(first, attributes.get("perm"))
+    if node.op_type == "Unsqueeze":
+        return np.expand_dims(first, tuple(_numbers("axes", second, attributes)))
+    if node.op_type == "Squeeze":
+        left_out = second is None and "axes" not in attributes
+        return np.squeeze(first, None if left_out else tuple(_numbers("axes", second, attributes)))
     if node.op_type == "Reshape":
-        return np.reshape(first, [first.shape[k] if n == 0 else int(n) for k, n in enumerate(rest[0])])
+        zero_is_zero = bool(attributes.get("allowzero", 0))
+        shape = _numbers("shape", second, attributes)
+        return np.reshape(first, [first.shape[k] if n == 0 and not zero_is_zero else n for k, n in enumerate(shape)])
     if node.op_type == "Slice":
-        starts, ends, axes = (rest[k].ravel().tolist() for k in range(3))
-        steps = rest[3].ravel().tolist() if len(rest) > 3 else [1] * len(starts)
-        index = [slice(None)] * first.ndim
-        for start, end, place, step in zip(starts, ends, axes, steps, strict=True):
-            index[place] = slice(start, end, step)
-        return first[tuple(index)]
+        return _sliced(first, second, rest, attributes)
     if node.op_type == "Concat":
+        if any(array is None for array in arrays) or "axis" not in attributes:
+            raise ValueError("expected an axis, and no input left out")
         _bound(sum(array.nbytes for array in arrays), limit)
         return np.concatenate(arrays, axis)
     if node.op_type == "Gather":
-        _bound(first.nbytes // max(first.shape[axis], 1) * rest[0].size, limit)
-        return np.take(first, rest[0], axis)
+        if second is None:
+            raise ValueError("indices are left out")
+        _bound(first.nbytes // max(first.shape[axis], 1) * second.size, limit)
+        return np.take(first, second, axis)
     return first
+
+
+def _sliced(data: Any, starts: Any, rest: list[Any], attributes: dict[str, Any]) -> Any:
+    """Slice: axes left out are the first ones, steps left out are 1."""
+    ends, places, strides = (*rest, None, None, None)[:3]
+    begin, end = _numbers("starts", starts, attributes), _numbers("ends", ends, attributes)
+    axes = list(range(len(begin)))
+    if places is not None or "axes" in attributes:
+        axes = _numbers("axes", places, attributes)
+    steps = [1] * len(begin) if strides is None else _numbers("steps", strides, attributes)
+    distinct = {k % max(data.ndim, 1) for k in axes}
+    if not len(begin) == len(end) == len(axes) == len(steps) == len(distinct):
+        raise ValueError(f"starts {begin}, ends {end}, axes {axes}, steps {steps}")
+    index = [slice(None)] * data.ndim
+    for k, place in enumerate(axes):
+        index[place] = slice(begin[k], end[k], steps[k])
+    return data[tuple(index)]
+
+
+def _numbers(name: str, array: Any, attributes: dict[str, Any]) -> list[int]:
+    """What is an input in newer operator sets and an attribute in older ones."""
+    import numpy as np
+
+    if array is None and name not in attributes:
+        raise ValueError(f"{name} is left out")
+    found = np.asarray(attributes[name] if array is None else array)
+    if found.size and found.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got {found.dtype}")
+    return found.ravel().tolist()
+
+
+def axes_of(node: Any, constants: Constants) -> list[int] | None:
+    """The axes of a Squeeze or Unsqueeze; None where they are left out or no constant."""
+    given = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "axes"), None)
+    if given is not None or len(node.input) < 2:
+        return given
+    return constants.integers(node.input[1])
 
 
 def _bound(size: int, limit: int) -> None:

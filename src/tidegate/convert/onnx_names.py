@@ -7,6 +7,7 @@ W, then those of R; P (D, 3*H): peepholes i | o | f. Gates: LSTM i o f c, GRU z 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,13 +64,19 @@ def read_activations(
         if defaults is None and None in parameters:
             faults.add(f"activations: {name} needs an activation_alpha and an activation_beta")
             defaults = (1.0, 1.0)
-        filled = (d if p is None else p for p, d in zip(parameters, defaults or parameters, strict=True))
+        # An attribute is a float32: 0.2 in one is the standard's 0.2.
+        pairs = zip(parameters, defaults or parameters, strict=True)
+        filled = (d if p is None or (d is not None and p == _float32(d)) else p for p, d in pairs)
         found.append(activations.write(ours, tuple(float(value or 0) for value in filled)))
     if next(alpha, None) is not None or next(beta, None) is not None:
         faults.add(f"activation_alpha, activation_beta: more values than {', '.join(names)} read")
     if len(found) == len(names) and found[:roles] != found[-roles:]:
         faults.add(f"activations: {found[:roles]} forward, {found[-roles:]} in reverse; a layer has one set")
     return ",".join(found[:roles])
+
+
+def _float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def write_activations(faults: Faults, text: str, directions: int) -> dict[str, Any]:

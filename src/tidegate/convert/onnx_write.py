@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidegate import cells
 from tidegate.cells import GRU, LSTM, RNN, Cell, Options, reordered
-from tidegate.convert.canonical import Faults
+from tidegate.convert.canonical import Faults, missing
 from tidegate.convert.onnx_names import PEEPHOLE_ORDER, default_activations, gate_orders, write_activations
 
 _OPSET = 17
@@ -53,7 +53,7 @@ def to_onnx(
     try:
         import onnx
     except ImportError as error:
-        raise ImportError("writing ONNX needs the package onnx: pip install tidegate[convert]") from error
+        raise missing("writing ONNX", error) from error
 
     faults = Faults(f"to_onnx({type(module).__name__})")
     cell = next((cell for cell in cells.CELLS if getattr(module, "mode", "").lower().startswith(cell.name)), None)
@@ -66,6 +66,12 @@ def to_onnx(
     graph.attributes = node_attributes(faults, cell, _options(module, cell), 2 if module.bidirectional else 1)
     if getattr(module, "reverse", False):
         graph.attributes["direction"] = "reverse"
+    for name, size in (("batch_size", batch_size), ("steps", steps)):
+        if size is not None and (type(size) is not int or size < 1):
+            faults.option(name, size, "a positive integer, or None")
+    faults.same_dtype(dict(module.named_parameters()))
+    if any(parameter.is_meta for parameter in module.parameters()):
+        faults.add("its parameters are on the meta device and have no numbers")
     if module.proj_size:
         faults.option("proj_size", module.proj_size, "0; ONNX's LSTM has no projection")
     faults.raise_any()

@@ -7,6 +7,7 @@ right: its first I rows are weight_ih transposed, the others weight_hh transpose
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,6 +72,13 @@ def from_tf1(cell_class: Any, variables: Mapping[str, Any], *, scope: str = "", 
     for option, value in options.items():
         if option not in _OPTIONS[name]:
             faults.option(option, value, f"{name} takes {', '.join(_OPTIONS[name])}")
+    seen = len(faults.lines)
+    faults.names("variables", variables)
+    if not isinstance(scope, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        faults.option("scope", scope, "a text")
+    if len(faults.lines) > seen:
+        faults.raise_any()
+    _check_options(faults, options)
     act = "tanh"
     if options.get("activation") is not None:
         act = activation(faults, "activation", options["activation"], _ACTIVATIONS)
@@ -81,6 +89,24 @@ def from_tf1(cell_class: Any, variables: Mapping[str, Any], *, scope: str = "", 
     if name == "BasicRNNCell":
         return _rnn(faults, found, act)
     return _lstm(faults, found, act, options)
+
+
+def _check_options(faults: Faults, options: Mapping[str, Any]) -> None:
+    """Faults for values that TensorFlow's constructors do not take."""
+    for name in ("cell_clip", "proj_clip"):
+        if options.get(name) is not None and not (_is_number(options[name]) and options[name] > 0):
+            faults.option(name, options[name], "a positive number, or None")
+    if not _is_number(options.get("forget_bias", 1.0)):
+        faults.option("forget_bias", options["forget_bias"], "a finite number")
+    if not isinstance(options.get("use_peepholes") or False, bool):
+        faults.option("use_peepholes", options["use_peepholes"], "True or False")
+    size = options.get("num_proj")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        faults.option("num_proj", size, "a positive integer, or None")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _found(
@@ -118,6 +144,7 @@ def _found(
 def _split(faults: Faults, name: str, value: Any, gates: int, recurrent: int | None) -> tuple[Tensor, Tensor]:
     """A kernel [I+P, gates*H] as weight_ih (gates*H, I) and weight_hh (gates*H, P); P is H if None."""
     kernel = faults.tensor(name, value, (None, None), "[input_size+hidden_size, columns]")
+    faults.raise_any()
     size = kernel.shape[1] // gates if recurrent is None else recurrent
     if kernel.shape[1] % gates or kernel.shape[0] <= size:
         letters = f"[input_size+{'hidden_size' if recurrent is None else 'num_proj'}, {gates}*hidden_size]"
@@ -172,10 +199,8 @@ def _lstm(faults: Faults, found: dict[str, Any], act: str, options: Mapping[str,
         tail: faults.tensor(tail, found[tail], (hidden_size,), "[hidden_size]") for tail in _PEEPHOLES if tail in found
     }
     faults.same_dtype({"kernel": weight_ih, "bias": bias, _PROJECTION: weight_hr, **peepholes})
-    clips = {name: _clip(faults, name, options.get(name)) for name in ("cell_clip", "proj_clip")}
+    clips: dict[str, float | None] = {name: options.get(name) for name in ("cell_clip", "proj_clip")}
     forget_bias = options.get("forget_bias", 1.0)
-    if isinstance(forget_bias, bool) or not isinstance(forget_bias, (int, float)):
-        faults.option("forget_bias", forget_bias, "a number")
     faults.raise_any()
     order, ours = GATE_ORDERS["tf1"][LSTM.name], "".join(LSTM.gates)
     bias = reordered(bias, order, ours)
@@ -191,12 +216,3 @@ def _lstm(faults: Faults, found: dict[str, Any], act: str, options: Mapping[str,
     if weight_hr is None:
         clips["proj_clip"] = None
     return build_cell(LSTM, weights, activations=f"sigmoid,{act},{act}", **clips)
-
-
-def _clip(faults: Faults, name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        faults.option(name, value, "a positive number, or None")
-        return None
-    return float(value)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from tidegate.cells import CELLS
-from tidegate.convert.canonical import Faults, build_layer
+from tidegate.convert.canonical import DAMAGED_ZIP, Faults, build_layer
 from tidegate.errors import ConversionError
 
+# What torch.load raises for a damaged file, beside its own words: the pickle machine has no checks of its own.
+_DAMAGED = (pickle.UnpicklingError, KeyError, TypeError, AttributeError, AssertionError, OverflowError, *DAMAGED_ZIP)
 _NAME = re.compile(r"(.*?)(weight_ih|weight_hh|bias_ih|bias_hh|weight_hr|weight_peephole)_l(\d+)(_reverse)?")
 
 
@@ -28,7 +30,8 @@ def from_torch_file(path: str | os.PathLike[str], layer: str | None = None, **op
 
     Args:
         layer: what stands before its weights' names, "encoder.rnn"; not needed if there is one alone.
-        options: what a state_dict does not say: batch_first, reset_after, activations (an RNN's is needed).
+        options: what a state_dict does not say: batch_first, reset_after, activations (an RNN's is needed), and the
+            other options of the layer that is made.
 
     Raises:
         ConversionError: lists every fault; or the file is none of torch.save's, is damaged, or holds other things than
@@ -48,17 +51,22 @@ def from_torch_file(path: str | os.PathLike[str], layer: str | None = None, **op
     wanted = [(number, suffix) for number in range(min(num_layers, len(places))) for suffix in suffixes]
     if len(wanted) != len(places) or set(wanted) != set(places):
         faults.add(f"expected {num_layers} layers of {len(suffixes)} directions, got {sorted(places)}")
-    for place, weights in places.items():
+    read = {f"{name}_l{k}{suffix}": w for (k, suffix), weights in places.items() for name, w in weights.items()}
+    for (number, suffix), weights in places.items():
         if not {"weight_ih", "weight_hh"} <= weights.keys() or weights.keys() != first.keys():
-            faults.add(f"layer {place}: weights {sorted(weights)}")
-        for name, weight in weights.items():
-            expected = 1 if name.startswith("bias") or name == "weight_peephole" else 2
-            if weight.dim() != expected or not weight.is_floating_point():
-                faults.add(f"{name}: expected {expected} dimensions, got {weight.dtype} {tuple(weight.shape)}")
+            faults.add(f"layer {number}{suffix}: expected the weights {', '.join(first)}, got {', '.join(weights)}")
+    for name, weight in read.items():
+        expected = 1 if name.startswith(("bias", "weight_peephole")) else 2
+        if weight.dim() != expected or not weight.is_floating_point() or not weight.numel():
+            found = f"{weight.dtype} {tuple(weight.shape)}"
+            faults.add(f"{name}: expected {expected} dimensions of floating-point numbers, none of them 0, got {found}")
+    faults.same_dtype(read)
+    for option in {"num_layers", "bidirectional", "bias", "proj_size", "peepholes", "device", "dtype"} & options.keys():
+        faults.option(option, options[option], "a state_dict says it itself")
     faults.raise_any()
     hidden_size = first["weight_hr"].shape[1] if "weight_hr" in first else first["weight_hh"].shape[1]
-    gates = first["weight_hh"].shape[0] / hidden_size
-    cell = next((cell for cell in CELLS if len(cell.gates) == gates), None)
+    rows = first["weight_hh"].shape[0]
+    cell = next((cell for cell in CELLS if len(cell.gates) * hidden_size == rows), None)
     if cell is None:
         faults.add(f"weight_hh: {tuple(first['weight_hh'].shape)} is no RNN's, GRU's or LSTM's")
     elif len(cell.gates) == 1 and options.get("activations") is None:
@@ -83,18 +91,26 @@ def _groups(state: Mapping[str, Tensor]) -> dict[str, dict[tuple[int, str], dict
 
 
 def _state_dict(path: str | os.PathLike[str], source: str) -> Mapping[str, Tensor]:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            # torch.save stores, it does not compress: an entry that unpacks to more than the file is no work of its.
-            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
-                raise ConversionError(f"{source}: its entries claim more bytes than the file has")
+    with open(path, "rb") as file:  # a path that cannot be opened is no damaged file
+        size = os.fstat(file.fileno()).st_size
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        claimed = _claimed(path)
+        state = torch.load(path, map_location="cpu", weights_only=True) if claimed <= size else None
+    except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConversionError(f"{source}: no state_dict of torch.save, or damaged: {reason}") from error
+    if claimed > size:
+        raise ConversionError(f"{source}: its entries claim {claimed} bytes, the file has {size}")
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping):
         raise ConversionError(f"{source}: expected a state_dict, got {type(state).__name__}")
     return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _claimed(path: str | os.PathLike[str]) -> int:
+    """The bytes that a zip's entries unpack to: torch.save does not compress, so they are no more than the file's."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())

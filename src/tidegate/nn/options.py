@@ -14,7 +14,7 @@ from tidegate.cells import Cell, Options
 from tidegate.nn import initialization
 
 ACCELERATED = "_accelerated"
-OWN_OPTIONS = ("reverse", "init", "peepholes", "proj_size")  # beside those of a cell
+OWN_OPTIONS = {"reverse": False, "init": "torch", "peepholes": False}  # beside those of a cell
 
 
 class Extended(torch.nn.Module):
