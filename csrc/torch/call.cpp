@@ -18,7 +18,7 @@ Kind read_kind(int64_t code) {
     return static_cast<Kind>(kind);
 }
 
-constexpr int64_t layers_place = 14;
+constexpr int64_t layers_place = 15;
 
 bool has_whole_rows(const Tensor& tensor) {
     const int64_t last = tensor.dim() - 1;
@@ -35,6 +35,7 @@ Form::Form(int64_t code)
       has_lengths(code >> 11 & 1),
       has_resets(code >> 12 & 1),
       projects(code >> 13 & 1),
+      replaces(code >> 14 & 1),
       layers(code >> layers_place) {
     if (layout > Layout::unbatched_step || direction > Direction::both || layers < 1)
         fail("form", "a layout, a direction and at least one layer", std::to_string(code));
@@ -184,6 +185,13 @@ const char* Call::read_state(const Optional& state, const char* name, int64_t si
     if (state) return read(*state, name, state_dims(size));
     if (zeros_.empty()) zeros_.resize(static_cast<size_t>(form.cells() * batch * std::max(hidden, projected)));
     return reinterpret_cast<const char*>(zeros_.data());
+}
+
+char* Call::replaced_state(const Optional& state, const char* name, int64_t size) {
+    if (!state) fail(name, "a tensor", "none");
+    check(*state, name, dtype, state_dims(size));
+    if (!state->is_contiguous()) fail(name, "a contiguous tensor", "other strides");
+    return static_cast<char*>(state->mutable_data_ptr());
 }
 
 const char* Call::read(const Tensor& tensor, const char* name, const Dims& sizes) {

@@ -18,15 +18,15 @@ enum class Layout : int64_t { time_major, batch_first, unbatched, step, unbatche
 enum class Direction : int64_t { forward, reverse, both };
 
 // What a call is, as one number: an argument that is not there costs as much to hand over as one that is. From the
-// lowest bits: 4 for the kind, 4 for the layout, 2 for the direction, a bit each for `save` and for what `rest` begins
-// with, then the layers.
+// lowest bits: 4 for the kind, 4 for the layout, 2 for the direction, a bit each for whether a forward saves, for what
+// `rest` begins with, and for whether the new states replace the old ones in their memory; then the layers.
 struct Form {
     explicit Form(int64_t code);
 
     Kind kind;
     Layout layout;
     Direction direction;
-    bool saves, has_lengths, has_resets, projects;
+    bool saves, has_lengths, has_resets, projects, replaces;
     int64_t layers;
 
     int64_t directions() const { return direction == Direction::both ? 2 : 1; }
@@ -63,6 +63,8 @@ public:
     Dims state_dims(int64_t size) const;
     // The initial states' data; zeros for absent ones.
     const char* read_state(const Optional& state, const char* name, int64_t size);
+    // Where new states go in place of the old ones.
+    char* replaced_state(const Optional& state, const char* name, int64_t size);
     // A tensor's data, which stays as long as the call: of its copy, if it does not lie in one piece.
     const char* read(const Tensor& tensor, const char* name, const Dims& sizes);
     // (T, B, columns) in memory, rows t*B + b, in the layout's dimensions.

@@ -174,15 +174,14 @@ void clear_padding(const Call& call, const Results& to, const Saved& saved) {
 
 }  // namespace
 
-std::vector<Tensor> forward(int64_t form, const Tensor& input, const Optional& h_0, const Optional& c_0,
-                            const Tensor& weight_ih, const Optional& weight_hh, const Optional& bias_ih,
-                            const Optional& bias_hh, const std::optional<std::vector<Tensor>>& rest) {
+std::vector<Tensor> forward(int64_t form, const Tensor& weight_ih, const Optional& weight_hh, const Optional& bias_ih,
+                            const Optional& bias_hh, const std::optional<std::vector<Tensor>>& rest,
+                            const Tensor& input, const Optional& h_0, const Optional& c_0) {
     Call call(form, input, {weight_ih, weight_hh, bias_ih, bias_hh, rest});
-    const bool save = call.form.saves;
-    const bool has_c = call.cell().has_c;
+    const bool save = call.form.saves, has_c = call.cell().has_c;
     if (c_0 && !has_c) fail("c_0", "none", "a tensor");
-    States states = {call.read_state(h_0, "h_0", call.projected),
-                     has_c ? call.read_state(c_0, "c_0", call.hidden) : nullptr};
+    const States states = {call.read_state(h_0, "h_0", call.projected),
+                           has_c ? call.read_state(c_0, "c_0", call.hidden) : nullptr};
     std::vector<Tensor> results;
     results.reserve(5);
     Results to = {};
@@ -190,11 +189,20 @@ std::vector<Tensor> forward(int64_t form, const Tensor& input, const Optional& h
         results.push_back(call.make_sequence(call.width()));
         to.output = data(results.back());
     }
-    results.push_back(make(call.type, call.state_dims(call.projected)));
-    to.h_n = data(results.back());
-    if (has_c) {
-        results.push_back(make(call.type, call.state_dims(call.hidden)));
-        to.c_n = data(results.back());
+    const size_t h_bytes = static_cast<size_t>(call.form.cells() * call.batch * call.projected * bytes_of(call.type));
+    const size_t c_bytes = has_c ? h_bytes / static_cast<size_t>(call.projected) * static_cast<size_t>(call.hidden) : 0;
+    std::vector<char> next;
+    if (call.form.replaces) {
+        next.resize(h_bytes + c_bytes);
+        to.h_n = next.data();
+        to.c_n = next.data() + h_bytes;
+    } else {
+        results.push_back(make(call.type, call.state_dims(call.projected)));
+        to.h_n = data(results.back());
+        if (has_c) {
+            results.push_back(make(call.type, call.state_dims(call.hidden)));
+            to.c_n = data(results.back());
+        }
     }
     const Saved saved(call);
     const bool opens_gate = save && has_c && call.form.is_step() && !call.form.projects;
@@ -202,9 +210,8 @@ std::vector<Tensor> forward(int64_t form, const Tensor& input, const Optional& h
     if (save) {
         results.push_back(make(call.type, {saved.size()}));
         to.saved = data(results.back());
-        const size_t row = static_cast<size_t>(call.form.cells() * call.batch * bytes_of(call.type));
-        std::memcpy(saved.h_0(to.saved), states.h_0, row * static_cast<size_t>(call.projected));
-        if (has_c) std::memcpy(saved.c_0(to.saved), states.c_0, row * static_cast<size_t>(call.hidden));
+        std::memcpy(saved.h_0(to.saved), states.h_0, h_bytes);
+        if (has_c) std::memcpy(saved.c_0(to.saved), states.c_0, c_bytes);
     }
     if (call.batch == 0) return results;
     if (call.is_one_step()) run_one_step(call, states, to, saved);
@@ -217,6 +224,13 @@ std::vector<Tensor> forward(int64_t form, const Tensor& input, const Optional& h
         char* const o = data(results[results.size() - 2]);
         for (size_t b = 0; b < static_cast<size_t>(call.batch); ++b)
             std::memcpy(o + b * row, saved.gates(to.saved, 0) + (5 * b + 3) * row, row);
+    }
+    if (call.form.replaces) {
+        // Nothing below can fail: the states are the old ones or the new ones, never a mixture.
+        char* const h = call.replaced_state(h_0, "h_0", call.projected);
+        char* const c = has_c ? call.replaced_state(c_0, "c_0", call.hidden) : nullptr;
+        std::memcpy(h, to.h_n, h_bytes);
+        if (c) std::memcpy(c, to.c_n, c_bytes);
     }
     return results;
 }

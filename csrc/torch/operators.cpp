@@ -43,8 +43,8 @@ void poison_buffers(bool on) { poison = on; }
 STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
     tidegate::set_parallel_for(tidegate::parallel_for_of_torch);
     m.def(
-        "forward(int form, Tensor input, Tensor? h_0, Tensor? c_0, Tensor weight_ih, Tensor? weight_hh, "
-        "Tensor? bias_ih, Tensor? bias_hh, Tensor[]? rest) -> Tensor[]");
+        "forward(int form, Tensor weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor[]? rest, "
+        "Tensor input, Tensor(a!)? h_0=None, Tensor(b!)? c_0=None) -> Tensor[]");
     m.def(
         "backward(int form, Tensor(a!) saved, Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor[]? rest, "
         "Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_o, bool[] needs, "

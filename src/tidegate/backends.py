@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tidegate import dispatch, reference
-from tidegate.call import Call, Layer, layer_by_layer
+from tidegate.call import Call, Layer, Layout, layer_by_layer
 from tidegate.checks import check, check_lengths
 from tidegate.errors import UnsupportedError
 from tidegate.kernels import aten, cpu, triton
@@ -50,10 +50,11 @@ class Backend:
             `Call.tensors`, None where `needs` is False; else `(layer, output, saved, gradients, needs)`. Where
             `overwrite`, nobody reads `saved` afterwards.
         saved_shape: from shapes alone.
-        prepare: `call -> run(layout, input, states) -> (output, *new states)`, the weights laid out once; for streams.
+        prepare: `call -> run`, the weights laid out once, for streams: `run(layout)(input, *states) -> (output,)`, the
+            new states in the memory of the old ones, all or none.
         layout: what `prepare`'s result holds for, beside the call.
-        checks: it refuses by itself what `checks.check` would, with a RuntimeError, so that a plain call need not be
-            looked at twice.
+        checks: what it refuses by itself as `checks.check` would, with a RuntimeError, so that a plain call need not be
+            looked at twice: "all" calls, "steps" or "" for none.
         slower_reasons: why it leaves a call that it can run to torch's operators, if those can and none is named; pure.
         only_named: why it runs only when the user names it, never by itself; "" if it may be chosen.
     """
@@ -66,9 +67,9 @@ class Backend:
     forward: Callable[..., Sequence[Tensor]] | None = None
     backward: Callable[..., Gradients] | None = None
     saved_shape: Callable[..., tuple[int, ...]] = _nothing
-    prepare: Callable[[Call], Callable[..., Sequence[Tensor]]] | None = None
+    prepare: Callable[[Call], Callable[[Layout], Callable[..., Sequence[Tensor]]]] | None = None
     layout: Callable[[], str] = str
-    checks: bool = False
+    checks: str = ""
     slower_reasons: Callable[[Call], list[str]] = _no_reasons
     only_named: str = ""
 
@@ -92,10 +93,10 @@ CPU = Backend(
     saved_shape=cpu.saved_shape,
     prepare=cpu.prepare,
     layout=cpu.layout,
-    checks=True,
+    checks="all",
     slower_reasons=cpu.slower_reasons,
 )
-ATEN = Backend("aten", aten.unsupported_reasons, takes_stacks=True, composite=aten.forward)
+ATEN = Backend("aten", aten.unsupported_reasons, takes_stacks=True, composite=aten.forward, checks="steps")
 REFERENCE = Backend("reference", reference.unsupported_reasons, composite=reference.forward)
 
 BACKENDS = (TRITON, CPU, ATEN, REFERENCE)  # the first that fits
@@ -240,6 +241,16 @@ def run_forward(chosen: Backend, call: Call, save: bool) -> Sequence[Tensor]:
     return chosen.forward(call, save)
 
 
+def run(chosen: Backend, call: Call) -> Sequence[Tensor]:
+    """A call on a backend that takes stacks, with nothing recorded."""
+    if chosen.composite is not None:
+        return run_composite(chosen, call)
+    if scope.trace is not None:
+        _note(chosen, "forward", call)
+    assert chosen.forward is not None
+    return chosen.forward(call)
+
+
 def run_composite(chosen: Backend, call: Call) -> tuple[Tensor, ...]:
     """`Backend.composite`: recorded by autograd where that records."""
     _note(chosen, "forward", call)
@@ -304,6 +315,11 @@ def run_backward(
     _note(chosen, "backward", call)
     assert chosen.backward is not None
     return chosen.backward(call, saved, gradients, needs, overwrite)
+
+
+def checks(chosen: Backend, call: Call) -> bool:
+    """Whether a backend looks for a call's faults itself."""
+    return chosen.checks == "all" or (chosen.checks == "steps" and call.is_step)
 
 
 def find_faults(call: Call) -> None:

@@ -10,6 +10,7 @@ written over.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,16 +49,16 @@ class _Kept(NamedTuple):
 
     Attributes:
         unit: the call or layer on the caller's own tensors, for a gradient of the gradient.
-        aliases: of its tensors, what the first gradient reads: the data that they had, whatever is put in a
-            parameter's `.data` later.
-        versions: of its tensors, when it was kept; None for those that need not stay as they were.
+        read: on what the first gradient reads: the data that the weights had, whatever is put in a parameter's `.data`
+            later.
+        versions: of the tensors at the places that `_places_read` names.
         output: for a backend that reads it; else None.
         saved: what the forward left.
     """
 
     unit: Any
-    aliases: list[Any]
-    versions: list[int | None]
+    read: Any
+    versions: list[int]
     output: Tensor | None
     saved: Tensor
 
@@ -121,12 +122,12 @@ class Recurrence(torch.autograd.Function):
             found = signature.backward_operator(unit.cell)(*signature.arguments(unit), *rest)
             found = tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
         else:
-            read = unit if kept is None else _read_again(kept, is_first_order)
-
-            def first_order() -> Gradients:
-                overwrite = kept is not None and not keeps_graph
-                return _first_order(ctx.chosen, read, output, saved, gradients, ctx.needs, overwrite)
-
+            read = unit
+            if kept is not None:
+                _check_versions(kept, ctx.chosen, ctx.needs)
+                read = kept.read
+            overwrite = kept is not None and not keeps_graph
+            first_order = partial(_first_order, ctx.chosen, read, output, saved, gradients, ctx.needs, overwrite)
             if is_first_order:
                 found = first_order()
             else:
@@ -134,46 +135,64 @@ class Recurrence(torch.autograd.Function):
         return (None, None, None, *found)
 
 
-def _keep(unit: Any, chosen: Backend, needs: tuple[bool, ...], output: Tensor, saved: Tensor) -> _Kept:
-    tensors, first_weight, count = unit.tensors, 1 + len(unit.cell.states), len(unit.cell.parameters)
-    reads = [chosen.composite is None] * len(tensors)
-    for k in range(first_weight, len(tensors), count):
-        reads[k + 2 : k + 4] = (False, False)  # biases
-    whole = isinstance(unit, Call)
-    if whole:
-        # The states are among what the forward left; the input is read for its own weights' gradient alone.
-        bottom = range(first_weight, first_weight + unit.directions * count, count)
-        reads[:first_weight] = [any(needs[k] for k in bottom), *[False] * len(unit.states)]
-    aliases = [
-        tensor.detach() if k >= first_weight and tensor is not None and reads[k] else tensor
-        for k, tensor in enumerate(tensors)
-    ]
-    versions = [
-        tensor._version if read and tensor is not None and not tensor.is_inference() else None
-        for tensor, read in zip(tensors, reads, strict=True)
-    ]
-    # Of the output an alias: whoever holds the output holds this node.
-    return _Kept(unit, aliases, versions, None if whole else output.detach(), saved)
+@cache
+def _places_read(states: int, count: int, directions: int, needs: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
+    """Of a unit's tensors, the places of those that the first gradient reads, and of the weights among them.
 
-
-def _read_again(kept: _Kept, is_first_order: bool) -> Any:
-    """The call on the data that it had.
-
-    Raises:
-        RuntimeError: as torch does, of a tensor that was changed in place since.
+    Args:
+        directions: of a call, whose states are among what the forward left, and whose input is read for its own
+            weights' gradient alone; 0 for a layer.
     """
-    unit = kept.unit
-    layers = (len(unit.tensors) - 1 - len(unit.states)) // len(unit.cell.parameters)
-    names = ["input", *(f"{state}_0" for state in unit.cell.states), *[*unit.cell.parameters] * layers]
-    for name, tensor, version in zip(names, unit.tensors, kept.versions, strict=True):
-        if tensor is None or version is None or tensor._version == version:
-            continue
-        raise RuntimeError(
-            _CHANGED.format(
-                name=name, cell=unit.cell.name, shape=tuple(tensor.shape), now=tensor._version, then=version
+    first = 1 + states
+    weights = [k for k in range(first, len(needs)) if (k - first) % count not in (2, 3)]  # biases are not read
+    if not directions:
+        return (*range(first), *weights), tuple(weights)
+    reads_input = any(needs[k] for k in range(first, min(len(needs), first + directions * count), count))
+    return (*(0,) * reads_input, *weights), tuple(weights)
+
+
+def _places(unit: Any, chosen: Backend, needs: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
+    if chosen.composite is not None:
+        return (), ()
+    directions = unit.directions if isinstance(unit, Call) else 0
+    return _places_read(len(unit.cell.states), len(unit.cell.parameters), directions, needs)
+
+
+def _keep(unit: Any, chosen: Backend, needs: tuple[bool, ...], output: Tensor, saved: Tensor) -> _Kept:
+    places, of_weights = _places(unit, chosen, needs)
+    tensors = [*unit.tensors]
+    versions = [_version(tensors[k]) for k in places]
+    for k in of_weights:
+        weight = tensors[k]
+        if weight is not None:
+            tensors[k] = weight.detach()
+    # Of the output an alias: whoever holds the output holds this node.
+    reads_output = isinstance(unit, Layer) and chosen.composite is None
+    return _Kept(unit, unit.with_tensors(tensors), versions, output.detach() if reads_output else None, saved)
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Of its data; one made in inference mode has none."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _check_versions(kept: _Kept, chosen: Backend, needs: tuple[bool, ...]) -> None:
+    """Raise, as torch does, if what the first gradient reads was changed in place."""
+    places, _ = _places(kept.unit, chosen, needs)
+    tensors, cell = kept.unit.tensors, kept.unit.cell
+    for k, version in zip(places, kept.versions, strict=True):
+        now = _version(tensors[k])
+        if now != version:
+            names, states = [*cell.parameters], len(cell.states)
+            name = (
+                "input"
+                if k == 0
+                else f"{[*cell.states][k - 1]}_0"
+                if k <= states
+                else names[(k - 1 - states) % len(names)]
             )
-        )
-    return unit.with_tensors(kept.aliases)
+            shape = tuple(tensors[k].shape)
+            raise RuntimeError(_CHANGED.format(name=name, cell=cell.name, shape=shape, now=now, then=version))
 
 
 def _unpacked(ctx: Any) -> tuple[Any, Tensor, Tensor]:

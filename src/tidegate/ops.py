@@ -46,24 +46,22 @@ def run(call: Call, find_faults: Callable[[Call], None] = no_faults) -> Sequence
         find_faults(call)
         return _in_other_modes(call)
     chosen = backends.select(call, scope.named)
-    if not chosen.checks:
+    if call.between is not None or not chosen.takes_stacks:
         find_faults(call)
         backends.find_faults(call)
-    elif call.between is None:
-        try:
-            if torch.is_grad_enabled() and call.records():
-                return gradients.record(call, chosen)
-            return backends.run_forward(chosen, call, False)
-        except RuntimeError:
-            # A kernel that checks refuses at the first fault, in its own words: name them all, if it is one.
-            find_faults(call)
-            backends.find_faults(call)
-            raise
-    if call.between is not None or not chosen.takes_stacks:
         return layer_by_layer(call, _run_layer)
-    if call.records():
-        return gradients.record(call, chosen)
-    return backends.run_composite(chosen, call)
+    if not backends.checks(chosen, call):
+        find_faults(call)
+        backends.find_faults(call)
+    try:
+        if torch.is_grad_enabled() and call.records():
+            return gradients.record(call, chosen)
+        return backends.run(chosen, call)
+    except RuntimeError:
+        # What checks for itself refuses at the first fault, in its own words: name them all, if it is one.
+        find_faults(call)
+        backends.find_faults(call)
+        raise
 
 
 def _run_layer(layer: Layer) -> tuple[Tensor, ...]:

@@ -6,11 +6,11 @@ Letters: L layers, B rows (sessions), T steps, I input_size, H hidden_size, P pr
 
 from __future__ import annotations
 
-import copy
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,8 @@ from tidegate.scope import scope
 
 _FORMAT = "tidegate stream 1"
 
-Run = Callable[[Layout, Tensor, States], Sequence[Tensor]]
+# Of a layout, what advances an input and the states, which it replaces in their memory, all or none.
+Run = Callable[[Layout], Callable[..., Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,16 @@ def _is_same(kept: Call, call: Call) -> bool:
 def _unprepared(call: Call, chosen: backends.Backend) -> Run:
     """The way of a backend that lays nothing out."""
 
-    def run(layout: Layout, input: Tensor, states: States) -> Sequence[Tensor]:
+    def run(layout: Layout, input: Tensor, *states: Tensor) -> Sequence[Tensor]:
         is_step = layout >= Layout.STEP
         data = input if not is_step else input.view(1, -1, input.shape[-1])
         with backends.backend(chosen.name), torch.no_grad():
             output, *finals = ops.run(call._replace(input=data, states=states))
-        return (output.view(*input.shape[:-1], -1) if is_step else output, *finals)
+        for state, final in zip(states, finals, strict=True):
+            state.copy_(final)
+        return (output.view(*input.shape[:-1], -1) if is_step else output,)
 
-    return run
+    return lambda layout: partial(run, layout)
 
 
 class Stream:
@@ -163,9 +166,7 @@ class Stream:
             self._check_input(
                 input, self._input_shape, "(batch_size, input_size)" if self._batched else "(input_size,)"
             )
-        output, *states = self._run(self._layout, input, self._states)
-        self._states = tuple(states)
-        return output
+        return self._advance(input, *self._states)[0]
 
     def steps(self, chunk: Tensor) -> Tensor:
         """Advance every row by several steps at once: as calling `step` on each, and faster.
@@ -198,7 +199,8 @@ class Stream:
             output, states = chunk.new_empty((*chunk.shape[:-1], self._states[0].shape[-1])), self._states
         else:
             data = chunk if self._batched else chunk.unsqueeze(1)
-            output, *states = self._run(Layout.TIME_MAJOR, data, self._states)
+            states = tuple(state.clone() for state in self._states)
+            (output,) = self._run(Layout.TIME_MAJOR)(data, *states)
             output = output if self._batched else output.squeeze(1)
         self._set_states(states)
         return output.transpose(0, 1) if batch_first else output
@@ -297,10 +299,16 @@ class Stream:
                     f"got {now.shape[-1]} on {now.device}; make a new stream"
                 )
         self._adopt(laid)
+        self._set_states(self._states)
 
     def clone(self) -> Stream:
         """A stream from the same state, which goes its own way. It shares the weights' copy."""
-        return copy.copy(self)  # no step changes a state's tensor, each makes new ones
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other._set_states([state.clone() for state in self._states])
+        return other
+
+    __copy__ = clone
 
     def save(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """The state as a dictionary of tensors on the CPU and words, for `load`; written to `path` if there is one."""
@@ -344,11 +352,12 @@ class Stream:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weights: they are the module's, laid out anew where it is loaded."""
-        return {name: value for name, value in vars(self).items() if name not in ("_laid", "_run")}
+        return {name: value for name, value in vars(self).items() if name not in ("_laid", "_run", "_advance")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._adopt(_lay_out(self._source, self._dtype))
+        self._set_states(self._states)
 
     def _adopt(self, laid: _Laid) -> None:
         self._laid, self._run = laid, laid.run
@@ -360,7 +369,7 @@ class Stream:
         with torch.inference_mode(False), torch.no_grad():
             self._states = tuple(s.clone() if s.is_inference() else s.contiguous() for s in states)
         self._input_shape = (self.rows, self._input_size) if self._batched else (self._input_size,)
-        self._layout = Layout.STEP if self._batched else Layout.UNBATCHED_STEP
+        self._advance = self._run(Layout.STEP if self._batched else Layout.UNBATCHED_STEP)
 
     def _zeros(self, rows: int) -> States:
         return tuple([s.new_zeros(s.shape[0], rows, s.shape[-1]) for s in self._laid.zeros])

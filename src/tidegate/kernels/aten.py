@@ -3,17 +3,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tidegate.call import Call, Direction
-from tidegate.cells import LSTM, RNN, extensions
+from tidegate.call import Call, Direction, Layout
+from tidegate.cells import GRU, LSTM, RNN, extensions
+
+# Of a step with torch.nn's equations, which `extensions` would find nothing against.
+_STEPS = {
+    (cell.name, tuple((cell.default_options | dict(options)).values()))
+    for cell in (RNN, GRU)
+    for options in ((), (("nonlinearity", "relu"),))
+    if not options or cell is RNN
+}
 
 
 def unsupported_reasons(call: Call) -> list[str]:
     """Why torch's operators cannot run `call`; empty if they can. Never raises."""
+    if call.layout >= Layout.STEP and (call.cell.name, call.options) in _STEPS and len(call.weights) == 4:
+        return []  # a cell's step must be quick
     reasons = extensions(call.cell, call.options, call.weights)
     if call.resets is not None:
         reasons.append("torch's operators cannot reset a state in mid-sequence")
@@ -34,9 +44,9 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 def forward(call: Call) -> tuple[Tensor, ...]:
     """Run `call`, all layers at once, recording autograd as torch's operators do."""
+    if call.is_step and call.weights[4:5] in ((), (None,)):
+        return _step(call)
     whole = call.time_major()
-    if call.is_step and call.weights_of(0).get("weight_hr") is None:
-        return call.restored(whole.input, [state.unsqueeze(0) for state in _step(whole)])
     if call.lengths is not None:
         return call.restored(*_packed(whole, call.lengths))
     reverse = call.direction is Direction.REVERSE
@@ -63,14 +73,26 @@ def _run(
 
 
 def _step(call: Call) -> tuple[Tensor, ...]:
-    weights = [call.weights_of(0)[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    input, states = call.input[0], [state[0] for state in _given(call)]
-    if call.cell is LSTM:
-        return torch.lstm_cell(input, states, *weights)
-    if call.cell is RNN:
-        operator = torch.rnn_tanh_cell if call.named_options()["nonlinearity"] == "tanh" else torch.rnn_relu_cell
-        return (operator(input, states[0], *weights),)
-    return (torch.gru_cell(input, states[0], *weights),)
+    """torch's own cells, which check for themselves."""
+    input, weights = call.input, cast("tuple[Tensor, ...]", call.weights[:4])
+    unbatched = call.layout is Layout.UNBATCHED_STEP
+    if unbatched:
+        input = input.unsqueeze(0)
+    states: list[Tensor] = []
+    for state in call.states:
+        if state is None:
+            state = input.new_zeros((input.shape[0], call.hidden_size))
+        elif unbatched:
+            state = state.unsqueeze(0)
+        states.append(state)
+    if call.cell.name == "lstm":
+        new = torch.lstm_cell(input, states, *weights)
+    elif call.cell.name == "rnn":
+        operator = torch.rnn_tanh_cell if call.options[0] == "tanh" else torch.rnn_relu_cell
+        new = (operator(input, states[0], *weights),)
+    else:
+        new = (torch.gru_cell(input, states[0], *weights),)
+    return tuple(state.squeeze(0) for state in new) if unbatched else tuple(new)
 
 
 def _packed(call: Call, lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

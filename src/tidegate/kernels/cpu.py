@@ -9,7 +9,7 @@ for a GRU, i f g o c for an LSTM, none for an RNN. Letters as in call.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,8 @@ def saved_shape(call: Call) -> tuple[int, ...]:
 
 
 # What csrc/torch/call.h's `Form` says beside the kind: where its numbers stand.
-_LAYOUT, _DIRECTION, _LAYERS = 1 << 4, 1 << 8, 1 << 14
-_SAVES, _LENGTHS, _RESETS, _PROJECTS = 1 << 10, 1 << 11, 1 << 12, 1 << 13
+_LAYOUT, _DIRECTION, _LAYERS = 1 << 4, 1 << 8, 1 << 15
+_SAVES, _LENGTHS, _RESETS, _PROJECTS, _REPLACES = (1 << place for place in range(10, 15))
 
 
 def _form(call: Call) -> int:
@@ -187,6 +187,8 @@ def _rest(call: Call, with_biases: bool) -> tuple[int, list[Tensor] | None]:
     if count > 4 and weights[4] is not None:
         form += _PROJECTS
         rest.append(weights[4])
+    if len(weights) == count:
+        return form, rest or None
     for k in range(count, len(weights), count):
         of_cell = weights[k : k + _PER_CELL] if count > 4 else weights[k : k + count]
         rest += [w for place, w in enumerate(of_cell) if w is not None and (with_biases or place not in (2, 3))]
@@ -198,15 +200,13 @@ def forward(call: Call, save: bool = False) -> Sequence[Tensor]:
 
     A step of an LSTM without a projection gives, with `save`, the output gate's o before that.
     """
-    states, weights = call.states, call.weights
-    h_0, c_0 = states if len(states) == 2 else (states[0], None)
-    form, rest = _form(call), None
+    weights, form, rest = call.weights, _form(call), None
     if save:
         form += _SAVES
     if len(weights) > 4 or call.lengths is not None or call.resets is not None:
         more, rest = _rest(call, True)
         form += more
-    return _operator("forward")(form, call.input, h_0, c_0, *weights[:4], rest)
+    return _operator("forward")(form, *weights[:4], rest, call.input, *call.states)
 
 
 def backward(call: Call, saved: Tensor, gradients: Gradients, needs: tuple[bool, ...], overwrite: bool) -> Gradients:
@@ -216,38 +216,43 @@ def backward(call: Call, saved: Tensor, gradients: Gradients, needs: tuple[bool,
         gradients: of `forward`'s results but what it saved, None for zeros. A step has none of an output.
         overwrite: nobody reads `saved` afterwards.
     """
-    count, states = len(call.cell.parameters), len(call.states)
-    grad_output, *of_states = (None, *gradients) if call.is_step else gradients
+    grad_output, *of_states = (None, *gradients) if call.layout >= Layout.STEP else gradients
     grad_h_n, grad_c_n, grad_o = (*of_states, None, None)[:3]
-    wanted = [*needs[: 1 + states], *(False,) * (2 - states)]
-    for k in range(1 + states, len(needs), count):
-        wanted += (*needs[k : k + count], False)[:_PER_CELL]
-    form, rest = _rest(call, False)
-    arguments = (_form(call) + form, saved, call.input, *call.weights[:2], rest)
-    found = iter(_operator("backward")(*arguments, grad_output, grad_h_n, grad_c_n, grad_o, wanted, overwrite))
+    form, rest = _form(call), None
+    if len(call.weights) > 4 or call.lengths is not None or call.resets is not None:
+        more, rest = _rest(call, False)
+        form += more
+    wanted = _wanted(needs, len(call.states), len(call.cell.parameters))
+    arguments = (form, saved, call.input, *call.weights[:2], rest, grad_output, grad_h_n, grad_c_n, grad_o)
+    found = iter(_operator("backward")(*arguments, wanted, overwrite))
     return tuple([next(found) if need else None for need in needs])
 
 
-def prepare(call: Call) -> Callable[[Layout, Tensor, tuple[Tensor, ...]], Sequence[Tensor]]:
+@cache
+def _wanted(needs: tuple[bool, ...], states: int, count: int) -> list[bool]:
+    """`needs` as the operator takes it: h and c always, then five of each cell."""
+    wanted = [*needs[: 1 + states], *(False,) * (2 - states)]
+    for k in range(1 + states, len(needs), count):
+        wanted += (*needs[k : k + count], False)[:_PER_CELL]
+    return wanted
+
+
+def prepare(call: Call) -> Callable[[Layout], Callable[..., Sequence[Tensor]]]:
     """The weights laid out once, for streams.
 
     Args:
         call: of one direction; its input and states are not read.
 
     Returns:
-        `run(layout, input, states) -> (output, *new states)`: any number of steps, or one, whose states are
-        (L, B, size) whatever the layout.
+        `run(layout)(input, *states) -> (output,)`: any number of steps, or one, whose states are (L, B, size) whatever
+        the layout. The new states replace the old ones in their memory, all or, where it raises, none.
     """
     flags, rest = _rest(call, True)
     forms = [_form(call._replace(layout=layout)) + flags for layout in Layout]
-    packed, forward = _operator("pack")(forms[Layout.UNBATCHED_STEP], *call.weights[:4], rest), _operator("forward")
+    packed = _operator("pack")(forms[Layout.UNBATCHED_STEP], *call.weights[:4], rest)
     rest = None if call.weights[4:5] in ((), (None,)) else [packed]  # that there is a projection; it is read packed
-
-    def run(layout: Layout, input: Tensor, states: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        h_0, c_0 = states if len(states) == 2 else (states[0], None)
-        return forward(forms[layout], input, h_0, c_0, packed, None, None, None, rest)
-
-    return run
+    forward = _operator("forward")
+    return [partial(forward, form + _REPLACES, packed, None, None, None, rest) for form in forms].__getitem__
 
 
 def layout() -> str:
