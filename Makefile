@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-native test-peers test-clients lint bench wheel clean
+.PHONY: help install demo test test-quick test-slow test-native test-peers test-clients lint bench wheel clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,12 @@ $(VENV)/.installed: $(SOURCES)
 
 demo: install  ## Train a GRU on the embedded data set beside torch.nn's; writes pictures to out/demo.
 	$(BIN)/tidegate demo
+
+# What most changes break first. TESTS names other files.
+TESTS ?= tests/test_forms.py tests/test_bad_input.py tests/test_backends.py tests/test_adding_a_cell.py
+
+test-quick: install  ## Run some tests in under a minute, without workers; TESTS=... for others.
+	$(BIN)/python -m pytest --numprocesses 0 $(TESTS)
 
 test: install  ## Run every test but the exhaustive ones.
 	$(BIN)/python -m pytest

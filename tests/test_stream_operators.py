@@ -38,7 +38,7 @@ def pack(kind: int, given: list[Tensor], layers: int = 1, projects: bool = False
 
 def step(packed: Tensor, x: Tensor, h: Tensor, c: Tensor | None = None, kind: int = GRU, layers: int = 1) -> Any:
     layout = Layout.STEP if x.dim() > 1 else Layout.UNBATCHED_STEP
-    return cpu.operators().forward.default(form(kind, layout, layers), packed, None, None, None, None, x, h, c)
+    return cpu.operators().advance.default(form(kind, layout, layers), packed, x, h, c)
 
 
 def test_a_step_refuses_what_does_not_fit() -> None:

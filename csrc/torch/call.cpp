@@ -57,7 +57,8 @@ Call::Call(int64_t code, const Tensor& any_input, const Arguments& arguments)
     if (time == 0) fail("input", "at least one step", "none");
     const Tensor* next = arguments.rest ? arguments.rest->data() : nullptr;
     const Tensor* const end = arguments.rest ? next + arguments.rest->size() : nullptr;
-    if (end - next < form.has_lengths + form.has_resets + form.projects)
+    const bool is_packed = !arguments.weight_hh;
+    if (end - next < form.has_lengths + form.has_resets + (form.projects && !is_packed))
         fail("rest", "what the form says", std::to_string(end - next) + " tensors");
     const Tensor* const lengths = form.has_lengths ? next++ : nullptr;
     const Tensor* const resets = form.has_resets ? next++ : nullptr;

@@ -17,6 +17,12 @@ void parallel_for_of_torch(int64_t count, void (*body)(int64_t, int64_t, void*),
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
+// `forward` with weights packed ahead, for a stream: an argument that is not there costs as much as one that is.
+Tensor advance(int64_t form, const Tensor& packed, const Tensor& input, const Tensor& h_0, const Optional& c_0) {
+    const Optional none, h = h_0;
+    return forward(form, packed, none, none, none, std::nullopt, input, h, c_0)[0];
+}
+
 Tensor activate(const Tensor& any_x, bool hyperbolic) {
     const Tensor x = dense(any_x);
     const Type type = type_of(x, "x");
@@ -52,6 +58,7 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
     m.def(
         "pack(int form, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor[]? rest) "
         "-> Tensor");
+    m.def("advance(int form, Tensor packed, Tensor input, Tensor(a!) h_0, Tensor(b!)? c_0=None) -> Tensor");
     m.def("activate(Tensor x, bool hyperbolic) -> Tensor");
     m.def("isa() -> str");
     m.def("isas() -> str");
@@ -64,6 +71,7 @@ STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CompositeExplicitAutograd, m) {
     m.impl("forward", TORCH_BOX(&tidegate::forward));
     m.impl("backward", TORCH_BOX(&tidegate::backward));
     m.impl("pack", TORCH_BOX(&tidegate::pack));
+    m.impl("advance", TORCH_BOX(&tidegate::advance));
     m.impl("activate", TORCH_BOX(&tidegate::activate));
     m.impl("isa", TORCH_BOX(&tidegate::isa));
     m.impl("isas", TORCH_BOX(&tidegate::isas));

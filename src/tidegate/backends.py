@@ -50,7 +50,7 @@ class Backend:
             `Call.tensors`, None where `needs` is False; else `(layer, output, saved, gradients, needs)`. Where
             `overwrite`, nobody reads `saved` afterwards.
         saved_shape: from shapes alone.
-        prepare: `call -> run`, the weights laid out once, for streams: `run(layout)(input, *states) -> (output,)`, the
+        prepare: `call -> run`, the weights laid out once, for streams: `run(layout)(input, *states) -> output`, the
             new states in the memory of the old ones, all or none.
         layout: what `prepare`'s result holds for, beside the call.
         checks: what it refuses by itself as `checks.check` would, with a RuntimeError, so that a plain call need not be
@@ -67,7 +67,7 @@ class Backend:
     forward: Callable[..., Sequence[Tensor]] | None = None
     backward: Callable[..., Gradients] | None = None
     saved_shape: Callable[..., tuple[int, ...]] = _nothing
-    prepare: Callable[[Call], Callable[[Layout], Callable[..., Sequence[Tensor]]]] | None = None
+    prepare: Callable[[Call], Callable[[Layout], Callable[..., Tensor]]] | None = None
     layout: Callable[[], str] = str
     checks: str = ""
     slower_reasons: Callable[[Call], list[str]] = _no_reasons
@@ -170,8 +170,8 @@ def select(call: Call, name: str) -> Backend:
     for candidate in _AUTOMATIC:
         if candidate.unsupported_reasons(call):
             continue
-        if candidate.slower_reasons(call) and _reasons_to_leave(candidate, call):
-            continue
+        if candidate.slower_reasons(call) and not ATEN.unsupported_reasons(call):
+            return ATEN
         if candidate is not CPU and call.input.is_cpu:
             _tell_what_is_missing()
         return candidate
@@ -251,11 +251,14 @@ def run(chosen: Backend, call: Call) -> Sequence[Tensor]:
     return chosen.forward(call)
 
 
-def run_composite(chosen: Backend, call: Call) -> tuple[Tensor, ...]:
-    """`Backend.composite`: recorded by autograd where that records."""
-    _note(chosen, "forward", call)
+def run_composite(chosen: Backend, call: Call | Layer) -> tuple[Tensor, ...]:
+    """`Backend.composite`, recorded by autograd where that records: of a call, or of what it takes."""
+    if isinstance(call, Call) and not chosen.takes_stacks:
+        return layer_by_layer(call, lambda layer: run_composite(chosen, layer))
+    if scope.trace is not None:
+        _note(chosen, "forward", call)
     assert chosen.composite is not None
-    return chosen.composite(call) if chosen.takes_stacks else layer_by_layer(call, chosen.composite)
+    return chosen.composite(call)
 
 
 def run_layer(chosen: Backend, layer: Layer, save: bool) -> tuple[Tensor, ...]:
@@ -315,11 +318,6 @@ def run_backward(
     _note(chosen, "backward", call)
     assert chosen.backward is not None
     return chosen.backward(call, saved, gradients, needs, overwrite)
-
-
-def checks(chosen: Backend, call: Call) -> bool:
-    """Whether a backend looks for a call's faults itself."""
-    return chosen.checks == "all" or (chosen.checks == "steps" and call.is_step)
 
 
 def find_faults(call: Call) -> None:

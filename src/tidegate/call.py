@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -157,6 +158,10 @@ class Call(NamedTuple):
         if layout is Layout.UNBATCHED_STEP:
             return tuple(final[0, 0] for final in finals)
         return (output, *finals)
+
+
+# As Call(...) with every field in order, at a third of its time.
+new_call: Callable[[tuple[Any, ...]], Call] = partial(tuple.__new__, Call)
 
 
 class Layer(NamedTuple):

@@ -44,6 +44,17 @@ def is_plain() -> bool:
     )
 
 
+def is_bare() -> bool:
+    """Plain, and no level of forward-mode differentiation is entered, in whatever thread."""
+    return not (
+        torch.compiler.is_compiling()
+        or _C._is_tracing()
+        or _C._len_torch_dispatch_stack()
+        or _C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def has_tangents(call: Any) -> bool:
     """Forward-mode differentiation: a tensor of a call or layer carries a tangent."""
     return forward_ad._current_level >= 0 and any_tangent(call.tensors)

@@ -37,11 +37,16 @@ def record(call: Call, chosen: Backend) -> tuple[Tensor, ...]:
     if chosen.composite is not None and call.is_step:
         return backends.run_composite(chosen, call)  # torch's cells are differentiable to any order
     results = dispatch.apply_plain(Recurrence, call, chosen, False, *call.tensors)
-    if call.is_step and len(results) > len(call.states):
-        # An LSTM's h' depends on c', as a hook on c' must see: h' = o tanh(c').
-        _, c, o = results
+    if _opens_gate(call):
+        # h' depends on c', as a hook on c' must see: h' = o tanh(c').
+        c, o = results
         return o * c.tanh(), c
     return results
+
+
+def _opens_gate(unit: Any) -> bool:
+    """An LSTM's step, (h', c', o): the node returns c' and o, from which h' is put together."""
+    return isinstance(unit, Call) and unit.is_step and unit.cell.name == "lstm"
 
 
 class _Kept(NamedTuple):
@@ -75,6 +80,7 @@ class Recurrence(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.needs = ctx.needs_input_grad[3:]
         ctx.chosen, ctx.as_operator, ctx.graph, ctx.kept = chosen, as_operator, None, None
+        ctx.opens_gate = _opens_gate(unit)
         ctx.set_materialize_grads(False)
         if not dispatch.is_plain():
             operator = signature.forward_operator(unit.cell)
@@ -97,7 +103,7 @@ class Recurrence(torch.autograd.Function):
         else:
             ctx.kept = _keep(unit, chosen, ctx.needs, output, saved)
         if not as_operator:
-            return tuple(results[:-1])
+            return tuple(results[ctx.opens_gate : -1])
         ctx.mark_non_differentiable(saved)
         return tuple(results)
 
@@ -111,6 +117,8 @@ class Recurrence(torch.autograd.Function):
             ctx.kept = None
         if ctx.as_operator:
             gradients = gradients[:-1]
+        elif ctx.opens_gate:
+            gradients = (None, *gradients)
         if kept is None:
             unit, output, saved = _unpacked(ctx)
         else:
@@ -147,8 +155,9 @@ def _places_read(states: int, count: int, directions: int, needs: tuple[bool, ..
     weights = [k for k in range(first, len(needs)) if (k - first) % count not in (2, 3)]  # biases are not read
     if not directions:
         return (*range(first), *weights), tuple(weights)
-    reads_input = any(needs[k] for k in range(first, min(len(needs), first + directions * count), count))
-    return (*(0,) * reads_input, *weights), tuple(weights)
+    bottom = range(first, min(len(needs), first + directions * count), count)
+    checked = [k for k in weights if needs[0] or k not in bottom]  # the input's gradient alone reads those
+    return (*(0,) * any(needs[k] for k in bottom), *checked), tuple(weights)
 
 
 def _places(unit: Any, chosen: Backend, needs: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
@@ -183,14 +192,9 @@ def _check_versions(kept: _Kept, chosen: Backend, needs: tuple[bool, ...]) -> No
     for k, version in zip(places, kept.versions, strict=True):
         now = _version(tensors[k])
         if now != version:
-            names, states = [*cell.parameters], len(cell.states)
-            name = (
-                "input"
-                if k == 0
-                else f"{[*cell.states][k - 1]}_0"
-                if k <= states
-                else names[(k - 1 - states) % len(names)]
-            )
+            names = ["input", *(f"{state}_0" for state in cell.states), *cell.parameters]
+            first = len(names) - len(cell.parameters)
+            name = names[k if k < first else first + (k - first) % len(cell.parameters)]
             shape = tuple(tensors[k].shape)
             raise RuntimeError(_CHANGED.format(name=name, cell=cell.name, shape=shape, now=now, then=version))
 
@@ -249,8 +253,7 @@ def _by_reference(unit: Any) -> tuple[Tensor, ...]:
     if isinstance(unit, Layer):
         return reference.forward(unit)
     results = layer_by_layer(unit, reference.forward)
-    if unit.is_step and len(unit.states) == 2 and unit.cell.name == "lstm":
-        # o is what the forward gate gives beside c': (h', c', o), with h' = o tanh(c') put together outside.
+    if _opens_gate(unit):
         return (*results, reference.output_gate(unit))
     return results
 

@@ -42,21 +42,23 @@ def run(call: Call, find_faults: Callable[[Call], None] = no_faults) -> Sequence
         ValueError: shapes, dtypes or devices disagree, or a length is outside 0..T.
         UnsupportedError: the backend that the user named cannot run this call.
     """
-    if not dispatch.is_plain() or scope.observer is not None or dispatch.has_tangents(call):
+    # The first look is enough nearly always.
+    if (not dispatch.is_bare() or scope.observer is not None) and _is_special(call):
         find_faults(call)
         return _in_other_modes(call)
     chosen = backends.select(call, scope.named)
-    if call.between is not None or not chosen.takes_stacks:
-        find_faults(call)
-        backends.find_faults(call)
-        return layer_by_layer(call, _run_layer)
-    if not backends.checks(chosen, call):
-        find_faults(call)
-        backends.find_faults(call)
+    if chosen.checks != "all" or call.between is not None:
+        if not (chosen.checks and call.is_step):
+            find_faults(call)
+            backends.find_faults(call)
+        if call.between is not None or not chosen.takes_stacks:
+            return layer_by_layer(call, _run_layer)
     try:
         if torch.is_grad_enabled() and call.records():
             return gradients.record(call, chosen)
-        return backends.run(chosen, call)
+        if scope.trace is not None or chosen.forward is None:
+            return backends.run(chosen, call)
+        return chosen.forward(call)
     except RuntimeError:
         # What checks for itself refuses at the first fault, in its own words: name them all, if it is one.
         find_faults(call)
@@ -72,10 +74,14 @@ def _run_layer(layer: Layer) -> tuple[Tensor, ...]:
         output, *finals = run(call)
         return (output, *(final.squeeze(0) for final in finals))
     if chosen.composite is not None:
-        return chosen.composite(layer)
+        return backends.run_composite(chosen, layer)
     if call.records():
         return dispatch.apply_plain(gradients.Recurrence, layer, chosen, False, *layer.tensors)
     return backends.run_layer(chosen, layer, save=False)[:-1]
+
+
+def _is_special(call: Call) -> bool:
+    return not dispatch.is_plain() or scope.observer is not None or dispatch.has_tangents(call)
 
 
 def _in_other_modes(call: Call) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from tidegate.scope import scope
 _FORMAT = "tidegate stream 1"
 
 # Of a layout, what advances an input and the states, which it replaces in their memory, all or none.
-Run = Callable[[Layout], Callable[..., Sequence[Tensor]]]
+Run = Callable[[Layout], Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ def _is_same(kept: Call, call: Call) -> bool:
 def _unprepared(call: Call, chosen: backends.Backend) -> Run:
     """The way of a backend that lays nothing out."""
 
-    def run(layout: Layout, input: Tensor, *states: Tensor) -> Sequence[Tensor]:
+    def run(layout: Layout, input: Tensor, *states: Tensor) -> Tensor:
         is_step = layout >= Layout.STEP
         data = input if not is_step else input.view(1, -1, input.shape[-1])
         with backends.backend(chosen.name), torch.no_grad():
             output, *finals = ops.run(call._replace(input=data, states=states))
         for state, final in zip(states, finals, strict=True):
             state.copy_(final)
-        return (output.view(*input.shape[:-1], -1) if is_step else output,)
+        return output.view(*input.shape[:-1], -1) if is_step else output
 
     return lambda layout: partial(run, layout)
 
@@ -166,7 +166,7 @@ class Stream:
             self._check_input(
                 input, self._input_shape, "(batch_size, input_size)" if self._batched else "(input_size,)"
             )
-        return self._advance(input, *self._states)[0]
+        return self._advance(input, *self._states)
 
     def steps(self, chunk: Tensor) -> Tensor:
         """Advance every row by several steps at once: as calling `step` on each, and faster.
@@ -200,7 +200,7 @@ class Stream:
         else:
             data = chunk if self._batched else chunk.unsqueeze(1)
             states = tuple(state.clone() for state in self._states)
-            (output,) = self._run(Layout.TIME_MAJOR)(data, *states)
+            output = self._run(Layout.TIME_MAJOR)(data, *states)
             output = output if self._batched else output.squeeze(1)
         self._set_states(states)
         return output.transpose(0, 1) if batch_first else output

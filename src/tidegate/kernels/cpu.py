@@ -23,6 +23,7 @@ from tidegate.cells import GRU, LSTM, RNN, extensions
 _LIBRARY = "tidegate_cpu.so"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _PER_CELL = 5  # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+_NOTHING_MORE = ((), (None, None))  # beside the first four weights, of one cell of a GRU or an RNN, or of an LSTM
 
 # Of each cell and its options' values, csrc's number of the kind and its kept gates.
 _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
@@ -89,8 +90,8 @@ def availability() -> tuple[str, ...]:
 def unsupported_reasons(call: Call) -> list[str]:
     """Why the compiled operators cannot run `call`; empty if they can. Never raises."""
     input, weights = call.input, call.weights
-    if input.dtype in _DTYPES and input.is_cpu and (call.cell.name, call.options) in _KINDS and not availability():
-        if call.layout >= Layout.STEP and weights[4:] in ((), (None, None)):
+    if input.is_cpu and input.dtype in _DTYPES and (call.cell.name, call.options) in _KINDS and not availability():
+        if call.layout >= Layout.STEP and weights[4:] in _NOTHING_MORE:
             return []  # a cell's step must be quick
         # The sixth parameter is an LSTM's peepholes.
         if len(call.cell.parameters) <= _PER_CELL or weights[_PER_CELL::6].count(None) == len(weights) // 6:
@@ -200,10 +201,12 @@ def forward(call: Call, save: bool = False) -> Sequence[Tensor]:
 
     A step of an LSTM without a projection gives, with `save`, the output gate's o before that.
     """
-    weights, form, rest = call.weights, _form(call), None
+    weights, rest = call.weights, None
+    form = _KINDS[(call.cell.name, call.options)][0] + _LAYOUT * call.layout
+    form += _DIRECTION * call.direction + _LAYERS * call.layers
     if save:
         form += _SAVES
-    if len(weights) > 4 or call.lengths is not None or call.resets is not None:
+    if weights[4:] not in _NOTHING_MORE or call.lengths is not None or call.resets is not None:
         more, rest = _rest(call, True)
         form += more
     return _operator("forward")(form, *weights[:4], rest, call.input, *call.states)
@@ -219,7 +222,7 @@ def backward(call: Call, saved: Tensor, gradients: Gradients, needs: tuple[bool,
     grad_output, *of_states = (None, *gradients) if call.layout >= Layout.STEP else gradients
     grad_h_n, grad_c_n, grad_o = (*of_states, None, None)[:3]
     form, rest = _form(call), None
-    if len(call.weights) > 4 or call.lengths is not None or call.resets is not None:
+    if call.weights[4:] not in _NOTHING_MORE or call.lengths is not None or call.resets is not None:
         more, rest = _rest(call, False)
         form += more
     wanted = _wanted(needs, len(call.states), len(call.cell.parameters))
@@ -237,22 +240,21 @@ def _wanted(needs: tuple[bool, ...], states: int, count: int) -> list[bool]:
     return wanted
 
 
-def prepare(call: Call) -> Callable[[Layout], Callable[..., Sequence[Tensor]]]:
+def prepare(call: Call) -> Callable[[Layout], Callable[..., Tensor]]:
     """The weights laid out once, for streams.
 
     Args:
         call: of one direction; its input and states are not read.
 
     Returns:
-        `run(layout)(input, *states) -> (output,)`: any number of steps, or one, whose states are (L, B, size) whatever
+        `run(layout)(input, *states) -> output`: any number of steps, or one, whose states are (L, B, size) whatever
         the layout. The new states replace the old ones in their memory, all or, where it raises, none.
     """
     flags, rest = _rest(call, True)
     forms = [_form(call._replace(layout=layout)) + flags for layout in Layout]
     packed = _operator("pack")(forms[Layout.UNBATCHED_STEP], *call.weights[:4], rest)
-    rest = None if call.weights[4:5] in ((), (None,)) else [packed]  # that there is a projection; it is read packed
-    forward = _operator("forward")
-    return [partial(forward, form + _REPLACES, packed, None, None, None, rest) for form in forms].__getitem__
+    advance = _operator("advance")
+    return [partial(advance, form + _REPLACES, packed) for form in forms].__getitem__
 
 
 def layout() -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tidegate import cells, dispatch, ops
-from tidegate.call import Call, Direction, Layer, Layout
+from tidegate.call import Call, Direction, Layer, Layout, new_call
 from tidegate.checks import check_layer
 from tidegate.nn import autocast
-from tidegate.nn.options import ACCELERATED, Extended, read_flag, read_init, read_nonlinearity
+from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_init, read_nonlinearity
 from tidegate.streaming import Source, Stream
 
 
@@ -34,13 +34,20 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
 
     proj_size: int = 0
     _is_declared: bool = False
+    _plan: Plan  # of a module that is torch.nn's own, if it has none itself
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "cell"):
+            torchs = [name if p.when in ("", "bias") else None for name, p in cls.cell.parameters.items()]
+            cls._plan = make_plan(torchs)
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         init: str = "torch",
@@ -59,7 +66,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         self._is_declared = True
         self.reset_parameters()
 
-    def _declare(self, device: Any, dtype: torch.dtype | None) -> None:
+    def _declare(self, device: Device, dtype: torch.dtype | None) -> None:
         """Make the parameters that the cell declares."""
         self._parameters.clear()
         sizes = {"I": self.input_size, "H": self.hidden_size, "P": self.proj_size or self.hidden_size}
@@ -70,6 +77,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
                 weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             if weight is not None or parameter.when == "bias":
                 self.register_parameter(name, weight)
+        self._plan = make_plan([name if name in self._parameters else None for name in self.cell.parameters])
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as `init` says."""
@@ -108,12 +116,13 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
 
     def _step(self, input: Tensor, hx: Any) -> Sequence[Tensor]:
         """One step: input (B, I) or (I,), states (B, size) or (size,) each, zeros if None."""
-        cell, states, dims = self.cell, self._states(hx), input.dim()
+        cell, dims = self.cell, input.dim()
+        states = self._states(hx)
         if dims not in (1, 2):
             raise ValueError(f"{cell.name.upper()}Cell: Expected input to be 1D or 2D, got {dims}D instead")
         layout = Layout.STEP if dims == 2 else Layout.UNBATCHED_STEP
-        weights, options = self._read_tensors(cell.names), self._option_values()
-        call = Call(cell, options, input, states, weights, None, None, 1, Direction.FORWARD, layout)
+        weights, options = self._read_tensors(self._plan), self._option_values()
+        call = new_call((cell, options, input, states, weights, None, None, 1, Direction.FORWARD, layout, None))
         if dispatch.is_autocast():
             return autocast.run(call, self._find_faults, cell is not cells.RNN)
         return ops.run(call, self._find_faults)
@@ -137,7 +146,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         return Stream(Source(self, 1, layered=False, batch_first=False), batch_size, state, dtype)
 
     def _weights(self) -> tuple[Tensor | None, ...]:
-        return self._read_tensors(self.cell.names)
+        return self._read_tensors(self._plan)
 
     def _find_faults(self, call: Call) -> None:
         """Raise what torch's own cells would raise, in their words."""
@@ -175,6 +184,10 @@ class _OneStateCell(RecurrentCell):
         """
         return self._step(input, hx)[0]
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
+
 
 class RNNCell(_OneStateCell, torch.nn.RNNCell):
     """One step of an Elman RNN: torch.nn.RNNCell(input_size, hidden_size, bias, nonlinearity, device, dtype), and
@@ -192,7 +205,7 @@ class RNNCell(_OneStateCell, torch.nn.RNNCell):
         hidden_size: int,
         bias: bool = True,
         nonlinearity: str = "tanh",
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         activations: str | Sequence[str] | None = None,
@@ -225,7 +238,7 @@ class GRUCell(_OneStateCell, torch.nn.GRUCell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
@@ -256,7 +269,7 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         proj_size: int = 0,
@@ -289,3 +302,7 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         """
         h, c = self._step(input, hx)
         return h, c
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]: ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tidegate import cells, dispatch, ops, sequences
 from tidegate.call import Call, Direction, Layout
 from tidegate.nn import autocast
-from tidegate.nn.options import ACCELERATED, Extended, read_flag, read_init, read_nonlinearity
+from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_init, read_nonlinearity
 from tidegate.sequences import Sequences
 from tidegate.streaming import Source, Stream
 
@@ -63,7 +63,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         reverse: bool = False,
@@ -87,7 +87,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         self._is_declared = True
         self.reset_parameters()
 
-    def _declare(self, device: Any, dtype: torch.dtype | None) -> None:
+    def _declare(self, device: Device, dtype: torch.dtype | None) -> None:
         """Make the parameters that the cell declares, of each layer and direction in turn."""
         self._parameters.clear()
         self._flat_weights_names, self._all_weights = [], []
@@ -127,7 +127,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
     # Looked up at every use: a parametrization, pruning, tying or functional_call may have put another tensor there.
     @property
     def _flat_weights(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return list(self._read_tensors(tuple(self._flat_weights_names)))
+        return list(self._read_tensors(make_plan(self._flat_weights_names)))
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:
@@ -264,9 +264,8 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
 
     def _weights(self) -> tuple[Tensor | None, ...]:
         """Of every layer and direction, as they are now, those that are absent as None."""
-        # torch's compiler warns of caches, and traces a name but once.
-        places = _places if torch.compiler.is_compiling() else _cached_places
-        return self._read_tensors(places(self.cell.names, tuple(self._flat_weights_names)))
+        plan = _plan if torch.compiler.is_compiling() else _cached_plan  # its tracer warns of caches
+        return self._read_tensors(plan(self.cell.names, tuple(self._flat_weights_names)))
 
     def _find_faults(self, call: Call, packed: PackedSequence | None = None) -> None:
         """Raise what torch.nn would raise, in its words."""
@@ -385,16 +384,16 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         )
 
 
-def _places(parameters: tuple[str, ...], names: tuple[str, ...]) -> tuple[str | None, ...]:
-    """Of every layer and direction, the names of the cell's parameters in its order, None for absent ones."""
+def _plan(parameters: tuple[str, ...], names: tuple[str, ...]) -> Plan:
+    """Of every layer and direction, the cell's parameters in its order, from torch.nn's flat names."""
     places: dict[str, list[str | None]] = {}
     for name in names:
         plain, _, suffix = name.rpartition("_l")
         places.setdefault(suffix, [None] * len(parameters))[parameters.index(plain)] = name
-    return tuple([name for layer in places.values() for name in layer])
+    return make_plan([name for layer in places.values() for name in layer])
 
 
-_cached_places = cache(_places)
+_cached_plan = cache(_plan)
 
 
 def _plain_name(name: str) -> str:
@@ -402,7 +401,44 @@ def _plain_name(name: str) -> str:
     return name.rpartition("_l")[0]
 
 
-class RNN(RecurrentLayer):
+if TYPE_CHECKING:
+    _Lengths = Tensor | Sequence[int] | None
+    _Pair = tuple[Tensor, Tensor]
+
+    class _OneStateLayer(RecurrentLayer):
+        @overload
+        def __call__(
+            self, input: Tensor, hx: Tensor | None = None, *, lengths: _Lengths = None, resets: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+        @overload
+        def __call__(
+            self, input: list[Tensor], hx: Tensor | None = None, *, resets: list[Tensor] | None = None
+        ) -> tuple[list[Tensor], Tensor]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        forward = __call__
+
+    class _TwoStateLayer(RecurrentLayer):
+        @overload
+        def __call__(
+            self, input: Tensor, hx: _Pair | None = None, *, lengths: _Lengths = None, resets: Tensor | None = None
+        ) -> tuple[Tensor, _Pair]: ...
+        @overload
+        def __call__(self, input: PackedSequence, hx: _Pair | None = None) -> tuple[PackedSequence, _Pair]: ...
+        @overload
+        def __call__(
+            self, input: list[Tensor], hx: _Pair | None = None, *, resets: list[Tensor] | None = None
+        ) -> tuple[list[Tensor], _Pair]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        forward = __call__
+else:
+    _OneStateLayer = _TwoStateLayer = RecurrentLayer
+
+
+class RNN(_OneStateLayer):
     """Elman RNN, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu: torch.nn.RNN and more.
 
     Args:
@@ -428,27 +464,28 @@ class RNN(RecurrentLayer):
         dropout: float = 0.0,
         bidirectional: bool = False,
         _proj_size: int = 0,  # by its place alone, as torch.nn has it
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         activations: str | Sequence[str] | None = None,
         reverse: bool = False,
         clip: float | None = None,
         init: str = "torch",
-        **kwargs: Any,
+        proj_size: None = None,
     ) -> None:
-        _reject_projection(kwargs)
+        if proj_size is not None:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, _proj_size, device, dtype,
             reverse=reverse, init=init, clip=clip,
-            nonlinearity=nonlinearity if activations is None else read_nonlinearity(activations), **kwargs,
+            nonlinearity=nonlinearity if activations is None else read_nonlinearity(activations),
         )  # fmt: skip
         self.mode = f"RNN_{self.nonlinearity.upper()}"
 
 
-class LSTM(RecurrentLayer):
+class LSTM(_TwoStateLayer):
     """Long short-term memory, gates i, f, g, o: torch.nn.LSTM and more.
 
     Args:
@@ -484,7 +521,7 @@ class LSTM(RecurrentLayer):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         peepholes: bool = False,
@@ -503,7 +540,7 @@ class LSTM(RecurrentLayer):
         )  # fmt: skip
 
 
-class GRU(RecurrentLayer):
+class GRU(_OneStateLayer):
     """Gated recurrent unit, gates r, z, n: torch.nn.GRU and more.
 
     Args:
@@ -531,7 +568,7 @@ class GRU(RecurrentLayer):
         dropout: float = 0.0,
         bidirectional: bool = False,
         _proj_size: int = 0,  # by its place alone, as torch.nn has it
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
@@ -539,15 +576,11 @@ class GRU(RecurrentLayer):
         reverse: bool = False,
         clip: float | None = None,
         init: str = "torch",
-        **kwargs: Any,
+        proj_size: None = None,
     ) -> None:
-        _reject_projection(kwargs)
+        if proj_size is not None:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, _proj_size, device, dtype,
-            reverse=reverse, init=init, reset_after=reset_after, activations=activations, clip=clip, **kwargs,
+            reverse=reverse, init=init, reset_after=reset_after, activations=activations, clip=clip,
         )  # fmt: skip
-
-
-def _reject_projection(kwargs: dict[str, Any]) -> None:
-    if "proj_size" in kwargs:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

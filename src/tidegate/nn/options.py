@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +15,30 @@ from tidegate import activations
 from tidegate.cells import Cell, Options
 from tidegate.nn import initialization
 
+Device = torch.device | str | int | None
 ACCELERATED = "_accelerated"
 OWN_OPTIONS = {"reverse": False, "init": "torch", "peepholes": False}  # beside those of a cell
+
+
+class Plan(NamedTuple):
+    """How a module's weights become a call's.
+
+    Attributes:
+        names: of the tensors that there are.
+        places: of each of the call's weights, where it stands in `names`; one past the end if it is absent.
+        arrange: picks `places`.
+    """
+
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+    arrange: Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+def make_plan(wanted: Sequence[str | None]) -> Plan:
+    """Of the names of a call's weights in its order, None for absent ones."""
+    names = tuple([name for name in wanted if name is not None])
+    places = tuple([len(names) if name is None else names.index(name) for name in wanted])
+    return Plan(names, places, operator.itemgetter(*places))
 
 
 class Extended(torch.nn.Module):
@@ -58,17 +82,19 @@ class Extended(torch.nn.Module):
         """By name."""
         return dict(zip(self.cell.options, self._option_values(), strict=True))
 
-    def _read_tensors(self, names: tuple[str | None, ...]) -> tuple[Tensor | None, ...]:
-        """The tensors of these names as they are now: a parametrization, pruning or tying may have put others there.
+    def _read_tensors(self, plan: Plan) -> tuple[Tensor | None, ...]:
+        """The tensors of a plan as they are now: a parametrization, pruning or tying may have put others there.
 
-        Each is read once, because a parametrization may count its uses. A name that is None, or gone, is absent.
+        Each is read once, because a parametrization may count its uses. One that is gone is absent.
         """
         found: Any = self._parameters  # attribute access costs as much as a small step
         try:
-            return tuple(map(found.__getitem__, names))
+            present = [*map(found.__getitem__, plan.names), None]
         except KeyError:
-            pass
-        return tuple([None if n is None else found[n] if n in found else getattr(self, n, None) for n in names])
+            present = [*[found[n] if n in found else getattr(self, n, None) for n in plan.names], None]
+        if torch.compiler.is_compiling():
+            return tuple([present[place] for place in plan.places])
+        return plan.arrange(present)
 
     def _states(self, hx: Any) -> tuple[Any, ...]:
         """The user's state, h or (h, c), as a tuple; of None where there is none.
