@@ -139,7 +139,7 @@ class Call(NamedTuple):
                 input = input.unsqueeze(place)
             for place in {Layout.UNBATCHED: (1,), Layout.STEP: (0,), Layout.UNBATCHED_STEP: (0, 0)}[layout]:
                 states = tuple(None if state is None else state.unsqueeze(place) for state in states)
-        if None in states:
+        if any(state is None for state in states):
             sizes, cells = self.sizes(), self.layers * self.directions
             shapes = [(cells, input.shape[1], sizes[letter]) for letter in self.cell.states.values()]
             zeros = (input.new_zeros(shape) for shape in shapes)

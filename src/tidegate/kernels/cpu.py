@@ -23,7 +23,6 @@ from tidegate.cells import GRU, LSTM, RNN, extensions
 _LIBRARY = "tidegate_cpu.so"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _PER_CELL = 5  # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
-_NOTHING_MORE = ((), (None, None))  # beside the first four weights, of one cell of a GRU or an RNN, or of an LSTM
 
 # Of each cell and its options' values, csrc's number of the kind and its kept gates.
 _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
@@ -91,12 +90,22 @@ def unsupported_reasons(call: Call) -> list[str]:
     """Why the compiled operators cannot run `call`; empty if they can. Never raises."""
     input, weights = call.input, call.weights
     if input.is_cpu and input.dtype in _DTYPES and (call.cell.name, call.options) in _KINDS and not availability():
-        if call.layout >= Layout.STEP and weights[4:] in _NOTHING_MORE:
+        if call.layout >= Layout.STEP and _is_one_plain_cell(weights):
             return []  # a cell's step must be quick
         # The sixth parameter is an LSTM's peepholes.
-        if len(call.cell.parameters) <= _PER_CELL or weights[_PER_CELL::6].count(None) == len(weights) // 6:
+        if len(call.cell.parameters) <= _PER_CELL or all(weight is None for weight in weights[_PER_CELL::6]):
             return _stack_reasons(call)
     return _reasons(call)
+
+
+def _is_one_plain_cell(weights: tuple[Tensor | None, ...]) -> bool:
+    """Nothing beside the first four weights: of one cell of a GRU or an RNN, or of an LSTM without the other two."""
+    # Not by comparing tuples: a tensor's == None costs more than a small step.
+    return len(weights) == 4 or (len(weights) == 6 and weights[4] is None and weights[5] is None)
+
+
+def _projects(call: Call) -> bool:
+    return len(call.cell.parameters) > 4 and call.weights[4] is not None
 
 
 def _reasons(call: Call) -> list[str]:
@@ -116,7 +125,7 @@ def _stack_reasons(call: Call) -> list[str]:
         reasons.append("the kernels need at least one step")
     if len(call.weights) > count and not _is_uniform(call.weights, count):
         reasons.append("the layers have different biases or projections")
-    if call.is_step and call.weights[4:5] not in ((), (None,)) and call.records():
+    if call.is_step and _projects(call) and call.records():
         reasons.append("what c' gives to a projected h' is recorded by torch's operations")
     return reasons
 
@@ -206,7 +215,7 @@ def forward(call: Call, save: bool = False) -> Sequence[Tensor]:
     form += _DIRECTION * call.direction + _LAYERS * call.layers
     if save:
         form += _SAVES
-    if weights[4:] not in _NOTHING_MORE or call.lengths is not None or call.resets is not None:
+    if not _is_one_plain_cell(weights) or call.lengths is not None or call.resets is not None:
         more, rest = _rest(call, True)
         form += more
     return _operator("forward")(form, *weights[:4], rest, call.input, *call.states)
@@ -222,7 +231,7 @@ def backward(call: Call, saved: Tensor, gradients: Gradients, needs: tuple[bool,
     grad_output, *of_states = (None, *gradients) if call.layout >= Layout.STEP else gradients
     grad_h_n, grad_c_n, grad_o = (*of_states, None, None)[:3]
     form, rest = _form(call), None
-    if call.weights[4:] not in _NOTHING_MORE or call.lengths is not None or call.resets is not None:
+    if not _is_one_plain_cell(call.weights) or call.lengths is not None or call.resets is not None:
         more, rest = _rest(call, False)
         form += more
     wanted = _wanted(needs, len(call.states), len(call.cell.parameters))
