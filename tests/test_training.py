@@ -263,17 +263,29 @@ def test_an_empty_state_is_refused():
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-def test_an_rnn_cell_is_torchs(nonlinearity, given):
-    """So small a step that torch's own, recorded, is the quicker: to the bit the same."""
-    made = module("RNNCell", 5, 6, nonlinearity=nonlinearity)
-    twin = torch.nn.RNNCell(5, 6, nonlinearity=nonlinearity, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("kind", "options"), [("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"}), ("LSTMCell", {})]
+)
+def test_so_little_a_step_that_torchs_own_is_the_quicker(kind, options, given):
+    """To the bit the same."""
+    made = module(kind, 5, 6, **options)
+    twin = getattr(torch.nn, kind)(5, 6, **options, dtype=torch.float64)
     twin.load_state_dict(made.state_dict())
-    x, hx = randn(3, 5), randn(3, 6) if given else None
+    x, hx = randn(3, 5), states(kind, 3, 6) if given else None
     with tg.trace() as ran:
         found = gradients(made, x, hx)
     assert [one.backend for one in ran] == ["aten"]
     assert tg.explain(made, x, hx).backend == "aten"
     for ours, theirs in zip(found, gradients(twin, x, hx), strict=True):
         assert all(map(torch.equal, ours, theirs))
-    assert module("RNNCell", 5, 6, clip=0.1)(x).abs().max() < 1
+    made(x[0], None if hx is None else tuple(h[0] for h in hx) if kind == "LSTMCell" else hx[0])
+    assert tensors_in(module(kind, 5, 6, clip=0.1)(x))[0].abs().max() < 1
+
+
+@pytest.mark.usefixtures("named")
+def test_an_lstm_cells_h_depends_on_its_c():
+    """On the kernels, too."""
+    h, c = module("LSTMCell", 5, 6)(randn(3, 5))
+    (found,) = torch.autograd.grad(h.sum(), c)
+    o = h / c.tanh()
+    close(found, (o * (1 - c.tanh().square())).detach())

@@ -14,7 +14,7 @@ from tidegate.cells import GRU, LSTM, RNN, extensions
 # Of a step with torch.nn's equations, which `extensions` would find nothing against.
 _STEPS = {
     (cell.name, tuple((cell.default_options | dict(options)).values()))
-    for cell in (RNN, GRU)
+    for cell in (RNN, LSTM, GRU)
     for options in ((), (("nonlinearity", "relu"),))
     if not options or cell is RNN
 }
@@ -22,7 +22,8 @@ _STEPS = {
 
 def unsupported_reasons(call: Call) -> list[str]:
     """Why torch's operators cannot run `call`; empty if they can. Never raises."""
-    if call.layout >= Layout.STEP and (call.cell.name, call.options) in _STEPS and len(call.weights) == 4:
+    plain = len(call.weights) == 4 or (len(call.weights) == 6 and call.weights[4] is None and call.weights[5] is None)
+    if call.layout >= Layout.STEP and plain and (call.cell.name, call.options) in _STEPS:
         return []  # a cell's step must be quick
     reasons = extensions(call.cell, call.options, call.weights)
     if call.resets is not None:

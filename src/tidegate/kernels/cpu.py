@@ -139,8 +139,9 @@ def _is_uniform(weights: tuple[Tensor | None, ...], count: int) -> bool:
 def slower_reasons(call: Call) -> list[str]:
     """Why torch's own operators, where they can run `call`, are the quicker; empty if they are not known to be.
 
-    An RNN cell's recorded step: so little that a backward of our own costs more to call than it saves, 1.03 to 1.2 of
-    torch.nn's time (Zen 4, H 16 to 512).
+    The recorded step of an RNN or LSTM cell: so little that a node of our own, and the torch operations that show how
+    an LSTM's h' depends on c', cost more to call than they save. RNN 1.03 to 1.2 of torch.nn's time (Zen 4, H 16 to
+    512), LSTM 0.8 to 1.3 (AVX-512 with AMX, one thread, B 1 to 256, H 16 to 512, 2026-11-26; GRU there 0.8 to 1.2).
 
     Large products in bfloat16, where the processor multiplies matrices (AMX): torch's use that, the kernels its
     vectors. No such processor has timed them; from these sizes on torch was the quicker on Zen 4 while its products ran
@@ -148,8 +149,8 @@ def slower_reasons(call: Call) -> list[str]:
     2026-11-24, from B*H*H = 2**18 on: LSTM 0.96x to 1.5x torch.nn in inference and 0.95x to 8x in training, about even
     from 2**21 on at B >= 32; GRU and RNN 1.07x to 8x.
     """
-    if call.cell is RNN and call.layout >= Layout.STEP and call.records():
-        return ["a recorded step of an RNN cell is so little that torch's own is the quicker"]
+    if call.layout >= Layout.STEP and call.cell is not GRU and call.records():
+        return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
     if call.input.dtype is not torch.bfloat16 or not _multiplies_matrices():
         return []
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
