@@ -16,7 +16,6 @@ Letters: T weeks, H horizon, Q quantiles.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +28,6 @@ from tidegate.cli.pictures import INK, TIDEGATE_COLOUR, TORCH_COLOUR, look, new_
 
 YEAR, HORIZON = 52, 26
 QUANTILES = torch.tensor([0.1, 0.5, 0.9])
-
-
-@dataclass(frozen=True)
-class Result:
-    """Mean absolute errors in ppm over the test years, (H,) by weeks ahead; the part inside the 80 % intervals."""
-
-    errors: dict[str, Tensor]
-    coverage: float
 
 
 class Forecaster(nn.Module):
@@ -57,7 +48,7 @@ def pinball(forecast: Tensor, truth: Tensor) -> Tensor:
     return torch.maximum(QUANTILES * error, (QUANTILES - 1) * error).mean()
 
 
-def draw(weeks: np.ndarray, level: Tensor, ahead: Tensor, bands: Tensor, result: Result, path: Path) -> None:
+def draw(weeks: np.ndarray, level: Tensor, ahead: Tensor, bands: Tensor, errors: dict[str, Tensor], path: Path) -> None:
     figure, (left, right) = new_figure(12, 4.2, columns=2)
     left.plot(weeks[-260:], level[-260:], color=INK, lw=1, label="measured")
     for k in range(-208, 0, 52):
@@ -68,14 +59,15 @@ def draw(weeks: np.ndarray, level: Tensor, ahead: Tensor, bands: Tensor, result:
     left.set(title="CO2 over Mauna Loa, ppm", ylim=(None, float(level.max()) + 2))
     left.legend(loc="upper left")
     colours = {"seasonal naive": TORCH_COLOUR, "smoothed growth": "#7048e8", "GRU": TIDEGATE_COLOUR}
-    for name, values in result.errors.items():
+    for name, values in errors.items():
         right.plot(range(1, HORIZON + 1), values, color=colours[name], lw=2, label=name)
     right.set(title="Mean absolute error, ppm", xlabel="weeks ahead", ylim=(0, None))
     right.legend(loc="lower right")
     print(save(figure, path))
 
 
-def main(arguments: list[str] | None = None) -> Result:
+def main(arguments: list[str] | None = None) -> tuple[dict[str, Tensor], float]:
+    """Returns the mean absolute errors in ppm by weeks ahead, (H,), and the part of the truth inside the intervals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few epochs, for the tests")
@@ -111,12 +103,12 @@ def main(arguments: list[str] | None = None) -> Result:
     smooth = year_ago + torch.stack([growth[max(0, k - 7) : k + 1].mean() for k in range(len(growth))])[:, None]
     forecasts = {"seasonal naive": naive, "smoothed growth": smooth, "GRU": bands[..., 1]}
     errors = {name: (found - truth).abs()[test].mean(0) for name, found in forecasts.items()}
-    result = Result(errors, inside[test].float().mean().item())
+    coverage = inside[test].float().mean().item()
     print("mean absolute error, ppm:", ", ".join(f"{name} {e.mean():.3f}" for name, e in errors.items()))
-    print(f"{result.coverage:.1%} inside the 80 % interval")
+    print(f"{coverage:.1%} inside the 80 % interval")
     with look():
-        draw(series.index.to_numpy(), level, ahead, bands, result, options.folder / "forecast.png")
-    return result
+        draw(series.index.to_numpy(), level, ahead, bands, errors, options.folder / "forecast.png")
+    return errors, coverage
 
 
 if __name__ == "__main__":
