@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import recipe_classify
+import recipe_tag
 import recipe_text
 
 
@@ -13,6 +14,12 @@ def test_classify(tmp_path: Path) -> None:
     accuracy, nearest_mean = recipe_classify.main(["--quick", "--folder", str(tmp_path)])
     assert accuracy > nearest_mean > 0.9
     assert (tmp_path / "classify.png").exists()
+
+
+def test_tag(tmp_path: Path) -> None:
+    right, simple = recipe_tag.main(["--quick", "--folder", str(tmp_path)])
+    assert right.mean() > simple.mean() + 0.2
+    assert (tmp_path / "tag.png").exists()
 
 
 def test_text(tmp_path: Path) -> None:
