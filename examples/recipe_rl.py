@@ -42,11 +42,9 @@ class Agent:
     def __init__(self, memory: bool, updates: int, seed: int) -> None:
         torch.manual_seed(seed)
         make = [lambda: gym.make("CartPole-v1")] * ENVIRONMENTS
-        envs = SyncVectorEnv(make, autoreset_mode=AutoresetMode.SAME_STEP)
-        self.envs, self.memory = RecordEpisodeStatistics(envs), memory
-        self.seen = self.look(self.envs.reset(seed=seed)[0])
-        self.starts = torch.ones(ENVIRONMENTS, dtype=torch.bool)
-        self.policy = Policy()
+        self.envs = RecordEpisodeStatistics(SyncVectorEnv(make, autoreset_mode=AutoresetMode.SAME_STEP))
+        self.seen, self.starts = self.look(self.envs.reset(seed=seed)[0]), torch.ones(ENVIRONMENTS, dtype=torch.bool)
+        self.policy, self.memory = Policy(), memory
         self.stream = self.policy.gru.stream(batch_size=ENVIRONMENTS)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=5e-3)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, updates)
@@ -64,8 +62,7 @@ class Agent:
             choice, value = self.policy.read(self.stream.step(self.seen))
             action = choice.sample()
             observation, reward, ended, cut, _ = self.envs.step(action.numpy())
-            over = torch.from_numpy(ended | cut)
-            gain = torch.from_numpy(reward).float()
+            gain, over = torch.from_numpy(reward).float(), torch.from_numpy(ended | cut)
             rows.append((self.seen, self.starts, action, choice.log_prob(action), value, gain, over))
             self.seen, self.starts = self.look(observation), over | (not self.memory)
         names = ("seen", "starts", "actions", "log_probs", "values", "rewards", "over")

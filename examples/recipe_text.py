@@ -117,9 +117,10 @@ def main(arguments: list[str] | None = None) -> tuple[list[float], float]:
 
     with look():
         figure, (left, right) = new_figure(12, 4.2, columns=2)
-        left.plot(range(1, len(curve) + 1), curve, color=TIDEGATE_COLOUR, lw=2, marker="o", label="LSTM")
+        epochs = range(1, len(curve) + 1)
+        left.plot(epochs, curve, color=TIDEGATE_COLOUR, lw=2, marker="o", label="LSTM")
         left.axhline(baseline, color=TORCH_COLOUR, lw=2, label="lzma")
-        left.set(title="Test text, bits per character", xlabel="epoch", ylim=(0, 1.1 * curve[0]), xticks=range(1, len(curve) + 1))
+        left.set(title="Test text, bits per character", xlabel="epoch", ylim=(0, 1.1 * curve[0]), xticks=epochs)
         left.legend(loc="lower left")
         shown = slice(2000, 2050)
         right.bar(range(50), costs[shown].numpy(), color=TIDEGATE_COLOUR)
