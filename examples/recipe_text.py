@@ -90,7 +90,7 @@ def write(model: Reader, start: Tensor, count: int, temperature: float = 0.6) ->
 def main(arguments: list[str] | None = None) -> tuple[list[float], float]:
     """Returns the bits per character of the test text: after each epoch, and lzma's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tenth of the text, for the tests")
     parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
