@@ -149,7 +149,7 @@ def slower_reasons(call: Call) -> list[str]:
     2026-11-24, from B*H*H = 2**18 on: LSTM 0.96x to 1.5x torch.nn in inference and 0.95x to 8x in training, about even
     from 2**21 on at B >= 32; GRU and RNN 1.07x to 8x.
     """
-    if call.layout >= Layout.STEP and call.cell is not GRU and call.records():
+    if call.cell is not GRU and call.layout >= Layout.STEP and call.records():
         return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
     if call.input.dtype is not torch.bfloat16 or not _multiplies_matrices():
         return []

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,20 +24,22 @@ class Plan(NamedTuple):
 
     Attributes:
         names: of the tensors that there are.
-        places: of each of the call's weights, where it stands in `names`; one past the end if it is absent.
-        arrange: picks `places`.
+        absent: so many None follow them, if all that is absent comes last.
+        places: else, of each of the call's weights, where it stands in `names`; -1 if it is absent.
     """
 
     names: tuple[str, ...]
-    places: tuple[int, ...]
-    arrange: Callable[[Sequence[Any]], tuple[Any, ...]]
+    absent: tuple[None, ...]
+    places: tuple[int, ...] | None
 
 
 def make_plan(wanted: Sequence[str | None]) -> Plan:
     """Of the names of a call's weights in its order, None for absent ones."""
     names = tuple([name for name in wanted if name is not None])
-    places = tuple([len(names) if name is None else names.index(name) for name in wanted])
-    return Plan(names, places, operator.itemgetter(*places))
+    absent = (None,) * (len(wanted) - len(names))
+    if (*names, *absent) == tuple(wanted):
+        return Plan(names, absent, None)
+    return Plan(names, (), tuple([-1 if name is None else names.index(name) for name in wanted]))
 
 
 class Extended(torch.nn.Module):
@@ -87,14 +88,15 @@ class Extended(torch.nn.Module):
 
         Each is read once, because a parametrization may count its uses. One that is gone is absent.
         """
+        names, absent, places = plan
         found: Any = self._parameters  # attribute access costs as much as a small step
         try:
-            present = [*map(found.__getitem__, plan.names), None]
+            present = tuple(map(found.__getitem__, names))
         except KeyError:
-            present = [*[found[n] if n in found else getattr(self, n, None) for n in plan.names], None]
-        if torch.compiler.is_compiling():
-            return tuple([present[place] for place in plan.places])
-        return plan.arrange(present)
+            present = tuple([found[n] if n in found else getattr(self, n, None) for n in names])
+        if places is None:
+            return present + absent
+        return tuple([None if place < 0 else present[place] for place in places])
 
     def _states(self, hx: Any) -> tuple[Any, ...]:
         """The user's state, h or (h, c), as a tuple; of None where there is none.

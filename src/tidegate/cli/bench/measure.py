@@ -90,7 +90,8 @@ class Bench:
         slices: dict[str, TimeSlice] = {contender: local_slice(call) for contender, call in calls.items()}
         notes = self._add_peers(case, modules["torch.nn"], expected, slices)
         seconds = interleave(slices, self._effort)
-        backend = tidegate.explain(modules["tidegate"], build_input(case)).backend
+        with torch.set_grad_enabled(case.mode == "train"):
+            backend = tidegate.explain(modules["tidegate"], build_input(case)).backend
         bound = self.limits.bound(case, seconds["tidegate"])
         return Result(case, seconds, self._peak_bytes(case), backend, bound, notes)
 
