@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from kernel_cases import assert_right, computed, grads_for, make_call
 
 import tidegate as tg
-from tidegate.cells import Call
-from tidegate.kernels import triton as kernels
+from tidegate.backends import TRITON
+from tidegate.call import Layer
 from tidegate.kernels.triton import plan
 
 KINDS = ("rnn-tanh", "rnn-relu", "lstm", "gru", "gru-reset-before")
@@ -61,7 +61,7 @@ def tasks() -> list[Task]:
     return found
 
 
-def on(call: Call, device: torch.device) -> Call:
+def on(call: Layer, device: torch.device) -> Layer:
     """The same call on another device."""
     call = call.with_tensors([None if tensor is None else tensor.to(device) for tensor in call.tensors])
     lengths, resets = (None if t is None else t.to(device) for t in (call.lengths, call.resets))
@@ -81,14 +81,14 @@ def run_task(task: Task, device: torch.device, tiny: bool) -> str:
     try:
         for recompute in (False, True):
             with plan.using(task.kernel, recompute, precision):
-                values = computed(call, grads_for(call), kernels)
-                again = computed(call, grads_for(call), kernels)
+                values = computed(call, grads_for(call), TRITON)
+                again = computed(call, grads_for(call), TRITON)
             same = all(a is None or b is None or torch.equal(a, b) for a, b in zip(values, again, strict=True))
             if not same:
                 return "two runs differ"
             if task.tf32:
                 with plan.using(task.kernel, recompute, "ieee"):
-                    exact = computed(call, grads_for(call), kernels)
+                    exact = computed(call, grads_for(call), TRITON)
                 worst = max(
                     float((a - b).abs().max() / b.abs().max().clamp(min=1))
                     for a, b in zip(values, exact, strict=True)
@@ -220,7 +220,7 @@ def sanitized(device: torch.device, tiny: bool) -> None:
             steps, batch, _, hidden_size = (TINY if tiny else SHAPES)[kernel]
             call = on(make_call(variant, (min(steps, 3), batch, 8, hidden_size), dtype=torch.float32), device)
             with plan.using(kernel):
-                computed(call, grads_for(call), kernels)
+                computed(call, grads_for(call), TRITON)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             print(f"  {kernel} {variant}", flush=True)

@@ -116,7 +116,7 @@ OPTIONS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_sequences(kind, form, threads):
-    """Layers and directions side by side or one by one, at any thread count: to the bit what the long way gives."""
+    """Layers and directions side by side or one by one, at any thread count: to the same bits."""
     sizes, options = FORMS[form]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
