@@ -86,12 +86,42 @@ def test_explain_looks_inside_a_model() -> None:
     assert len(tg.explain(model, torch.rand(5, 2, 3)).calls) == 1
 
 
+def test_explain_looks_through_a_compiled_model() -> None:
+    layer, x = tg.GRU(3, 4), torch.rand(5, 2, 3)
+    model = torch.compile(torch.nn.Sequential(torch.nn.Linear(3, 3), layer), backend="eager")
+    model(x)
+    assert len(tg.explain(model, x).calls) == 1
+    assert len(tg.explain(torch.compile(lambda x: layer(x), backend="eager"), x).calls) == 1
+
+
+def test_an_import_under_fake_tensors_is_an_import() -> None:
+    code = (
+        "import torch; from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "with FakeTensorMode():\n"
+        "    import tidegate as tg; tg.GRU(3, 4)(torch.rand(5, 2, 3))\n"
+        "print(tg.GRU(3, 4)(torch.rand(5, 2, 3))[0].sum().isfinite().item(), tg.GRUCell(3, 4)(torch.rand(2, 3)).shape)"
+    )
+    done = run_python(code)
+    assert done.stdout == "True torch.Size([2, 4])\n", done.stderr
+
+
 def test_aten_refuses_lengths_that_it_would_have_to_wait_for() -> None:
     call = make_call("gru", lengths=True)
     call = call._replace(lengths=torch.empty(3, dtype=torch.int64, device="meta"))
     assert backends.ATEN.unsupported_reasons(call.call()) == [
         "lengths are on meta: torch packs from lengths on the cpu"
     ]
+
+
+@needs.compiled_operators
+def test_an_instruction_set_that_is_not_there_is_a_reason() -> None:
+    code = (
+        "import torch, tidegate as tg\n"
+        "found = tg.explain(tg.GRU(3, 4), torch.rand(5, 2, 3))\n"
+        "print(found.backend, *found.calls[0].reasons['cpu'])"
+    )
+    done = run_python(code, TIDEGATE_CPU_ISA="avx1024", PYTHONWARNINGS="ignore")
+    assert done.stdout.startswith("aten TIDEGATE_CPU_ISA: 'avx1024' is no instruction set that this CPU has"), done
 
 
 def test_import_is_cheap() -> None:

@@ -376,3 +376,9 @@ def test_an_override_that_refuses():
 
     with pytest.raises(ValueError, match="not today"):
         Narrow(3, 5)(torch.zeros(2, 2, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_skip_init(kind):
+    made = torch.nn.utils.skip_init(getattr(tg, kind), 5, 6)
+    assert [p.shape for p in made.parameters()] == [p.shape for p in getattr(tg, kind)(5, 6).parameters()]

@@ -269,3 +269,39 @@ def test_a_nan_stays_in_its_row(kind):
             tensors_in((output[:, others], _rows(state, others))),
         )
         assert found[2, 1].isnan().any()
+
+
+@pytest.mark.parametrize("name", [None, "aten", "reference"])
+def test_no_index_lands_on_a_default_device(name) -> None:
+    """Whatever torch.set_default_device says, indices and lengths are made where the data is."""
+    torch.manual_seed(0)
+    layer, cell = tg.GRU(3, 4, 2, bidirectional=True), tg.LSTMCell(3, 4)
+    rows = [torch.randn(5, 3), torch.randn(2, 3)]
+    packed = torch.nn.utils.rnn.pack_sequence(rows)
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    padded = torch.nn.utils.rnn.pad_sequence(rows)
+    zeros = (torch.zeros(2, 4), torch.zeros(2, 4))
+    first = tg.GRU(3, 4).stream(2)
+
+    def run() -> list[torch.Tensor]:
+        stream = first.clone()
+        stream.reset(0)
+        stream.reset([True, False])
+        stream.add_rows(1)
+        stream.remove_rows(2)
+        return [
+            layer(packed)[0].data,
+            layer(rows)[0][1],
+            layer(nested)[0].values(),
+            layer(padded, lengths=[5, 2])[0],
+            tg.dynamic_rnn(cell, padded, [5, 2], zeros, time_major=True)[0],
+            tg.dynamic_rnn(lambda x, h: torch.tanh(x.sum(-1, keepdim=True) + h), padded, [5, 2], zeros[0], True)[0],
+            stream.step(padded[0]),
+        ]
+
+    with tg.backend(name):
+        right = run()
+        with torch.device("meta"):
+            found = run()
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b)

@@ -59,10 +59,16 @@ def explain(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
 
     before, scope.observer = scope.observer, note
     try:
-        module(*args, **kwargs)
+        _uncompiled(module)(*args, **kwargs)
     finally:
         scope.observer = before
     return Explanation(tuple(found))
+
+
+def _uncompiled(module: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compile was given: a graph that is compiled already makes no calls that could be looked at."""
+    found: Any = module
+    return getattr(found, "_orig_mod", getattr(found, "_torchdynamo_orig_callable", found))
 
 
 def _zeros(call: Call) -> tuple[Any, ...]:

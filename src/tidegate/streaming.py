@@ -240,7 +240,7 @@ class Stream:
         """
         if rows is None:
             return self._set_states(self._zeros(self.rows))
-        keep = torch.ones(self.rows, 1, dtype=torch.bool)
+        keep = torch.ones(self.rows, 1, dtype=torch.bool, device="cpu")
         keep[self._read_rows(rows)] = False
         keep = keep.to(self._device)
         # Not a product: 0 * NaN would keep what is to be forgotten.
@@ -279,7 +279,7 @@ class Stream:
             ValueError: the stream has no batch dimension, or a row is not there.
         """
         self._need_rows("remove_rows")
-        keep = torch.ones(self.rows, dtype=torch.bool)
+        keep = torch.ones(self.rows, dtype=torch.bool, device="cpu")
         keep[self._read_rows(rows)] = False
         kept = keep.nonzero().squeeze(-1).to(self._device)
         self._set_states([state.index_select(1, kept) for state in self._states])
@@ -430,7 +430,11 @@ class Stream:
 
     def _read_rows(self, rows: Any) -> Tensor:
         """(n,) int64 on the CPU, each in 0..B-1."""
-        index = torch.as_tensor([rows] if isinstance(rows, int) else rows).cpu()
+        index = (
+            rows.cpu()
+            if isinstance(rows, Tensor)
+            else torch.as_tensor([rows] if isinstance(rows, int) else rows, device="cpu")
+        )
         if index.dtype == torch.bool and index.shape == (self.rows,):
             return index.nonzero().squeeze(-1)
         if index.numel() == 0 and index.dim() == 1:

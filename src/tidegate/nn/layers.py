@@ -298,7 +298,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
 
     def _check_input(self, data: Tensor, batch_sizes: Tensor | None) -> None:
         dtype = self._first_weight().dtype
-        if data.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        if data.dtype != dtype and not dispatch.is_autocast():
             raise ValueError(
                 f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). Convert input: "
                 f"input.to({dtype}), or convert model: model.to({data.dtype})"
@@ -338,7 +338,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 found = f"found input tensor at {data.device} and {kind} tensor at {tensor.device}"
                 raise RuntimeError(f"Input and {kind} tensors are not at the same device, {found}")
         for state in given:
-            if state.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+            if state.dtype != data.dtype and not dispatch.is_autocast():
                 found = f"found input tensor with {data.dtype} and hidden tensor with {state.dtype}"
                 raise RuntimeError(f"Input and hidden tensors are not the same dtype, {found}")
 
