@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -152,3 +154,15 @@ def test_jit_trace(kind, records):
         torch.testing.assert_close(traced(x), layer(x), rtol=0, atol=0)
     assert str(traced.graph).count(f"tidegate::{layer.cell.name}(") == 4
     assert len(list(traced.parameters())) == 16
+
+
+@pytest.mark.parametrize("module", ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"])
+def test_a_process_may_begin_with_a_compiled_call(module: str) -> None:
+    """What a first call computes once and keeps must be something that the compiler can follow."""
+    code = f"""if True:
+        import torch, tidegate as tg
+        compiled = torch.compile(tg.{module}(3, 4), fullgraph=True, backend="aot_eager")
+        compiled(torch.randn(2, 3) if {module.endswith("Cell")} else torch.randn(5, 2, 3))
+    """
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -289,7 +289,7 @@ def test_overwriting_what_the_forward_kept(variant, dtype):
         apart = backward(call, outputs[0], saved, grads, needs)
         assert torch.equal(saved, before)
         whole = (grads[0], *(grad.unsqueeze(0) for grad in grads[1:]))
-        in_place = cpu.backward(call.call(), saved, whole, needs, True)
+        in_place = cpu.backward(call.call(), (saved,), whole, needs, True)
         for a, b in zip(apart, in_place, strict=True):
             assert (a is None) == (b is None)
             assert a is None or torch.equal(a, b if a.dim() == b.dim() else b.squeeze(0))

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -51,8 +52,14 @@ struct CellGradients {
 
 class Backward {
 public:
-    Backward(Call& call, const Tensor& saved, const Needs& needs, bool overwrite)
-        : call_(call), saved_(saved), layout_(call), needs_(needs), overwrite_(overwrite), element_(bytes_of(call.type)) {}
+    // saved: where each layer's tensor lies; written to only if `overwrite`.
+    Backward(Call& call, std::vector<char*> saved, const Needs& needs, bool overwrite)
+        : call_(call),
+          saved_(std::move(saved)),
+          layout_(call),
+          needs_(needs),
+          overwrite_(overwrite),
+          element_(bytes_of(call.type)) {}
 
     std::vector<Tensor> run(const Optional& grad_output, const Optional& grad_h_n, const Optional& grad_c_n,
                             const Optional& grad_o);
@@ -74,7 +81,7 @@ private:
     bool has_two_products() const { return call_.form.kind == Kind::gru_reset_before; }
 
     Call& call_;
-    const Tensor& saved_;
+    const std::vector<char*> saved_;
     const Saved layout_;
     const Needs& needs_;
     const bool overwrite_;
@@ -89,7 +96,7 @@ CellGradients Backward::make_gradients(int64_t cell) const {
     CellGradients made = {nullptr, columns, columns, {}, {}, {}};
     // The gates' gradients take the gates' place where nobody will read those again.
     if (overwrite_ && layout_.gates_columns() && !call_.form.projects && !is_bfloat16()) {
-        made.dgates = layout_.gates(const_cast<char*>(data(saved_)), cell);
+        made.dgates = layout_.gates(saved_, cell);
         made.stride = layout_.gates_columns();
     } else {
         made.owner = make(call_.type, {total, columns});
@@ -103,7 +110,6 @@ CellGradients Backward::make_gradients(int64_t cell) const {
 }
 
 BackwardProblem Backward::problem_of(int64_t cell) {
-    const char* const saved = data(saved_);
     const int64_t directions = call_.form.directions(), layer = cell / directions;
     CellGradients& to = cells_[static_cast<size_t>(cell)];
     const CellWeights& w = call_.weights[static_cast<size_t>(cell)];
@@ -116,12 +122,12 @@ BackwardProblem Backward::problem_of(int64_t cell) {
     p.rows = call_.schedule(cell);
     p.threads = thread_count();
     p.poison = poison;
-    p.saved = layout_.gates(saved, cell);
+    p.saved = layout_.gates(saved_, cell);
     p.saved_stride = layout_.gates_columns();
-    p.h = layout_.sequence(saved, layer) + cell % directions * call_.projected * element_;
+    p.h = layout_.sequence(saved_, layer) + cell % directions * call_.projected * element_;
     p.h_stride = call_.width();
-    p.h_0 = layout_.h_0(saved, cell);
-    p.c_0 = layout_.c_0(saved, cell);
+    p.h_0 = layout_.h_0(saved_, cell);
+    p.c_0 = layout_.c_0(saved_, cell);
     p.weight_ih = w.ih;
     p.weight_hh = w.hh;
     p.weight_hr = w.hr;
@@ -199,7 +205,7 @@ std::vector<const void*> Backward::input_rows(int64_t cell) const {
         call_.schedule_of(cell).input_rows(call_.input, call_.time_stride * element_, call_.batch_stride * element_,
                                            rows.data());
     else
-        call_.schedule_of(cell).input_rows(layout_.sequence(data(saved_), layer - 1),
+        call_.schedule_of(cell).input_rows(layout_.sequence(saved_, layer - 1),
                                            call_.batch * call_.width() * element_, call_.width() * element_, rows.data());
     return rows;
 }
@@ -207,9 +213,8 @@ std::vector<const void*> Backward::input_rows(int64_t cell) const {
 std::vector<const void*> Backward::h_rows(int64_t cell) const {
     std::vector<const void*> rows(static_cast<size_t>(call_.schedule_of(cell).total()));
     const int64_t directions = call_.form.directions(), h = call_.projected * element_;
-    const char* const saved = data(saved_);
-    call_.schedule_of(cell).h_rows(layout_.sequence(saved, cell / directions) + cell % directions * h,
-                                   call_.width() * element_, layout_.h_0(saved, cell), h, call_.resets(), rows.data());
+    call_.schedule_of(cell).h_rows(layout_.sequence(saved_, cell / directions) + cell % directions * h,
+                                   call_.width() * element_, layout_.h_0(saved_, cell), h, call_.resets(), rows.data());
     return rows;
 }
 
@@ -351,7 +356,7 @@ std::vector<Tensor> Backward::run(const Optional& grad_output, const Optional& g
 
 }  // namespace
 
-std::vector<Tensor> backward(int64_t form, const Tensor& saved, const Tensor& input, const Tensor& weight_ih,
+std::vector<Tensor> backward(int64_t form, const std::vector<Tensor>& saved, const Tensor& input, const Tensor& weight_ih,
                              const Tensor& weight_hh, const std::optional<std::vector<Tensor>>& rest,
                              const Optional& grad_output, const Optional& grad_h_n, const Optional& grad_c_n,
                              const Optional& grad_o, const std::vector<bool>& needs, bool overwrite) {
@@ -360,9 +365,15 @@ std::vector<Tensor> backward(int64_t form, const Tensor& saved, const Tensor& in
     const size_t wanted = static_cast<size_t>(3 + call.form.cells() * per_cell);
     if (needs.size() != wanted) fail("needs", std::to_string(wanted) + " of them", std::to_string(needs.size()));
     call.need_schedules();
-    check(saved, "saved", call.dtype, {Saved(call).size()});
-    if (!saved.is_contiguous()) fail("saved", "a contiguous tensor", "other strides");
-    return Backward(call, saved, Needs(needs), overwrite).run(grad_output, grad_h_n, grad_c_n, grad_o);
+    if (saved.size() != static_cast<size_t>(call.form.layers))
+        fail("saved", std::to_string(call.form.layers) + " tensors", std::to_string(saved.size()));
+    std::vector<char*> layers;
+    for (const Tensor& of_layer : saved) {
+        check(of_layer, "saved", call.dtype, {Saved(call).size()});
+        if (!of_layer.is_contiguous()) fail("saved", "a contiguous tensor", "other strides");
+        layers.push_back(static_cast<char*>(of_layer.mutable_data_ptr()));
+    }
+    return Backward(call, std::move(layers), Needs(needs), overwrite).run(grad_output, grad_h_n, grad_c_n, grad_o);
 }
 
 }  // namespace tidegate

@@ -14,7 +14,7 @@ namespace {
 struct Results {
     char* output;   // (T, B, D*P), rows t*B + b; null for a step
     char *h_n, *c_n;
-    char* saved;    // as `Saved` says; or null
+    std::vector<char*> saved;   // each layer's, as `Saved` says; empty for none
 };
 
 struct States {
@@ -33,12 +33,13 @@ std::vector<ForwardProblem> problems_of(const Call& call, const States& states, 
         std::memcpy(&header, packed, sizeof header);
         packed += sizeof header;
     }
+    const bool saves = !to.saved.empty();
     std::vector<ForwardProblem> problems;
     problems.reserve(static_cast<size_t>(call.form.cells()));
     for (int64_t k = 0; k < call.form.cells(); ++k) {
         const int64_t layer = k / directions, place = k % directions * call.projected * element;
         const bool is_last = layer == call.form.layers - 1;
-        char* const kept = to.saved ? saved.sequence(to.saved, layer) : nullptr;
+        char* const kept = saves ? saved.sequence(to.saved, layer) : nullptr;
         const bool apart = !between.empty();   // else one step's output is its h_n
         char* const output = is_last ? to.output : kept ? kept : apart ? between[static_cast<size_t>(layer)] : nullptr;
         ForwardProblem p = {};
@@ -68,7 +69,7 @@ std::vector<ForwardProblem> problems_of(const Call& call, const States& states, 
         p.output = output ? output + place : static_cast<char*>(p.h_n);
         p.output_stride = output ? call.width() : call.projected;
         p.kept = kept && kept != output ? kept + place : nullptr;
-        if (to.saved) {
+        if (saves) {
             p.saved = saved.gates(to.saved, k);
             p.saved_stride = saved.gates_columns();
         }
@@ -96,7 +97,7 @@ void run_steps_over_time(const Call& call, const States& states, const Results& 
     std::vector<Tensor> memory;
     std::vector<char*> between;
     const bool apart = call.time > 1 || directions > 1;
-    for (int64_t layer = 0; apart && layer + 1 < layers && !to.saved; ++layer) {
+    for (int64_t layer = 0; apart && layer + 1 < layers && to.saved.empty(); ++layer) {
         if (stacked || layer < 2) memory.push_back(make(call.type, {call.rows(), call.width()}));
         between.push_back(data(memory[static_cast<size_t>(stacked ? layer : layer % 2)]));
     }
@@ -136,7 +137,7 @@ void run_one_step(const Call& call, const States& states, const Results& to, con
             p.weight_hh = w.hh;
             p.bias_ih = w.bias_ih;
             p.bias_hh = w.bias_hh;
-            if (to.saved) {
+            if (!to.saved.empty()) {
                 p.saved = saved.gates(to.saved, k);
                 p.saved_stride = saved.gates_columns();
             }
@@ -152,7 +153,7 @@ void run_one_step(const Call& call, const States& states, const Results& to, con
             h = rows;
         }
         const size_t bytes = static_cast<size_t>(state * directions);
-        if (to.saved) std::memcpy(saved.sequence(to.saved, layer), h, bytes);
+        if (!to.saved.empty()) std::memcpy(saved.sequence(to.saved, layer), h, bytes);
         if (to.output && layer + 1 == call.form.layers) std::memcpy(to.output, h, bytes);
         input = h;
         stride = call.hidden * directions;
@@ -163,7 +164,7 @@ void run_one_step(const Call& call, const States& states, const Results& to, con
 void clear_padding(const Call& call, const Results& to, const Saved& saved) {
     const size_t sequence = static_cast<size_t>(call.rows() * call.width() * bytes_of(call.type));
     std::memset(to.output, 0, sequence);
-    if (!to.saved) return;
+    if (to.saved.empty()) return;
     for (int64_t layer = 0; layer < call.form.layers; ++layer) std::memset(saved.sequence(to.saved, layer), 0, sequence);
     const int64_t row = saved.gates_columns() * bytes_of(call.type);
     for (int64_t k = 0; k < call.form.cells() && row; ++k) {
@@ -183,7 +184,7 @@ std::vector<Tensor> forward(int64_t form, const Tensor& weight_ih, const Optiona
     const States states = {call.read_state(h_0, "h_0", call.projected),
                            has_c ? call.read_state(c_0, "c_0", call.hidden) : nullptr};
     std::vector<Tensor> results;
-    results.reserve(5);
+    results.reserve(static_cast<size_t>(4 + call.form.layers));
     Results to = {};
     if (!call.form.is_step() || call.packed) {
         results.push_back(call.make_sequence(call.width()));
@@ -208,10 +209,16 @@ std::vector<Tensor> forward(int64_t form, const Tensor& weight_ih, const Optiona
     const bool opens_gate = save && has_c && call.form.is_step() && !call.form.projects;
     if (opens_gate) results.push_back(make(call.type, call.state_dims(call.hidden)));
     if (save) {
-        results.push_back(make(call.type, {saved.size()}));
-        to.saved = data(results.back());
-        std::memcpy(saved.h_0(to.saved), states.h_0, h_bytes);
-        if (has_c) std::memcpy(saved.c_0(to.saved), states.c_0, c_bytes);
+        for (int64_t layer = 0; layer < call.form.layers; ++layer) {
+            results.push_back(make(call.type, {saved.size()}));
+            to.saved.push_back(data(results.back()));
+        }
+        const size_t cells = static_cast<size_t>(call.form.cells());
+        for (size_t k = 0; k < cells; ++k) {
+            const int64_t cell = static_cast<int64_t>(k);
+            std::memcpy(saved.h_0(to.saved, cell), states.h_0 + k * (h_bytes / cells), h_bytes / cells);
+            if (has_c) std::memcpy(saved.c_0(to.saved, cell), states.c_0 + k * (c_bytes / cells), c_bytes / cells);
+        }
     }
     if (call.batch == 0) return results;
     if (call.is_one_step()) run_one_step(call, states, to, saved);
@@ -221,7 +228,7 @@ std::vector<Tensor> forward(int64_t form, const Tensor& weight_ih, const Optiona
     }
     if (opens_gate) {   // o, the fourth of the kept columns
         const size_t row = static_cast<size_t>(call.hidden * bytes_of(call.type));
-        char* const o = data(results[results.size() - 2]);
+        char* const o = data(results[results.size() - 2]);   // before what one layer saves
         for (size_t b = 0; b < static_cast<size_t>(call.batch); ++b)
             std::memcpy(o + b * row, saved.gates(to.saved, 0) + (5 * b + 3) * row, row);
     }

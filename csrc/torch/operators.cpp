@@ -52,7 +52,7 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
         "forward(int form, Tensor weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor[]? rest, "
         "Tensor input, Tensor(a!)? h_0=None, Tensor(b!)? c_0=None) -> Tensor[]");
     m.def(
-        "backward(int form, Tensor(a!) saved, Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor[]? rest, "
+        "backward(int form, Tensor(a!)[] saved, Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor[]? rest, "
         "Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_o, bool[] needs, "
         "bool overwrite) -> Tensor[]");
     m.def(

@@ -45,7 +45,8 @@ class Backend:
         takes_stacks: it takes a whole `Call`; else it is given a `Layer` at a time.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd.
         forward: `(call, save) -> (output, *final states[, saved])`, not recording autograd. One that takes stacks gives
-            no output of a step, and may give more of it before `saved`, for `gradients` to put together.
+            no output of a step, and may give more of it before `saved`, for `gradients` to put together; it saves a
+            tensor for each layer.
         backward: of one that takes stacks `(call, saved, gradients, needs, overwrite) -> gradients` in the order of
             `Call.tensors`, None where `needs` is False; else `(layer, output, saved, gradients, needs)`. Where
             `overwrite`, nobody reads `saved` afterwards.
@@ -305,14 +306,14 @@ def run_layer_backward(
         return chosen.backward(layer, output, saved, gradients, needs)
     of_output, *of_states = gradients
     whole = (of_output, *(None if grad is None else grad.unsqueeze(0) for grad in of_states))
-    found = chosen.backward(layer.call(), saved, whole, needs, False)
+    found = chosen.backward(layer.call(), (saved,), whole, needs, False)
     states = slice(1, 1 + len(layer.states))
     squeezed = tuple(None if grad is None else grad.squeeze(0) for grad in found[states])
     return (*found[: states.start], *squeezed, *found[states.stop :])
 
 
 def run_backward(
-    chosen: Backend, call: Call, saved: Tensor, gradients: Gradients, needs: tuple[bool, ...], overwrite: bool
+    chosen: Backend, call: Call, saved: Sequence[Tensor], gradients: Gradients, needs: tuple[bool, ...], overwrite: bool
 ) -> Gradients:
     """`Backend.backward` of one that takes stacks."""
     _note(chosen, "backward", call)

@@ -10,10 +10,9 @@ Options beyond torch.nn's (activations, clips, peepholes, coupled gates) have de
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +56,8 @@ class Cell:
             gates_x = x_t W_ih^T + b_ih. Plain torch operations, differentiable any number of times.
         activations: what the option `activations` gives a function for, in order; none for the RNN's `nonlinearity`.
         plain: the values of options, beside the defaults, that every kernel of this cell knows.
+        names: the parameters' names.
+        read_options: the values of the options, of a module that has them as attributes: quicker than one by one.
     """
 
     name: str
@@ -67,19 +68,13 @@ class Cell:
     step: Callable[[Tensor, States, Weights, Options], States]
     activations: tuple[str, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
+    names: tuple[str, ...] = field(init=False)
+    read_options: Callable[[Any], tuple[Any, ...]] = field(init=False, compare=False)
 
-    @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """The parameters' names."""
-        return tuple(self.parameters)
-
-    @functools.cached_property
-    def read_options(self) -> Callable[[Any], tuple[Any, ...]]:
-        """The values of the options, of a module that has them as attributes: quicker than one by one."""
-        names = tuple(self.options)
-        if len(names) > 1:
-            return operator.attrgetter(*names)
-        return lambda module: tuple(getattr(module, name) for name in names)
+    def __post_init__(self) -> None:
+        # Not cached properties: these lock in Python 3.11, where torch.compile cannot follow.
+        object.__setattr__(self, "names", tuple(self.parameters))
+        object.__setattr__(self, "read_options", _attribute_reader(tuple(self.options)))
 
     @property
     def default_options(self) -> Options:
@@ -105,6 +100,12 @@ class Cell:
         """The sizes of a parameter."""
         pairs = map(factor_of, self.parameters[name].shape)
         return tuple(factor * sizes[letter] for factor, letter in pairs)
+
+
+def _attribute_reader(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda module: tuple(getattr(module, name) for name in names)
 
 
 def factor_of(expression: str) -> tuple[int, str]:

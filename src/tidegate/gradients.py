@@ -65,7 +65,7 @@ class _Kept(NamedTuple):
     read: Any
     versions: list[int]
     output: Tensor | None
-    saved: Tensor
+    saved: tuple[Tensor, ...]
 
 
 class Recurrence(torch.autograd.Function):
@@ -96,15 +96,18 @@ class Recurrence(torch.autograd.Function):
             results = backends.run_layer(chosen, unit, save=True)
         else:
             results = backends.run_forward(chosen, unit, save=True)
-        output, saved = results[0], results[-1]
+        # A call leaves a tensor for each of its layers.
+        count = unit.layers if isinstance(unit, Call) and chosen.composite is None else 1
+        output, saved = results[0], tuple(results[len(results) - count :])
         if as_operator or dispatch.has_saved_tensor_hooks():
-            ctx.save_for_backward(*tensors, unit.lengths, unit.resets, output, saved)
+            ctx.save_for_backward(*tensors, unit.lengths, unit.resets, output, *saved)
+            ctx.count = count
             ctx.unit = unit.with_tensors([None] * len(tensors))._replace(lengths=None, resets=None)
         else:
             ctx.kept = _keep(unit, chosen, ctx.needs, output, saved)
         if not as_operator:
-            return tuple(results[ctx.opens_gate : -1])
-        ctx.mark_non_differentiable(saved)
+            return tuple(results[ctx.opens_gate : len(results) - count])
+        ctx.mark_non_differentiable(*saved)
         return tuple(results)
 
     @staticmethod
@@ -126,7 +129,7 @@ class Recurrence(torch.autograd.Function):
         if graph is not None and is_first_order:
             found = backends.graph_gradients(graph[0], graph[1], gradients, ctx.needs)
         elif ctx.as_operator and not (dispatch.is_plain() and is_first_order):
-            rest = (ctx.chosen.name, output, saved, *gradients, list(ctx.needs))
+            rest = (ctx.chosen.name, output, *saved, *gradients, list(ctx.needs))
             found = signature.backward_operator(unit.cell)(*signature.arguments(unit), *rest)
             found = tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
         else:
@@ -167,7 +170,7 @@ def _places(unit: Any, chosen: Backend, needs: tuple[bool, ...]) -> tuple[tuple[
     return _places_read(len(unit.cell.states), len(unit.cell.parameters), directions, needs)
 
 
-def _keep(unit: Any, chosen: Backend, needs: tuple[bool, ...], output: Tensor, saved: Tensor) -> _Kept:
+def _keep(unit: Any, chosen: Backend, needs: tuple[bool, ...], output: Tensor, saved: tuple[Tensor, ...]) -> _Kept:
     places, of_weights = _places(unit, chosen, needs)
     tensors = [*unit.tensors]
     versions = [_version(tensors[k]) for k in places]
@@ -199,12 +202,14 @@ def _check_versions(kept: _Kept, chosen: Backend, needs: tuple[bool, ...]) -> No
             raise RuntimeError(_CHANGED.format(name=name, cell=cell.name, shape=shape, now=now, then=version))
 
 
-def _unpacked(ctx: Any) -> tuple[Any, Tensor, Tensor]:
+def _unpacked(ctx: Any) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
     """What was saved openly: the unit on its tensors, the output, and what the forward left."""
-    *tensors, lengths, resets, output, saved = ctx.saved_tensors
-    if hasattr(ctx, "unit"):
-        return ctx.unit.with_tensors(tensors)._replace(lengths=lengths, resets=resets), output, saved
-    raise RuntimeError(_USED_UP)
+    everything = ctx.saved_tensors
+    if not hasattr(ctx, "unit"):
+        raise RuntimeError(_USED_UP)
+    *tensors, lengths, resets, output = everything[: len(everything) - ctx.count]
+    unit = ctx.unit.with_tensors(tensors)._replace(lengths=lengths, resets=resets)
+    return unit, output, everything[len(everything) - ctx.count :]
 
 
 def _composite(chosen: Backend, unit: Any) -> tuple[Tensor, ...]:
@@ -222,7 +227,7 @@ def _first_order(
     chosen: Backend,
     unit: Any,
     output: Tensor | None,
-    saved: Tensor,
+    saved: tuple[Tensor, ...],
     gradients: Gradients,
     needs: tuple[bool, ...],
     overwrite: bool,
@@ -235,7 +240,7 @@ def _first_order(
             return backends.graph_gradients(_differentiable(chosen, recorded), wanted, gradients, needs)
     if isinstance(unit, Layer):
         assert output is not None
-        return backends.run_layer_backward(chosen, unit, output, saved, gradients, needs)
+        return backends.run_layer_backward(chosen, unit, output, saved[0], gradients, needs)
     return backends.run_backward(chosen, unit, saved, gradients, needs, overwrite)
 
 

@@ -166,13 +166,11 @@ def _multiplies_matrices() -> bool:
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
-    """The shape of what `forward(call, save=True)` keeps: csrc/torch/saved.h."""
+    """The shape of what `forward(call, save=True)` keeps for each layer: csrc/torch/saved.h."""
     gates = _KINDS[(call.cell.name, call.options)][1]
-    sizes, directions = call.sizes(), call.directions
-    cells, rows = call.layers * directions, call.steps * call.batch
-    width = sizes[call.cell.states["h"]]
+    sizes, directions, rows = call.sizes(), call.directions, call.steps * call.batch
     states = call.batch * sum(sizes[letter] for letter in call.cell.states.values())
-    return (cells * (states + rows * gates * sizes["H"]) + call.layers * rows * directions * width,)
+    return (directions * (states + rows * (gates * sizes["H"] + sizes[call.cell.states["h"]])),)
 
 
 # What csrc/torch/call.h's `Form` says beside the kind: where its numbers stand.
@@ -207,7 +205,7 @@ def _rest(call: Call, with_biases: bool) -> tuple[int, list[Tensor] | None]:
 
 
 def forward(call: Call, save: bool = False) -> Sequence[Tensor]:
-    """Runs a whole call: output, but of a step; the final states; with `save`, what `backward` needs.
+    """Runs a whole call: output, but of a step; the final states; with `save`, for each layer what `backward` needs.
 
     A step of an LSTM without a projection gives, with `save`, the output gate's o before that.
     """
@@ -222,7 +220,9 @@ def forward(call: Call, save: bool = False) -> Sequence[Tensor]:
     return _operator("forward")(form, *weights[:4], rest, call.input, *call.states)
 
 
-def backward(call: Call, saved: Tensor, gradients: Gradients, needs: tuple[bool, ...], overwrite: bool) -> Gradients:
+def backward(
+    call: Call, saved: Sequence[Tensor], gradients: Gradients, needs: tuple[bool, ...], overwrite: bool
+) -> Gradients:
     """The gradients of `Call.tensors`, in that order, None where not needed.
 
     Args:
@@ -236,7 +236,7 @@ def backward(call: Call, saved: Tensor, gradients: Gradients, needs: tuple[bool,
         more, rest = _rest(call, False)
         form += more
     wanted = _wanted(needs, len(call.states), len(call.cell.parameters))
-    arguments = (form, saved, call.input, *call.weights[:2], rest, grad_output, grad_h_n, grad_c_n, grad_o)
+    arguments = (form, list(saved), call.input, *call.weights[:2], rest, grad_output, grad_h_n, grad_c_n, grad_o)
     found = iter(_operator("backward")(*arguments, wanted, overwrite))
     return tuple([next(found) if need else None for need in needs])
 
