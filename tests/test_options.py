@@ -78,6 +78,19 @@ def test_initialization(gates, kind):
         kind(3, 4, init="xavier")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("init", ["keras", "tf1", "flax"])
+@pytest.mark.parametrize("kind", [tg.RNN, tg.LSTM, tg.GRU, tg.RNNCell, tg.LSTMCell, tg.GRUCell])
+def test_initialization_in_any_dtype(kind, init, dtype):
+    options = {"proj_size": 4} if kind is tg.LSTM else {}
+    module = kind(3, 8, init=init, dtype=dtype, **options)
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    if init == "keras" and not options:
+        weight = next(value for name, value in module.named_parameters() if name.startswith("weight_hh")).double()
+        torch.testing.assert_close(weight.T @ weight, torch.eye(8).double(), rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

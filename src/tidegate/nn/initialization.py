@@ -29,6 +29,12 @@ def _lecun(weight: Tensor, fan_in: int) -> None:
     init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
 
 
+def _orthogonal(weight: Tensor) -> None:
+    """Drawn in float32 for a shorter dtype: QR decompositions know none."""
+    drawn = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    weight.copy_(init.orthogonal_(drawn))
+
+
 def _zero(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None:
@@ -39,7 +45,7 @@ def _keras(cell: Cell, weights: Weights) -> None:
     """Glorot uniform, orthogonal over all gates together, zeros, and an LSTM's forget bias 1 (unit_forget_bias)."""
     weight_ih, weight_hh = weights["weight_ih"], weights["weight_hh"]
     _glorot(weight_ih, weight_ih.shape[1], weight_ih.shape[0])
-    init.orthogonal_(weight_hh)
+    _orthogonal(weight_hh)
     _zero(weights.get("bias_ih"), weights.get("bias_hh"))
     _unit_forget_bias(cell, weights)
 
@@ -64,7 +70,7 @@ def _flax(cell: Cell, weights: Weights) -> None:
     weight_ih, weight_hh = weights["weight_ih"], weights["weight_hh"]
     _lecun(weight_ih, weight_ih.shape[1])
     for block in weight_hh.chunk(len(cell.gates)):
-        init.orthogonal_(block)
+        _orthogonal(block)
     _zero(weights.get("bias_ih"), weights.get("bias_hh"))
 
 
