@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CONTRIBUTING's "Adding a cell", followed literally: one file, one call, and everything but the kernels knows it."""
+"""CONTRIBUTING's "Adding a cell", followed literally: one file, one call, and everything but the kernels knows it.
+
+float64: 1e-14 is the rounding of a few steps."""
 
 from __future__ import annotations
 

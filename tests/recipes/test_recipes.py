@@ -83,5 +83,6 @@ def test_the_policy_acts_as_it_learns() -> None:
     with torch.no_grad():
         output, _ = agent.policy.gru(found["seen"], found["state"], resets=found["starts"])
         choice, values = agent.policy.read(output)
+    # float32; a sequence's products are summed in another order than a step's.
     torch.testing.assert_close(choice.log_prob(found["actions"]), found["log_probs"], rtol=0, atol=1e-6)
     torch.testing.assert_close(values, found["values"], rtol=0, atol=1e-6)

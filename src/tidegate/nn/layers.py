@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -354,7 +354,8 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         """Rows of states in another order."""
         if permutation is None and "permute_hidden" not in self._overridden:
             return states
-        permuted: Any = self.permute_hidden(states[0] if len(states) == 1 else states, permutation)  # type: ignore[arg-type]
+        given: Any = states[0] if len(states) == 1 else states
+        permuted: Any = self.permute_hidden(given, permutation)
         return permuted if len(states) > 1 else (permuted,)
 
     def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
@@ -403,37 +404,26 @@ def _plain_name(name: str) -> str:
 
 if TYPE_CHECKING:
     _Lengths = Tensor | Sequence[int] | None
-    _Pair = tuple[Tensor, Tensor]
 
-    class _OneStateLayer(RecurrentLayer):
+    _States = TypeVar("_States")
+
+    class _TypedLayer(RecurrentLayer, Generic[_States]):
         @overload
         def __call__(
-            self, input: Tensor, hx: Tensor | None = None, *, lengths: _Lengths = None, resets: Tensor | None = None
-        ) -> tuple[Tensor, Tensor]: ...
+            self, input: Tensor, hx: _States | None = None, *, lengths: _Lengths = None, resets: Tensor | None = None
+        ) -> tuple[Tensor, _States]: ...
         @overload
-        def __call__(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+        def __call__(self, input: PackedSequence, hx: _States | None = None) -> tuple[PackedSequence, _States]: ...
         @overload
         def __call__(
-            self, input: list[Tensor], hx: Tensor | None = None, *, resets: list[Tensor] | None = None
-        ) -> tuple[list[Tensor], Tensor]: ...
+            self, input: list[Tensor], hx: _States | None = None, *, resets: list[Tensor] | None = None
+        ) -> tuple[list[Tensor], _States]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
         forward = __call__
 
-    class _TwoStateLayer(RecurrentLayer):
-        @overload
-        def __call__(
-            self, input: Tensor, hx: _Pair | None = None, *, lengths: _Lengths = None, resets: Tensor | None = None
-        ) -> tuple[Tensor, _Pair]: ...
-        @overload
-        def __call__(self, input: PackedSequence, hx: _Pair | None = None) -> tuple[PackedSequence, _Pair]: ...
-        @overload
-        def __call__(
-            self, input: list[Tensor], hx: _Pair | None = None, *, resets: list[Tensor] | None = None
-        ) -> tuple[list[Tensor], _Pair]: ...
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-        forward = __call__
+    _OneStateLayer = _TypedLayer[Tensor]
+    _TwoStateLayer = _TypedLayer[tuple[Tensor, Tensor]]
 else:
     _OneStateLayer = _TwoStateLayer = RecurrentLayer
 
