@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate import backends, cells, ops
+from tidegate import backends, ops
+from tidegate import cell as kinds
 from tidegate.call import Layer
-from tidegate.cells import Cell
+from tidegate.cell import Cell
 
 # The backends that can run here: all three but on a machine without a compiler.
 RUNNABLE = [name for name, backend in backends.BY_NAME.items() if not backend.availability()]
 
 VARIANTS: dict[str, tuple[Cell, dict[str, Any], bool]] = {
-    "rnn-tanh": (cells.RNN, {"nonlinearity": "tanh"}, False),
-    "rnn-relu": (cells.RNN, {"nonlinearity": "relu"}, False),
-    "lstm": (cells.LSTM, {}, False),
-    "lstm-proj": (cells.LSTM, {}, True),
-    "gru": (cells.GRU, {"reset_after": True}, False),
-    "gru-reset-before": (cells.GRU, {"reset_after": False}, False),
+    "rnn-tanh": (kinds.RNN, {"nonlinearity": "tanh"}, False),
+    "rnn-relu": (kinds.RNN, {"nonlinearity": "relu"}, False),
+    "lstm": (kinds.LSTM, {}, False),
+    "lstm-proj": (kinds.LSTM, {}, True),
+    "gru": (kinds.GRU, {"reset_after": True}, False),
+    "gru-reset-before": (kinds.GRU, {"reset_after": False}, False),
 }
 
 
@@ -53,7 +54,7 @@ def make_call(
 
     weights: dict[str, Tensor | None] = {"weight_ih": tensor(rows, input_size), "weight_hh": tensor(rows, proj)}
     weights |= {name: tensor(rows) if bias else None for name in ("bias_ih", "bias_hh")}
-    if cell is cells.LSTM:
+    if cell is kinds.LSTM:
         weights["weight_hr"] = tensor(proj, hidden_size) if projected else None
         weights["weight_peephole"] = None
     sizes = {"h": proj, "c": hidden_size}

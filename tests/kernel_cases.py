@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from tidegate import reference
 from tidegate.backends import CPU, Backend, run_layer, run_layer_backward, saved_shape
 from tidegate.call import Layer
-from tidegate.cells import Options, States, Weights
+from tidegate.cell import Options, States, Weights
 
 # An error may exceed twice that of the reference in the same dtype by this much of the largest value. bfloat16: the
 # gates that the backward reads are stored in it, where the reference keeps float32. float16 is three bits finer.

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 import tidegate as tg
 from tidegate import backends, ops
-from tidegate.cells import Cell, Options, Parameter, States, Weights
+from tidegate.cell import Cell, Options, Parameter, States, Weights
 from tidegate.nn import RecurrentCell, RecurrentLayer
 
 

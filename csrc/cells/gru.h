@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The GRU: h' = (1 - z) n + z h; see cells.py for its two forms and their sources.
+// The GRU: h' = (1 - z) n + z h; see cell.py for its two forms and their sources.
 //
 // Columns of `saved`: r, z, n, and for the reset-after form also W_hn h + b_hn.
 // Columns of `dgates`: dr, dz, dn (of x's side), and for the reset-after form dn r (of h's side).

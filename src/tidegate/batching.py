@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tidegate import signature
-from tidegate.cells import Cell
+from tidegate.cell import Cell
 
 Rule = Callable[..., tuple[tuple[Tensor, ...], tuple["int | None", ...]]]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tidegate.cells import Cell, Options, Sizes, States, Weights
+from tidegate.cell import Cell, Options, Sizes, States, Weights
 
 
 class _Number(enum.IntEnum):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tidegate import activations
 from tidegate.call import Call, Layer, Layout
-from tidegate.cells import Cell, Options, Sizes, Weights, factor_of
+from tidegate.cell import Cell, Options, Sizes, Weights, factor_of
 
 _LETTERS = {"I": "input_size", "H": "hidden_size", "P": "proj_size"}
 _INPUTS = {

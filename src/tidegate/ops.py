@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidegate import backends, batching, dispatch, gradients, reference, signature
 from tidegate.call import Call, Layer, layer_by_layer
-from tidegate.cells import CELLS, Cell
+from tidegate.cell import CELLS, Cell
 from tidegate.checks import check_layer, check_lengths
 from tidegate.errors import UnsupportedError
 from tidegate.scope import scope

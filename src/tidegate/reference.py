@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tidegate.call import Call, Layer
-from tidegate.cells import States
+from tidegate.cell import States
 
 
 def unsupported_reasons(call: Call) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tidegate.call import Layer
-from tidegate.cells import Cell
+from tidegate.cell import Cell
 
 _SCHEMA_TYPES = {bool: "bool", str: "str", float: "float"}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tidegate import backends, ops
 from tidegate.call import Call, Layout
-from tidegate.cells import States
+from tidegate.cell import States
 from tidegate.checks import check
 from tidegate.scope import scope
 

@@ -2,7 +2,7 @@
 // The recurrence in double, one number at a time, to compare the kernels with. Gradients come from running
 // it on dual numbers, which carry a derivative along one direction: no backward is written here to share a fault with.
 //
-// Letters as in problem.h; equations and gate orders as in src/tidegate/cells.py.
+// Letters as in problem.h; equations and gate orders as in src/tidegate/cell.py.
 #pragma once
 
 #include <cmath>

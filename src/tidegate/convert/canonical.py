@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tidegate import nn
-from tidegate.cells import GRU, LSTM, RNN, Cell
+from tidegate.cell import GRU, LSTM, RNN, Cell
 from tidegate.errors import ConversionError
 from tidegate.nn.cells import RecurrentCell
 from tidegate.nn.layers import RecurrentLayer

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate.cells import GRU, LSTM, RNN, Cell
+from tidegate.cell import GRU, LSTM, RNN, Cell
 from tidegate.convert.canonical import Faults, Weights, activation, build_cell, class_name
 
 # Of each class: our cell, and for each of its gates the letter in the names of the Dense layers, (i or h) + letter.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from tidegate.cells import GATE_ORDERS, GRU, LSTM, RNN, Cell, reordered
+from tidegate.cell import GATE_ORDERS, GRU, LSTM, RNN, Cell, reordered
 from tidegate.convert import keras_file
 from tidegate.convert.canonical import Faults, Weights, activation, build_layer, class_name
 from tidegate.errors import ConversionError

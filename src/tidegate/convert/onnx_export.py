@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from tidegate import cells, signature
-from tidegate.cells import Cell
-from tidegate.cells import reordered as blocks_reordered
+from tidegate import signature
+from tidegate.cell import CELLS, Cell
+from tidegate.cell import reordered as blocks_reordered
 from tidegate.convert.canonical import Faults, missing
 from tidegate.convert.onnx_names import PEEPHOLE_ORDER, gate_orders
 from tidegate.convert.onnx_write import node_attributes
@@ -36,7 +36,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
     except ImportError as error:
         raise missing("torch.onnx.export", error) from error
 
-    return {signature.forward_operator(cell): _translation(cell, opset18) for cell in cells.CELLS}
+    return {signature.forward_operator(cell): _translation(cell, opset18) for cell in CELLS}
 
 
 def _translation(cell: Cell, op: Any) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tidegate import activations
-from tidegate.cells import GATE_ORDERS, GRU, LSTM, RNN, Cell, reordered
+from tidegate.cell import GATE_ORDERS, GRU, LSTM, RNN, Cell, reordered
 from tidegate.convert.canonical import Faults, Weights
 
 CELLS: dict[str, Cell] = {"RNN": RNN, "GRU": GRU, "LSTM": LSTM}

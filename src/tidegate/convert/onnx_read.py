@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tidegate.cells import GRU, LSTM, Cell
+from tidegate.cell import GRU, LSTM, Cell
 from tidegate.convert.canonical import Faults, Weights, build_layer
 from tidegate.convert.onnx_file import Constants, load
 from tidegate.convert.onnx_graph import Place, Wiring, is_recurrent, places

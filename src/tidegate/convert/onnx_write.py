@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate import cells
-from tidegate.cells import GRU, LSTM, RNN, Cell, Options, reordered
+from tidegate.cell import CELLS, GRU, LSTM, RNN, Cell, Options, reordered
 from tidegate.convert.canonical import Faults, missing
 from tidegate.convert.onnx_names import PEEPHOLE_ORDER, default_activations, gate_orders, write_activations
 
@@ -56,7 +55,7 @@ def to_onnx(
         raise missing("writing ONNX", error) from error
 
     faults = Faults(f"to_onnx({type(module).__name__})")
-    cell = next((cell for cell in cells.CELLS if getattr(module, "mode", "").lower().startswith(cell.name)), None)
+    cell = next((cell for cell in CELLS if getattr(module, "mode", "").lower().startswith(cell.name)), None)
     if cell is None or not isinstance(module, torch.nn.RNNBase):
         faults.add("expected a GRU, LSTM or RNN layer of tidegate or torch.nn; a model: torch.onnx.export, see docs")
         faults.raise_any()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tidegate import nn
-from tidegate.cells import Cell
+from tidegate.cell import Cell
 from tidegate.convert.canonical import Faults, missing
 from tidegate.errors import ConversionError
 from tidegate.nn.options import ACCELERATED, OWN_OPTIONS

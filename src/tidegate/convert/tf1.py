@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate.cells import GATE_ORDERS, GRU, LSTM, RNN, reordered
+from tidegate.cell import GATE_ORDERS, GRU, LSTM, RNN, reordered
 from tidegate.convert.canonical import Faults, Weights, activation, build_cell, class_name
 
 _VARIABLES = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate.cells import CELLS
+from tidegate.cell import CELLS
 from tidegate.convert.canonical import DAMAGED_ZIP, Faults, build_layer
 from tidegate.errors import ConversionError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tidegate.call import Call, Direction, Layout
-from tidegate.cells import GRU, LSTM, RNN, extensions
+from tidegate.cell import GRU, LSTM, RNN, extensions
 
 # Of a step with torch.nn's equations, which `extensions` would find nothing against.
 _STEPS = {

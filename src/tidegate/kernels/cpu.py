@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tidegate import kernels
 from tidegate.call import Call, Layout
-from tidegate.cells import GRU, LSTM, RNN, extensions
+from tidegate.cell import GRU, LSTM, RNN, extensions
 
 _LIBRARY = "tidegate_cpu.so"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tidegate import cells, dispatch, ops
+from tidegate import cell as kinds
+from tidegate import dispatch, ops
 from tidegate.call import Call, Direction, Layer, Layout, new_call
 from tidegate.checks import check_layer
 from tidegate.nn import autocast
@@ -124,7 +125,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         weights, options = self._read_tensors(self._plan), self._option_values()
         call = new_call((cell, options, input, states, weights, None, None, 1, Direction.FORWARD, layout, None))
         if dispatch.is_autocast():
-            return autocast.run(call, self._find_faults, cell is not cells.RNN)
+            return autocast.run(call, self._find_faults, cell is not kinds.RNN)
         return ops.run(call, self._find_faults)
 
     def _sequence(self, input: Tensor, states: tuple[Any, ...], lengths: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -136,7 +137,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
             check_layer(layer)
 
         if dispatch.is_autocast():
-            output, *finals = autocast.run(layer.call(), find_faults, self.cell is not cells.RNN)
+            output, *finals = autocast.run(layer.call(), find_faults, self.cell is not kinds.RNN)
         else:
             output, *finals = ops.run(layer.call(), find_faults)
         return (output, *(final.squeeze(0) for final in finals))
@@ -193,7 +194,7 @@ class RNNCell(_OneStateCell, torch.nn.RNNCell):
     """One step of an Elman RNN: torch.nn.RNNCell(input_size, hidden_size, bias, nonlinearity, device, dtype), and
     `activations`, `clip`, `init` as in RNN."""
 
-    cell = cells.RNN
+    cell = kinds.RNN
     clip: float = 0.0
 
     # What `activations` gave; torch.nn's cell takes any nonlinearity and refuses an unknown one when it runs.
@@ -228,9 +229,9 @@ class GRUCell(_OneStateCell, torch.nn.GRUCell):
     """One step of a GRU: torch.nn.GRUCell(input_size, hidden_size, bias, device, dtype), and `reset_after`,
     `activations`, `clip`, `init` as in GRU."""
 
-    cell = cells.GRU
+    cell = kinds.GRU
     reset_after: bool = True
-    activations: str = cells.GRU.options["activations"][1]
+    activations: str = kinds.GRU.options["activations"][1]
     clip: float = 0.0
 
     def __init__(
@@ -256,8 +257,8 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
     """One step of an LSTM: torch.nn.LSTMCell(input_size, hidden_size, bias, device, dtype), and `proj_size`,
     `peepholes`, `activations`, `clip`, `cell_clip`, `proj_clip`, `coupled`, `init` as in LSTM."""
 
-    cell = cells.LSTM
-    activations: str = cells.LSTM.options["activations"][1]
+    cell = kinds.LSTM
+    activations: str = kinds.LSTM.options["activations"][1]
     clip: float = 0.0
     cell_clip: float = 0.0
     proj_clip: float = 0.0

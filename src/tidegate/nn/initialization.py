@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import init
 
-from tidegate.cells import GRU, LSTM, Cell
+from tidegate.cell import GRU, LSTM, Cell
 
 Weights = dict[str, Tensor]
 

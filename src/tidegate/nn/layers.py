@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tidegate import cells, dispatch, ops, sequences
+from tidegate import cell as kinds
+from tidegate import dispatch, ops, sequences
 from tidegate.call import Call, Direction, Layout
 from tidegate.nn import autocast
 from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_init, read_nonlinearity
@@ -199,7 +200,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
             find_faults(call)  # before the states are indexed
             call = call._replace(states=self._permuted(states, packed and packed.sorted_indices))
         if dispatch.is_autocast():
-            output, *finals = autocast.run(call, find_faults, self.cell is cells.GRU)
+            output, *finals = autocast.run(call, find_faults, self.cell is kinds.GRU)
         else:
             output, *finals = ops.run(call, find_faults)
         if permutes:
@@ -213,7 +214,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
             return Layout.BATCH_FIRST if self.batch_first else Layout.TIME_MAJOR
         if dims == 2:
             return Layout.UNBATCHED
-        tail = " tensor instead" if self.cell is cells.RNN else " instead"
+        tail = " tensor instead" if self.cell is kinds.RNN else " instead"
         raise ValueError(f"{self.cell.name.upper()}: Expected input to be 2D or 3D, got {dims}D{tail}")
 
     def _rows(self, input: Tensor, lengths: Any, resets: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -439,7 +440,7 @@ class RNN(_OneStateLayer):
         reverse, init: as RecurrentLayer takes them.
     """
 
-    cell = cells.RNN
+    cell = kinds.RNN
     nonlinearity: str
     clip: float = 0.0
 
@@ -490,8 +491,8 @@ class LSTM(_TwoStateLayer):
         reverse, init: as RecurrentLayer takes them.
     """
 
-    cell = cells.LSTM
-    activations: str = cells.LSTM.options["activations"][1]
+    cell = kinds.LSTM
+    activations: str = kinds.LSTM.options["activations"][1]
     clip: float = 0.0
     cell_clip: float = 0.0
     proj_clip: float = 0.0
@@ -543,9 +544,9 @@ class GRU(_OneStateLayer):
         reverse, init: as RecurrentLayer takes them.
     """
 
-    cell = cells.GRU
+    cell = kinds.GRU
     reset_after: bool = True
-    activations: str = cells.GRU.options["activations"][1]
+    activations: str = kinds.GRU.options["activations"][1]
     clip: float = 0.0
 
     def __init__(

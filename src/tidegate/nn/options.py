@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tidegate import activations
-from tidegate.cells import Cell, Options
+from tidegate.cell import Cell, Options
 from tidegate.nn import initialization
 
 Device = torch.device | str | int | None

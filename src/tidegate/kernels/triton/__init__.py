@@ -6,7 +6,7 @@ over all steps; sums are deterministic. What the forward keeps has a row a step 
 a GRU, r z n for one with the reset before, i f g o c for an LSTM; an RNN's backward needs no more than its output. With
 `plan.using(recompute=True)` an LSTM keeps c and the others nothing, and the backward computes the rest again.
 
-Letters as in cells.py and common.py.
+Letters as in cell.py and common.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tidegate.call import Call, Layer
-from tidegate.cells import extensions
+from tidegate.cell import extensions
 from tidegate.kernels.triton import plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

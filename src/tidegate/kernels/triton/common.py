@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every kernel of this package shares: activations, which rows are live at a step, loads, products.
 
-Letters as in cells.py: T steps, B rows, H hidden_size, G gates; also K kept values a unit, D columns of gate gradients
+Letters as in cell.py: T steps, B rows, H hidden_size, G gates; also K kept values a unit, D columns of gate gradients
 a unit. Every (T, B, n*H) tensor is contiguous. A tile is rows (BLOCK_B) by units (BLOCK_N or BLOCK_H), masked at the
 edges, so H need be no power of two. Values are computed in ACC (float32) and fed to the matrix unit in the tensors'
 dtype. Offsets into (T, B, n*H) are 64-bit.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GRU: h' = (1 - z) n + z h, in both reset forms. Source: cells.py.
+"""The GRU: h' = (1 - z) n + z h, in both reset forms. Source: cell.py.
 
 Reset after: n = tanh(x_n + r a_n). Kept: r z n a_n. Gate gradients: n r z, then a_n; so the first three are those of
 the input's product and the last three those of the recurrent one, each contiguous.

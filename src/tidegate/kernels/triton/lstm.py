@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LSTM: c' = f c + i g; h' = o tanh(c'). Kept: i f g o c'. Source: cells.py."""
+"""The LSTM: c' = f c + i g; h' = o tanh(c'). Kept: i f g o c'. Source: cell.py."""
 
 # Triton's language is untyped, and what its compiler does with a function is not what Python would.
 # pyright: basic, reportGeneralTypeIssues=false

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The RNN: h' = tanh(x + a) or relu(x + a). Kept: nothing but the output. Source: cells.py."""
+"""The RNN: h' = tanh(x + a) or relu(x + a). Kept: nothing but the output. Source: cell.py."""
 
 # Triton's language is untyped, and what its compiler does with a function is not what Python would.
 # pyright: basic, reportGeneralTypeIssues=false
