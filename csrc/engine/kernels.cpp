@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set, with TIDEGATE_ISA as its name.
 #include "cells/gru_reset_before.h"
+#include "engine/interpreter.h"
 #include "engine/isa.h"
 #include "engine/outer.h"
 #include "engine/side_by_side.h"
@@ -123,6 +124,11 @@ void outer(const OuterProblem& problem) {
     else run_outer<float>(problem);
 }
 
+void run_program(const ProgramProblem& problem) {
+    if (problem.type == Type::f64) ProgramRun<double>(problem).run();
+    else ProgramRun<float>(problem).run();
+}
+
 void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t count) {
     with_type(type, [&]<class S>(Tag<S>) {
         using A = computed<S>;
@@ -152,6 +158,7 @@ const Kernels kernels = {.name = TIDEGATE_NAME(TIDEGATE_ISA),
                          .step = step,
                          .backward = backward,
                          .outer = outer,
+                         .run_program = run_program,
                          .activate = activate};
 
 }  // namespace tidegate::TIDEGATE_ISA

@@ -134,6 +134,8 @@ struct OuterProblem {
     void* sums = nullptr;        // (columns): the sums of D's columns
 };
 
+struct ProgramProblem;   // engine/program.h
+
 // One instruction set's kernels.
 struct Kernels {
     const char* name;
@@ -148,6 +150,7 @@ struct Kernels {
     // As `forward`. layers, from the top: the `dinput` of each is the `grad_output` of the next, and lies in one piece.
     void (*backward)(const BackwardProblem*, int count, Together);
     void (*outer)(const OuterProblem&);
+    void (*run_program)(const ProgramProblem&);
     void (*activate)(Type, bool tanh, const void* in, void* out, int64_t count);   // tests of the error bounds
 };
 

@@ -9,6 +9,7 @@
 #include "engine/crew.h"
 #include "engine/isa.h"
 #include "torch/call.h"
+#include "torch/program.h"
 
 namespace tidegate {
 namespace {
@@ -59,6 +60,9 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
         "pack(int form, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor[]? rest) "
         "-> Tensor");
     m.def("advance(int form, Tensor packed, Tensor input, Tensor(a!) h_0, Tensor(b!)? c_0=None) -> Tensor");
+    m.def(
+        "run_program(Tensor code, Tensor constants, Tensor[] inputs, Tensor[] states, Tensor[] vectors, "
+        "Tensor[] matrices, Tensor? lengths, Tensor? resets, int steps, int batch, bool reverse) -> Tensor[]");
     m.def("activate(Tensor x, bool hyperbolic) -> Tensor");
     m.def("isa() -> str");
     m.def("isas() -> str");
@@ -72,6 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CompositeExplicitAutograd, m) {
     m.impl("backward", TORCH_BOX(&tidegate::backward));
     m.impl("pack", TORCH_BOX(&tidegate::pack));
     m.impl("advance", TORCH_BOX(&tidegate::advance));
+    m.impl("run_program", TORCH_BOX(&tidegate::run_program));
     m.impl("activate", TORCH_BOX(&tidegate::activate));
     m.impl("isa", TORCH_BOX(&tidegate::isa));
     m.impl("isas", TORCH_BOX(&tidegate::isas));

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered operator that runs a program over a sequence, and its gradients: the same operator on another program.
+
+`torch.ops.tidegate.loop(program, inputs, states, vectors, matrices, lengths, resets, reverse) -> outputs, final states`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tidegate import dispatch
+from tidegate.fusion.derive import Backward, MatrixGradient, Wanted, derive, keeping
+from tidegate.fusion.encode import encode
+from tidegate.fusion.program import Program
+from tidegate.kernels import cpu
+
+_LIBRARY = torch.library.Library("tidegate", "FRAGMENT")
+_LIBRARY.define(
+    "loop(str program, Tensor[] inputs, Tensor[] states, Tensor[] vectors, Tensor[] matrices, Tensor? lengths, "
+    "Tensor? resets, int steps, int batch, bool reverse) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_operator: Any = torch.ops.tidegate.loop.default
+
+
+class _Tensors:
+    """The tensors of a call, one after another, and how many there are of each kind."""
+
+    def __init__(self, program: Program) -> None:
+        counts = (len(program.inputs), len(program.states), len(program.vectors), len(program.matrices))
+        self.ends = [sum(counts[: k + 1]) for k in range(4)]
+
+    def split(self, tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        a, b, c, d = self.ends
+        return list(tensors[:a]), list(tensors[a:b]), list(tensors[b:c]), list(tensors[c:d])
+
+
+def run(
+    program: str,
+    inputs: Sequence[Tensor],
+    states: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    steps: int,
+    batch: int,
+    reverse: bool,
+) -> list[Tensor]:
+    """The operator, recorded if need be with what its backward needs as further outputs, which are not returned.
+
+    Args:
+        program: its text.
+        inputs: (T, B, n) each.
+        states: (B, n).
+        vectors, matrices: (n) and (blocks, rows, columns).
+        lengths, resets: as in `Call`.
+
+    Returns:
+        outputs (T, B, n), 0 past each row's length; final states (B, n).
+    """
+    tensors = (*inputs, *states, *vectors, *matrices)
+    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    text = kept_text(program) if records else program
+    results = _operator(text, inputs, states, vectors, matrices, lengths, resets, steps, batch, reverse)
+    if records:
+        known, more = Program.parse(program), Program.parse(text)
+        return [*results[: len(known.outputs)], *results[len(more.outputs) :]]
+    return results
+
+
+@cache
+def kept_text(program: str) -> str:
+    return str(keeping(Program.parse(program)))
+
+
+def _run(
+    program: str,
+    inputs: list[Tensor],
+    states: list[Tensor],
+    vectors: list[Tensor],
+    matrices: list[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    steps: int,
+    batch: int,
+    reverse: bool,
+) -> list[Tensor]:
+    known = Program.parse(program)
+    dtype = (*states, *inputs, *vectors, *matrices)[0].dtype
+    if steps == 0 or batch == 0:
+        outputs = [states[0].new_zeros((steps, batch, output.size)) for output in known.outputs]
+        return [*outputs, *(state.clone() for state in states)]
+    code, constants = encode(known)
+    lengths = None if lengths is None else lengths.cpu()
+    tensors = ([tensor.detach() for tensor in kind] for kind in (inputs, states, vectors, matrices))
+    return cpu.operators().run_program(code, constants.to(dtype), *tensors, lengths, resets, steps, batch, reverse)
+
+
+def _shapes(
+    program: str, inputs: list[Tensor], states: list[Tensor], vectors: Any, matrices: Any, *rest: Any
+) -> list[Tensor]:
+    known = Program.parse(program)
+    steps, batch = rest[2], rest[3]
+    outputs = [states[0].new_empty((steps, batch, output.size)) for output in known.outputs]
+    return [*outputs, *(states[0].new_empty((batch, size)) for size in known.states)]
+
+
+def _autograd(program: str, inputs: Any, states: Any, vectors: Any, matrices: Any, *rest: Any) -> list[Tensor]:
+    tensors = (*inputs, *states, *vectors, *matrices)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return list(dispatch.apply(_Loop, program, rest, *tensors))
+    if dispatch.is_plain():
+        return _run(program, inputs, states, vectors, matrices, *rest)
+    return dispatch.below_autograd(_operator, program, inputs, states, vectors, matrices, *rest)
+
+
+class _Loop(torch.autograd.Function):
+    """`apply(program, (lengths, resets, steps, batch, reverse), *tensors)`: a program that keeps what it needs."""
+
+    @staticmethod
+    def forward(ctx: Any, program: str, rest: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        kinds = _Tensors(Program.parse(program)).split(tensors)
+        if dispatch.is_plain():
+            results = _run(program, *kinds, *rest)
+        else:
+            results = dispatch.below_autograd(_operator, program, *kinds, *rest)
+        ctx.program, ctx.rest = program, rest[2:]
+        ctx.needs = ctx.needs_input_grad[2:]
+        ctx.save_for_backward(*tensors, *rest[:2], *results[: len(Program.parse(program).outputs)])
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        program = Program.parse(ctx.program)
+        saved, count = ctx.saved_tensors, len(ctx.needs)
+        tensors, lengths, resets, outputs = saved[:count], saved[count], saved[count + 1], saved[count + 2 :]
+        found = _gradients(program, tensors, lengths, resets, outputs, ctx.rest, gradients, ctx.needs)
+        return (None, None, *found)
+
+
+def _gradients(
+    program: Program,
+    tensors: Sequence[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    outputs: Sequence[Tensor],
+    rest: tuple[Any, ...],
+    gradients: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of a call's tensors: a run of the program's backward, then the matrices' products."""
+    steps, batch, reverse = rest
+    split = _Tensors(program).split
+    inputs, states, vectors, matrices = split(tensors)
+    need_inputs, need_states, need_vectors, need_matrices = split(needs)
+    count = len(program.outputs)
+    of_outputs = gradients[:count]
+    has_gradient = tuple(gradient is not None for gradient in of_outputs)
+    back = derive(program, Wanted(tuple(need_inputs), tuple(need_vectors), tuple(need_matrices), has_gradient))
+    final = [
+        state.new_zeros(state.shape) if gradient is None else gradient
+        for state, gradient in zip(states, gradients[count:], strict=True)
+    ]
+    sums = [states[0].new_zeros((batch, vectors[k].shape[0])) for k in back.vector_gradients]
+    read = [inputs[k] for k in back.inputs] + [outputs[k] for k in back.kept]
+    read += [gradient for gradient in of_outputs if gradient is not None]
+    # The state that enters a row's first step is not cut on the way back into it; what a reset there cuts is below.
+    marks = resets
+    if resets is not None and reverse:
+        marks = torch.cat([torch.zeros_like(resets[:1]), resets[1:]])
+    program_text = str(back.program)
+    found = run(program_text, read, [*final, *sums], vectors, matrices, lengths, marks, steps, batch, not reverse)
+    made, ended = found[: len(back.program.outputs)], found[len(back.program.outputs) :]
+    of_states = ended[: len(states)]
+    if resets is not None and not reverse and steps:
+        cut = resets[0].unsqueeze(-1)
+        if lengths is not None:
+            cut = cut & (lengths.to(cut.device) > 0).unsqueeze(-1)
+        cuttable = len(states) - program.through_resets
+        of_states = [g.masked_fill(cut, 0) if k < cuttable else g for k, g in enumerate(of_states)]
+    result: list[Tensor | None] = []
+    places = iter(back.input_gradients)
+    for tensor, need in zip(inputs, need_inputs, strict=True):
+        place = next(places) if need else -1
+        result.append(None if not need else tensor.new_zeros(tensor.shape) if place < 0 else made[place])
+    result += [gradient if need else None for gradient, need in zip(of_states, need_states, strict=True)]
+    of_vectors = dict(zip(back.vector_gradients, (total.sum(0) for total in ended[len(states) :]), strict=True))
+    for k, (vector, need) in enumerate(zip(vectors, need_vectors, strict=True)):
+        result.append(of_vectors.get(k, torch.zeros_like(vector)) if need else None)
+    for k, (matrix, need) in enumerate(zip(matrices, need_matrices, strict=True)):
+        result.append(_matrix_gradient(back, k, matrix, made) if need else None)
+    return result
+
+
+def _matrix_gradient(back: Backward, k: int, matrix: Tensor, made: Sequence[Tensor]) -> Tensor:
+    parts = [_outer(part, matrix, made) for part in back.matrix_gradients if part.matrix == k]
+    total = parts[0] if parts else torch.zeros_like(matrix)
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _outer(part: MatrixGradient, matrix: Tensor, made: Sequence[Tensor]) -> Tensor:
+    """The sum over all steps of gradient times multiplied: (blocks, rows, columns)."""
+    blocks, rows, columns = matrix.shape
+    gradient, multiplied = made[part.gradient], made[part.multiplied]
+    left, right = (multiplied, gradient) if part.transposed else (gradient, multiplied)
+    if blocks == 1:
+        return (left.reshape(-1, rows).T @ right.reshape(-1, columns)).unsqueeze(0)
+    return torch.einsum("nbr,nbc->brc", left.reshape(-1, blocks, rows), right.reshape(-1, blocks, columns))
+
+
+_LIBRARY.impl(_operator, _run, "CompositeExplicitAutograd")
+_LIBRARY.impl(_operator, _autograd, "Autograd")
+torch.library.register_fake(_operator, _shapes, lib=_LIBRARY)

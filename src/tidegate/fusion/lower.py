@@ -1,0 +1,690 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trace sorted by what depends on what, its loop lowered to a program.
+
+Parameters alone: once a call. The input: over all steps' rows at once, before the loop. The state: the loop. What the
+state does not need and is a product, or has no instruction: over all rows, after it. All but the loop stay torch's
+operations.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tidegate.fusion import vocabulary
+from tidegate.fusion.program import Argument, Builder, Instruction, Matrix, Operand, Program
+from tidegate.fusion.rows import (
+    CONVERTING,
+    MOVING,
+    PRODUCTS,
+    Layout,
+    Rows,
+    as_rows,
+    aten,
+    from_rows,
+    mapped,
+    packet,
+    resized,
+    values_of,
+)
+from tidegate.fusion.trace import NotTraceable, Trace, where
+
+_LARGEST_PAIRING = 1 << 16  # numbers that a product of rows by rows may spread over
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A cell's step, ready to run over a sequence.
+
+    Attributes:
+        once: of the cell's tensors, the program's vectors, then its matrices, then what `before` and `after` need.
+        before: `(rows, x leaves (rows, ...), what `once` gave it) -> the program's inputs (rows, n), then what `after`
+            needs`.
+        after: `(rows, the program's outputs (rows, n), what the others gave it) -> y leaves (rows, ...)`.
+        counts: of vectors, matrices, and inputs.
+        once_for_before: how many of the further results of `once` go to `before`; the others go to `after`.
+    """
+
+    program: Program
+    once: fx.GraphModule
+    before: fx.GraphModule
+    after: fx.GraphModule
+    counts: tuple[int, int, int]
+    once_for_before: int
+
+
+def lower(trace: Trace) -> Lowered:
+    """Sort and lower.
+
+    Raises:
+        NotTraceable: an operation mixes rows, or one that the state needs has no instruction.
+    """
+    split_joint_products(trace)
+    return _Lowering(Rows(trace)).run()
+
+
+def split_joint_products(trace: Trace) -> None:
+    """`[x, h] W` becomes `x W_x + h W_h`: the first half needs no loop."""
+    graph = trace.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    own, inputs, _ = trace.counts
+    reads_state: set[fx.Node] = set(placeholders[own + inputs :])
+    for node in list(graph.nodes):
+        if any(source in reads_state for source in node.all_input_nodes):
+            reads_state.add(node)
+        if node.op != "call_function" or packet(node) not in (aten.mm, aten.addmm):
+            continue
+        joint, weight = node.args[-2:] if packet(node) is aten.mm else node.args[1:3]
+        if not isinstance(joint, fx.Node) or packet(joint) is not aten.cat or values_of(joint).dim() != 2:
+            continue
+        pieces, dim = joint.args[0], joint.args[1] if len(joint.args) > 1 else 0
+        loop = [piece in reads_state for piece in pieces]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+        if dim not in (1, -1) or all(loop) or not any(loop) or len(node.kwargs) > 0:
+            continue
+        with graph.inserting_before(node), trace.mode:
+            total, first = None, 0
+            for is_loop in (False, True):
+                for piece, in_loop in zip(pieces, loop, strict=True):  # pyright: ignore
+                    width = values_of(piece).shape[1]
+                    if in_loop is is_loop:
+                        rows = _new(graph, aten.slice.Tensor, weight, 0, first, first + width)
+                        if total is None and packet(node) is aten.addmm:
+                            total = _new(graph, aten.addmm.default, node.args[0], piece, rows)
+                        else:
+                            product = _new(graph, aten.mm.default, piece, rows)
+                            total = product if total is None else _new(graph, aten.add.Tensor, total, product)
+                        if is_loop:
+                            reads_state.add(total)
+                    first = 0 if piece is pieces[-1] else first + width  # pyright: ignore
+        assert total is not None
+        total.meta["stack_trace"] = node.meta.get("stack_trace")
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+        reads_state.add(total)
+    graph.eliminate_dead_code()
+
+
+def _new(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    values = mapped(args, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
+    node.meta["val"] = target(*values)
+    return node
+
+
+class _Part:
+    """A piece of the trace as a module of its own, over any number of rows."""
+
+    def __init__(self, trace: Trace, first: str | None) -> None:
+        self.trace = trace
+        self.graph = fx.Graph()
+        self.root = torch.nn.Module()
+        self.rows: fx.Node | None = self.graph.placeholder(first) if first else None
+        self.known: dict[fx.Node, fx.Node] = {}
+        self.results: list[fx.Node] = []
+
+    def take(self, node: fx.Node) -> fx.Node:
+        """An argument of the module that stands for a node of the trace."""
+        self.known[node] = self.graph.placeholder(node.name)
+        return self.known[node]
+
+    def copy(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> fx.Node:
+        """The node and what it needs, but for nodes at which to stop: those are taken as arguments beforehand."""
+        if node in self.known:
+            return self.known[node]
+        assert not stop(node), node
+        for source in node.all_input_nodes:
+            self.copy(source, stop)
+        if node.op == "get_attr":
+            self.root.register_buffer(str(node.target), None)
+            setattr(self.root, str(node.target), _constant(self.trace, node))
+        copied = self.graph.node_copy(node, lambda source: self.known[source])
+        copied.args = tuple(self._resized(copied, argument) for argument in copied.args)
+        copied.kwargs = {name: self._resized(copied, argument) for name, argument in copied.kwargs.items()}
+        self.known[node] = copied
+        return copied
+
+    def _resized(self, node: fx.Node, argument: Any) -> Any:
+        if isinstance(argument, (list, tuple)):
+            return [self._resized(node, item) for item in argument]  # pyright: ignore[reportUnknownVariableType]
+        traced = self.trace.rows
+        is_rows = isinstance(argument, int) and not isinstance(argument, bool) and argument and argument % traced == 0
+        if not is_rows:
+            return argument
+        times = argument // traced
+        if self.rows is None:
+            return times
+        if times == 1:
+            return self.rows
+        with self.graph.inserting_before(node):
+            return self.graph.call_function(operator.mul, (self.rows, times))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> fx.Node:
+        return self.graph.call_function(function, arguments)
+
+    def module(self) -> fx.GraphModule:
+        self.graph.output(tuple(self.results))
+        return fx.GraphModule(self.root, self.graph)
+
+
+def _constant(trace: Trace, node: fx.Node) -> Any:
+    found: Any = trace.graph.owning_module
+    for name in str(node.target).split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _vector(value: Tensor, shape: Sequence[int], dim: int, shared: int) -> Tensor:
+    """A tensor of parameters, spread over a value with rows, as the features of a row."""
+    return as_rows(value.expand(shape), Layout(dim, shared), 1).flatten()
+
+
+def _blocks(value: Tensor, transposed: bool) -> Tensor:
+    """A matrix of a product as (blocks, rows, columns)."""
+    value = value.transpose(-1, -2) if transposed else value
+    return value if value.dim() == 3 else value.unsqueeze(0)
+
+
+def _input(value: Tensor, layout: tuple[int, int], rows: int, dtype: torch.dtype) -> Tensor:
+    return as_rows(value, Layout(*layout), rows).to(dtype)
+
+
+def _output(value: Tensor, layout: tuple[int, int], shape: Sequence[int], rows: int) -> Tensor:
+    return from_rows(value, Layout(*layout), shape, rows)
+
+
+class _Lowering:
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.trace = rows, rows.trace
+        self.graph = rows.trace.graph
+        results = next(node for node in self.graph.nodes if node.op == "output").args[0]
+        self.outputs: list[Any] = list(results[: self.trace.outputs])  # pyright: ignore
+        self.leaving: list[Any] = list(results[self.trace.outputs :])  # pyright: ignore
+        self.builder = Builder()
+        self.values: dict[fx.Node, Any] = {}
+        self.inputs: list[fx.Node] = []
+        self.vectors: list[tuple[fx.Node, tuple[int, ...], Layout]] = []
+        self.matrices: list[tuple[fx.Node, bool]] = []
+        self.operands: dict[Any, Operand] = {}
+        self.looped: list[fx.Node] = []
+        self._result: tuple[list[int], Layout] | None = None
+
+    def run(self) -> Lowered:
+        self._check_results()
+        core = self._ancestors(self.leaving) & self.rows.reads_state
+        after = self._after(core)
+        for node in self.graph.nodes:
+            if node in self.rows.reads_state and node not in after and node.op != "output":
+                self._lower(node)
+        self.looped = self._needed_after(after)
+        next_states = [self._row(node) for node in self.leaving]
+        outputs = [self._row(node) for node in self.looped]
+        program = self.builder.build(next_states, outputs)
+        once, before, parts_of_after = self._once_and_before(after)
+        counts = (len(self.vectors), len(self.matrices), len(self.inputs))
+        return Lowered(program, once, before, parts_of_after, counts, self.once_for_before)
+
+    # Sorting
+
+    def _check_results(self) -> None:
+        for name, nodes in (("y_t", self.outputs), ("the new state", self.leaving)):
+            for node in nodes:
+                layout = self.rows.layouts.get(node) if isinstance(node, fx.Node) else None
+                if layout != (0, 1):
+                    raise NotTraceable(f"{name} has a tensor whose first dimension is not the rows of the batch")
+        for old, new in zip(self.rows.states, self.leaving, strict=True):
+            was, now = values_of(old), values_of(new)
+            if not vocabulary.is_floating(was):
+                raise NotTraceable(f"the state has a tensor of {was.dtype}")
+            if was.shape != now.shape or was.dtype != now.dtype:
+                before = f"{tuple(was.shape[1:])} {was.dtype}"
+                raise NotTraceable(f"a state of {before} becomes one of {tuple(now.shape[1:])} {now.dtype}{where(new)}")
+
+    def _ancestors(self, nodes: Iterable[Any]) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        waiting = [node for node in nodes if isinstance(node, fx.Node)]
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += node.all_input_nodes
+        return found
+
+    def _after(self, core: set[fx.Node]) -> set[fx.Node]:
+        """What no state needs: from a product on, or from an operation without an instruction."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node not in self.rows.reads_state or node in core or node.op != "call_function":
+                continue
+            follows = any(source in found for source in node.all_input_nodes)
+            if follows or packet(node) in PRODUCTS or not self._is_known(node):
+                found.add(node)
+        return found
+
+    def _is_known(self, node: fx.Node) -> bool:
+        kind = packet(node)
+        special = (aten.native_layer_norm, aten._softmax, aten._log_softmax, aten.sum, aten.mean, aten.amax, aten.var)
+        is_special = kind in special or kind in MOVING or kind in CONVERTING or kind in PRODUCTS
+        return node.target is operator.getitem or is_special or vocabulary.is_elementwise(kind)
+
+    def _needed_after(self, after: set[fx.Node]) -> list[fx.Node]:
+        found: dict[fx.Node, None] = {}
+        for node in self.graph.nodes:
+            if node in after:
+                for source in node.all_input_nodes:
+                    if source in self.rows.reads_state and source not in after:
+                        found[self._tensor_of(source)] = None
+        for node in self.outputs:
+            if node in self.rows.reads_state and node not in after:
+                found[node] = None
+        return list(found)
+
+    def _tensor_of(self, node: fx.Node) -> fx.Node:
+        if isinstance(values_of(node), (list, tuple)):
+            raise NotTraceable(f"{node.target} gives several tensors to what no instruction does{where(node)}")
+        return node
+
+    # The torch parts
+
+    def _once_and_before(self, after: set[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule, fx.GraphModule]:
+        def is_once(node: fx.Node) -> bool:
+            depends = node in self.rows.reads_input or node in self.rows.reads_state
+            return not depends and not self.rows.has_rows(node) and node.op != "output" and _is_tensor(node)
+
+        def is_before(node: fx.Node) -> bool:
+            return node not in self.rows.reads_state and not is_once(node)
+
+        def boundary(wanted: Iterable[fx.Node], inside: Callable[[fx.Node], bool]) -> list[fx.Node]:
+            """What lies outside and is needed by what lies inside."""
+            found: dict[fx.Node, None] = {}
+            seen: set[fx.Node] = set()
+            waiting = list(wanted)
+            while waiting:
+                node = waiting.pop()
+                if node in seen:
+                    continue
+                seen.add(node)
+                if inside(node):
+                    waiting += node.all_input_nodes
+                else:
+                    found[node] = None
+            return sorted(found, key=self._place)
+
+        is_inside_after = after.__contains__
+        of_after = boundary([node for node in self.outputs if isinstance(node, fx.Node)], is_inside_after)
+        # What is needed after the loop and does not come out of it.
+        handed = [node for node in of_after if node not in self.rows.reads_state]
+        inside_before: Callable[[fx.Node], bool] = lambda node: is_before(node) and node not in self.rows.inputs  # noqa: E731
+        wanted_before = [*self.inputs, *(node for node in handed if is_before(node))]
+        of_before = [node for node in boundary(wanted_before, inside_before) if node not in self.rows.inputs]
+        once_for_before = [node for node in of_before if is_once(node)]
+        once_for_after = [node for node in handed if is_once(node)]
+
+        once = _Part(self.trace, None)
+        for node in self.rows.own:
+            once.take(node)
+        never: Callable[[fx.Node], bool] = lambda node: False  # noqa: E731
+        for node, shape, layout in self.vectors:
+            once.results.append(once.call(_vector, once.copy(node, never), shape, layout.dim, layout.shared))
+        for node, transposed in self.matrices:
+            once.results.append(once.call(_blocks, once.copy(node, never), transposed))
+        for node in (*once_for_before, *once_for_after):
+            once.results.append(once.copy(node, never))
+        self.once_for_before = len(once_for_before)
+
+        before = _Part(self.trace, "rows")
+        for node in (*self.rows.inputs, *once_for_before):
+            before.take(node)
+        dtype = values_of(self.rows.states[0]).dtype if self.rows.states else torch.get_default_dtype()
+        for node in self.inputs:
+            layout = self.rows.layouts[node]
+            assert layout is not None
+            before.results.append(before.call(_input, before.copy(node, never), tuple(layout), before.rows, dtype))
+        for node in handed:
+            if not is_once(node):
+                before.results.append(before.copy(node, never))
+
+        rest = _Part(self.trace, "rows")
+        for node in (*self.looped, *(node for node in handed if not is_once(node)), *once_for_after):
+            rest.take(node)
+        for node in self.looped:
+            layout, shape = self.rows.layouts[node], tuple(values_of(node).shape)
+            assert layout is not None
+            rest.known[node] = rest.call(_output, rest.known[node], tuple(layout), shape, rest.rows)
+        for node in self.outputs:
+            rest.results.append(rest.copy(node, never))
+        return once.module(), before.module(), rest.module()
+
+    def _place(self, node: fx.Node) -> int:
+        if not hasattr(self, "_places"):
+            self._places = {known: k for k, known in enumerate(self.graph.nodes)}
+        return self._places[node]
+
+    # Lowering
+
+    def emit(self, operation: str, *operands: Argument) -> Operand:
+        """An elementwise instruction of the size of the node that is being lowered."""
+        shape, layout = self._result  # pyright: ignore[reportGeneralTypeIssues]
+        size = layout.features(shape)
+        groups = {
+            operand.size for operand in operands if isinstance(operand, Operand) and operand.size not in (1, size)
+        }
+        assert len(groups) < 2
+        return self.builder.emit(operation, *operands, size=size, groups=groups.pop() if groups else 1)
+
+    def _row(self, node: Any) -> Operand:
+        """A node's features as an operand."""
+        if node in self.values:
+            return self.values[node]
+        return self._before_loop(node)
+
+    def _before_loop(self, node: fx.Node) -> Operand:
+        """Of a node that no state reaches: an input of the program, or a vector if all rows share it."""
+        key: Any = node
+        if key not in self.operands:
+            layout, shape = self.rows.layouts[node], values_of(node).shape
+            assert layout is not None
+            size = layout.features(shape)
+            if node in self.rows.reads_input:
+                self.operands[key] = self.builder.declare("i", size)
+                self.inputs.append(node)
+            else:
+                self.operands[key] = self._vector(node, tuple(resized(shape, self.trace.rows, 1)), layout)
+        return self.operands[key]
+
+    def _vector(self, node: fx.Node, shape: tuple[int, ...], layout: Layout) -> Operand:
+        key = (node, shape, layout)
+        if key not in self.operands:
+            self.vectors.append(key)
+            self.operands[key] = self.builder.declare("p", layout.features(shape) if layout.shared else 1)
+        return self.operands[key]
+
+    def _spread(self, argument: Any, shape: Sequence[int], layout: Layout) -> Argument:
+        """An argument of an elementwise operation, spread over its result."""
+        if not isinstance(argument, fx.Node):
+            return float(argument)
+        constant = vocabulary.number(argument)
+        if constant is not None:
+            return constant
+        value, traced = values_of(argument), self.trace.rows
+        source = self.rows.layouts[argument]
+        one_row = resized(shape, traced, 1)
+        if source is None:
+            if value.numel() == 1:
+                return self._vector(argument, (1,) * len(one_row), Layout(layout.dim, 1))
+            return self._vector(argument, tuple(one_row), layout)
+        operand = self._row(argument)
+        numbers = torch.arange(operand.size).reshape(1, -1)
+        own = from_rows(numbers, source, value.shape, 1).expand(one_row)
+        return self._fit(operand, as_rows(own, layout, 1).flatten().tolist())
+
+    def _fit(self, operand: Operand, indices: list[int]) -> Operand:
+        size = len(indices)
+        if len(set(indices)) == 1:
+            return operand.part(indices[0], 1)
+        each = size // operand.size
+        if each > 1 and indices == [k // each for k in range(size)]:
+            return operand  # a number for each group
+        return self.builder.gather(operand, indices)
+
+    def _lower(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            layout = self.rows.layouts[node]
+            assert layout is not None
+            self.values[node] = self.builder.declare("s", layout.features(values_of(node).shape))
+            return
+        kind = packet(node)
+        try:
+            self.values[node] = self._lowered(node, kind)
+        except KeyError:
+            name = str(node.target).removeprefix("aten.").split(".")[0]
+            raise NotTraceable(f"{name} has no instruction{where(node)}") from None
+
+    def _lowered(self, node: fx.Node, kind: Any) -> Any:
+        value = values_of(node)
+        if node.target is operator.getitem:
+            return self.values[node.args[0]][node.args[1]]  # pyright: ignore
+        if kind in CONVERTING:
+            return self._converted(node)
+        if kind in MOVING:
+            return self._moved(node)
+        if kind in PRODUCTS:
+            return self._product(node, kind)
+        if kind is aten.native_layer_norm:
+            return self._layer_norm(node)
+        layout = self.rows.layouts[node]
+        assert layout is not None
+        if kind in (aten.sum, aten.mean, aten.amax):
+            return self._reduced(node, kind)
+        if kind in (aten._softmax, aten._log_softmax):
+            return self._softmax(node, kind)
+        if kind is aten.var:
+            return self._variance(node)
+        if vocabulary.is_logical(kind) and value.dtype is not torch.bool:
+            raise KeyError(kind)
+        self._result = (list(value.shape), layout)
+        spread = [self._spread(a, value.shape, layout) if _is_value(a) else a for a in node.args]
+        named = {k: self._spread(a, value.shape, layout) if _is_value(a) else a for k, a in node.kwargs.items()}
+        return vocabulary.write(self, kind, self._one_grouping(spread, layout.features(value.shape)), named)
+
+    def _one_grouping(self, operands: list[Any], size: int) -> list[Any]:
+        """An instruction knows one number of groups: other operands are written out."""
+        groups = {o.size for o in operands if isinstance(o, Operand) and o.size not in (1, size)}
+        if len(groups) < 2:
+            return operands
+        kept = max(groups)
+
+        def whole(operand: Any) -> Any:
+            if isinstance(operand, Operand) and operand.size not in (1, size, kept):
+                each = size // operand.size
+                return self.builder.gather(operand, [k // each for k in range(size)])
+            return operand
+
+        return [whole(operand) for operand in operands]
+
+    def _converted(self, node: fx.Node) -> Operand:
+        source, target = values_of(node.args[0]), values_of(node).dtype  # pyright: ignore[reportArgumentType]
+        operand = self._row(node.args[0])
+        if source.dtype == target or (source.dtype is torch.bool and target.is_floating_point):
+            return operand
+        if target is torch.bool:
+            return self.builder.emit("ne", operand, 0.0)
+        raise NotTraceable(f"the step changes {source.dtype} to {target}{where(node)}")
+
+    def _moved(self, node: fx.Node) -> Any:
+        sources = node.all_input_nodes
+        moves = self.rows.moves.get(node)
+        if moves is None:
+            raise KeyError(node.target)
+        found: list[Operand] = []
+        for numbers in moves:
+            pieces: list[Argument] = []
+            at = 0
+            while at < len(numbers):
+                argument = numbers[at][0]
+                end = at
+                while end < len(numbers) and numbers[end][0] == argument:
+                    end += 1
+                places = [place for _, place in numbers[at:end]]
+                constant = vocabulary.number(sources[argument])
+                if constant is not None:
+                    pieces.append(self.builder.emit("copy", constant, size=len(places)))
+                else:
+                    pieces.append(self.builder.gather(self._shared_or_row(sources[argument]), places))
+                at = end
+            found.append(pieces[0] if len(pieces) == 1 else self.builder.concat(pieces))  # pyright: ignore
+        return found if isinstance(values_of(node), (list, tuple)) else found[0]
+
+    def _shared_or_row(self, node: fx.Node) -> Operand:
+        if self.rows.layouts[node] is not None:
+            return self._row(node)
+        count = values_of(node).numel()
+        return self._vector_of_all(node, count)
+
+    def _vector_of_all(self, node: fx.Node, count: int) -> Operand:
+        """All numbers of a tensor of parameters, in order."""
+        shape = tuple(values_of(node).shape)
+        # A layout whose rows' dimension is one that is not there: (1, *shape).
+        return self._vector(node, (1, *shape), Layout(0, 1)) if count else self._vector(node, (1,), Layout(0, 1))
+
+    def _matrix(self, node: Any, transposed: bool) -> int:
+        if not isinstance(node, fx.Node) or self.rows.layouts[node] is not None:
+            raise KeyError(node)
+        key = (node, transposed)
+        if key not in self.matrices:
+            shape = list(values_of(node).shape)
+            rows, columns = reversed(shape[-2:]) if transposed else shape[-2:]
+            self.matrices.append(key)
+            self.builder.matrices.append(Matrix(shape[0] if len(shape) == 3 else 1, rows, columns))
+        return self.matrices.index(key)
+
+    def _product(self, node: fx.Node, kind: Any) -> Operand:
+        has_bias = kind in (aten.addmm, aten.baddbmm)
+        left, right = node.args[1:3] if has_bias else node.args[:2]
+        value, layout = values_of(node), self.rows.layouts[node]
+        assert layout is not None
+        if self.rows.has_rows(left) and self.rows.has_rows(right):
+            result = self._paired(left, right)  # pyright: ignore[reportArgumentType]
+        else:
+            rows_left = self.rows.has_rows(left)
+            source, weight = (left, right) if rows_left else (right, left)
+            source_layout = self.rows.layouts[source]  # pyright: ignore[reportArgumentType]
+            assert source_layout is not None and isinstance(source, fx.Node)
+            if source_layout.dim == 0 and kind in (aten.bmm, aten.baddbmm):
+                raise KeyError(node.target)
+            matrix = self._matrix(weight, rows_left)
+            shape = self.builder.matrices[matrix]
+            groups = source_layout.shared if shape.blocks == 1 else shape.blocks
+            if shape.blocks > 1 and source_layout.shared > 1:
+                raise KeyError(node.target)
+            bias = self._bias(node, groups) if has_bias else None
+            operand = self._row(source)
+            result = self.builder.add(
+                Instruction("product", groups * shape.rows, (operand,), groups, matrix=matrix, bias=bias)
+            )
+            if bias is not None:
+                return result
+        if has_bias:
+            if node.kwargs:
+                raise KeyError(node.target)
+            self._result = (list(value.shape), layout)
+            return self.emit("add", result, self._spread(node.args[0], value.shape, layout))
+        return result
+
+    def _bias(self, node: fx.Node, groups: int) -> Operand | None:
+        bias = node.args[0]
+        if groups > 1 or node.kwargs or not isinstance(bias, fx.Node) or self.rows.layouts[bias] is not None:
+            return None
+        value, layout = values_of(node), self.rows.layouts[node]
+        assert layout is not None
+        spread = self._spread(bias, value.shape, layout)
+        is_vector = isinstance(spread, Operand) and spread.bank == "p" and spread.size == layout.features(value.shape)
+        return spread if is_vector else None  # pyright: ignore[reportReturnType]
+
+    def _paired(self, left: fx.Node, right: fx.Node) -> Operand:
+        """(B*k, m, i) by (B*k, i, j), both of the rows: multiplied number by number and added up."""
+        layout = self.rows.layouts[left]
+        if layout is None or layout.dim != 0 or layout != self.rows.layouts[right]:
+            raise KeyError(left)
+        shared, (m, i), j = layout.shared, values_of(left).shape[1:], values_of(right).shape[2]
+        if shared * m * i * j > _LARGEST_PAIRING:
+            raise KeyError(left)
+        a = torch.arange(shared * m * i).reshape(shared, m, 1, i).expand(shared, m, j, i)
+        b = torch.arange(shared * i * j).reshape(shared, 1, i, j).transpose(2, 3).expand(shared, m, j, i)
+        spread_a = self.builder.gather(self._row(left), a.flatten().tolist())
+        spread_b = self.builder.gather(self._row(right), b.flatten().tolist())
+        return self.builder.reduce("sum", self.builder.emit("mul", spread_a, spread_b), shared * m * j)
+
+    def _grouped(self, node: Any, dims: Sequence[int]) -> tuple[Operand, int]:
+        """A node's features with those dimensions last, and the number of groups before them."""
+        value, layout = values_of(node), self.rows.layouts[node]
+        assert layout is not None
+        named = sorted(dim % value.dim() for dim in dims)
+        operand = self._row(node)
+        numbers = from_rows(torch.arange(operand.size).reshape(1, -1), layout, value.shape, 1)
+        ordered = numbers.movedim(layout.dim, 0) if layout.dim not in named else None
+        if ordered is None:
+            raise KeyError(node)
+        # Dimensions as they are after the rows' one came first.
+        later = [dim + (dim < layout.dim) for dim in named]
+        kept = [dim for dim in range(value.dim()) if dim not in later]
+        order = ordered.permute(*kept, *later).flatten().tolist()
+        count = 1
+        for dim in later:
+            count *= ordered.shape[dim]
+        return self.builder.gather(operand, order), operand.size // count
+
+    def _reduced(self, node: fx.Node, kind: Any) -> Operand:
+        dims = node.args[1]
+        if node.kwargs.get("dtype") is not None:
+            raise KeyError(node.target)
+        operand, groups = self._grouped(node.args[0], [dims] if isinstance(dims, int) else dims)  # pyright: ignore
+        if kind is aten.amax:
+            return self.builder.reduce("max", operand, groups)
+        total = self.builder.reduce("sum", operand, groups)
+        return total if kind is aten.sum else self.builder.emit("mul", total, 1.0 / (operand.size // groups))
+
+    def _is_last(self, node: Any, dim: int) -> bool:
+        value, layout = values_of(node), self.rows.layouts[node]
+        last = max(k for k in range(value.dim()) if layout is not None and k != layout.dim)
+        return dim % value.dim() == last
+
+    def _softmax(self, node: fx.Node, kind: Any) -> Operand:
+        source, dim = node.args[0], node.args[1]
+        if not self._is_last(source, dim):  # pyright: ignore[reportArgumentType]
+            raise KeyError(node.target)
+        operand, groups = self._grouped(source, [dim])  # pyright: ignore[reportArgumentType]
+        b, size = self.builder, operand.size
+        # The largest is only taken away: its gradients cancel out.
+        shifted = b.emit("sub", operand, _constant_of(b.reduce("max", operand, groups), b), size=size, groups=groups)
+        exponential = b.emit("exp", shifted)
+        total = b.reduce("sum", exponential, groups)
+        if kind is aten._log_softmax:
+            return b.emit("sub", shifted, b.emit("log", total), size=size, groups=groups)
+        return b.emit("div", exponential, total, size=size, groups=groups)
+
+    def _centered(self, operand: Operand, groups: int) -> tuple[Operand, Operand]:
+        """x - mean(x), and the sum of its squares."""
+        b, each = self.builder, operand.size // groups
+        mean = b.emit("mul", b.reduce("sum", operand, groups), 1.0 / each)
+        centered = b.emit("sub", operand, mean, size=operand.size, groups=groups)
+        return centered, b.reduce("sum", b.emit("mul", centered, centered), groups)
+
+    def _variance(self, node: fx.Node) -> Operand:
+        dims, correction = node.args[1], node.kwargs.get("correction", 1)
+        operand, groups = self._grouped(node.args[0], dims)  # pyright: ignore[reportArgumentType]
+        _, total = self._centered(operand, groups)
+        return self.builder.emit("mul", total, 1.0 / (operand.size // groups - float(correction or 0)))  # pyright: ignore
+
+    def _layer_norm(self, node: fx.Node) -> list[Any]:
+        source, shape, weight, bias, epsilon = node.args
+        value, layout = values_of(source), self.rows.layouts[source]  # pyright: ignore[reportArgumentType]
+        assert layout is not None
+        first = value.dim() - len(shape)  # pyright: ignore[reportArgumentType]
+        operand, groups = self._grouped(source, range(first, value.dim()))
+        b, size = self.builder, operand.size
+        centered, total = self._centered(operand, groups)
+        variance = b.emit("mul", total, 1.0 / (size // groups))
+        scale = b.emit("rsqrt", b.emit("add", variance, float(epsilon)))  # pyright: ignore[reportArgumentType]
+        result = b.emit("mul", centered, scale, size=size, groups=groups)
+        for operation, tensor in (("mul", weight), ("add", bias)):
+            if tensor is not None:
+                result = b.emit(operation, result, self._spread(tensor, value.shape, layout), size=size)
+        return [result, None, scale]
+
+
+def _constant_of(operand: Operand, builder: Builder) -> Operand:
+    """A value through which no gradient goes."""
+    return builder.emit("constant", operand)
+
+
+def _is_value(argument: Any) -> bool:
+    return isinstance(argument, (fx.Node, bool, int, float))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(values_of(node), Tensor)

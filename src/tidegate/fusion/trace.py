@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cell's step as a graph of torch's basic operations, and what the cell reads beside its arguments."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+# The numbers of rows that a step is traced with: a size that is a multiple of the first stands for rows, unless some
+# feature has as many; where the second trace differs in anything else, the step depends on how many rows there are.
+_ROWS = (10007, 1000003, 100000007)
+OTHER_ROWS = 5
+
+_TORCH = Path(torch.__file__).parent
+_OURS = Path(__file__).parents[1]
+
+
+class NotTraceable(Exception):
+    """The step is no graph over rows; the text says why."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A step as operations.
+
+    Attributes:
+        graph: its placeholders are the tensors that the cell reads, then the leaves of x_t, then those of the state; its
+            outputs the leaves of y_t, then those of the new state. Each node's `meta["val"]` has a size, with `rows`
+            rows.
+        counts: of each of the three kinds of placeholders.
+        output: the structure of y_t.
+        outputs: its leaves.
+        constants: tensors that the step reads and that are none of the placeholders, by their name in the graph.
+    """
+
+    graph: fx.Graph
+    mode: FakeTensorMode
+    rows: int
+    counts: tuple[int, int, int]
+    output: pytree.TreeSpec
+    outputs: int
+
+
+class _Holder(torch.nn.Module):
+    """A function, or a module, together with every module that it calls: so that their tensors can be exchanged."""
+
+    def __init__(self, step: Callable[..., Any], modules: Mapping[str, torch.nn.Module]) -> None:
+        super().__init__()
+        self.step_of: Callable[..., Any] | None = None if isinstance(step, torch.nn.Module) else step
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Any, state: Any) -> Any:
+        return (self.step_of or self._modules["cell"])(x, state)  # pyright: ignore[reportOptionalCall]
+
+
+class Cell:
+    """A cell as the tracer sees it: what it reads beside x_t and the state, at each call anew."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self.step = step
+        self.modules = dict(_modules(step))
+        self.holder = _Holder(step, self.modules)
+        self.names, tensors = _named(self.holder, step)
+        self.read_anew = partial(_tensors, self.holder, step)
+        self.count = len(tensors)
+
+    def call(self, tensors: Sequence[Tensor], x: Any, state: Any) -> Any:
+        """A step with other tensors in place of its own."""
+        named = dict(zip(self.names, tensors, strict=True))
+        return torch.func.functional_call(self.holder, named, (x, state))
+
+
+def _modules(step: Callable[..., Any]) -> Iterator[tuple[str, torch.nn.Module]]:
+    if isinstance(step, torch.nn.Module):
+        yield "cell", step
+        return
+    for name, value in captured(step).items():
+        if isinstance(value, torch.nn.Module):
+            yield name.replace(".", "_"), value
+
+
+def captured(step: Callable[..., Any]) -> dict[str, Any]:
+    """What a function that is no module reads beside its arguments: closure, globals, a method's self, partial's."""
+    found: dict[str, Any] = {}
+    if isinstance(step, partial):
+        found = {f"argument_{k}": value for k, value in enumerate(step.args)} | dict(step.keywords)
+        return found | captured(step.func)
+    if isinstance(step, MethodType):
+        return {"self": step.__self__} | captured(step.__func__)
+    if isinstance(step, FunctionType):
+        code = step.__code__
+        for name, cell in zip(code.co_freevars, step.__closure__ or (), strict=True):
+            found[name] = cell.cell_contents
+        found |= {name: step.__globals__[name] for name in code.co_names if name in step.__globals__}
+        found |= {f"default_{k}": value for k, value in enumerate(step.__defaults__ or ())}
+    return found
+
+
+def _named(holder: torch.nn.Module, step: Callable[..., Any]) -> tuple[list[str], list[Tensor]]:
+    named = [*holder.named_parameters(), *holder.named_buffers()]
+    return [name for name, _ in named], [tensor for _, tensor in named]
+
+
+def _tensors(holder: torch.nn.Module, step: Callable[..., Any]) -> list[Tensor]:
+    return _named(holder, step)[1]
+
+
+def settings(step: Callable[..., Any]) -> tuple[Any, ...]:
+    """What a step's operations may depend on beside its tensors: compared to know whether a trace still holds."""
+    if isinstance(step, torch.nn.Module):
+        return tuple(_settings_of(module) for module in step.modules())
+    return tuple((name, _snapshot(value, 2)) for name, value in captured(step).items())
+
+
+_OF_MODULES = frozenset(torch.nn.Module().__dict__) - {"training"}
+
+
+def _settings_of(module: torch.nn.Module) -> tuple[Any, ...]:
+    values = vars(module)
+    hooks = tuple(map(id, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+    own = tuple((name, _snapshot(value, 2)) for name, value in values.items() if name not in _OF_MODULES)
+    return (type(module), hooks, own)
+
+
+def _snapshot(value: Any, depth: int) -> Any:
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, Tensor):
+        return (id(value), value._version)  # a constant of the trace
+    if isinstance(value, torch.nn.Module):
+        return settings(value) if depth else id(value)
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        return (type(value), tuple(_snapshot(item, depth - 1) for item in value))  # pyright: ignore[reportUnknownVariableType]
+    if depth and isinstance(value, dict):
+        return tuple((name, _snapshot(item, depth - 1)) for name, item in value.items())  # pyright: ignore[reportUnknownVariableType]
+    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType)):
+        return (id(value), _snapshot(vars(value), depth - 1))
+    return id(value)
+
+
+def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
+    """The step over x_t and a state like these.
+
+    Args:
+        inputs, state: nests of tensors (B, ...): their sizes and dtypes matter.
+
+    Raises:
+        NotTraceable: says why there is no graph.
+    """
+    tensors = cell.read_anew()
+    leaves = [*pytree.tree_leaves(inputs), *pytree.tree_leaves(state)]
+    sizes = [size for tensor in tensors for size in tensor.shape] + [s for leaf in leaves for s in leaf.shape[1:]]
+    rows = next((rows for rows in _ROWS if rows > max(sizes, default=0)), None)
+    if rows is None:
+        raise NotTraceable(f"a size of {max(sizes)} is beyond what is traced")
+    before = settings(cell.step)
+    first = _trace_with(cell, tensors, inputs, state, rows)
+    second = _trace_with(cell, tensors, inputs, state, OTHER_ROWS)
+    if settings(cell.step) != before:
+        raise NotTraceable("the step sets attributes of its own")
+    _compare(first, second)
+    return first
+
+
+def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, rows: int) -> Trace:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    input_leaves, input_spec = pytree.tree_flatten(inputs)
+    state_leaves, state_spec = pytree.tree_flatten(state)
+    counts = (len(tensors), len(input_leaves), len(state_leaves))
+    structure: list[Any] = []
+
+    def step(*values: Tensor) -> list[Tensor]:
+        own, x, entering = (
+            values[: counts[0]],
+            values[counts[0] : counts[0] + counts[1]],
+            values[counts[0] + counts[1] :],
+        )
+        x, entering = pytree.tree_unflatten(x, input_spec), pytree.tree_unflatten(entering, state_spec)
+        y, leaving = split_result(cell.call(own, x, entering), entering)
+        outputs, spec = pytree.tree_flatten(y)
+        structure[:] = [spec, len(outputs)]
+        return [*outputs, *pytree.tree_leaves(leaving)]
+
+    def fake(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        dtype = computed(tensor.dtype)
+        with mode:
+            return torch.empty(tuple(shape), dtype=dtype, device=tensor.device)
+
+    values = [fake(tensor, tensor.shape) for tensor in tensors]
+    values += [fake(leaf, (rows, *leaf.shape[1:])) for leaf in (*input_leaves, *state_leaves)]
+    functional: Any = torch.func.functionalize(step, remove="mutations")
+    tracer = make_fx(
+        functional,
+        core_aten_decompositions(),
+        _allow_non_fake_inputs=True,
+        record_stack_traces=True,
+    )
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            graph = tracer(*values).graph
+    except NotTraceable:
+        raise
+    except Exception as error:
+        raise NotTraceable(_in_words(error)) from error
+    graph.eliminate_dead_code()
+    return Trace(graph, mode, rows, counts, *structure)
+
+
+def computed(dtype: torch.dtype) -> torch.dtype:
+    """In what a value of this dtype is computed: halves as float32."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def split_result(result: Any, state: Any) -> tuple[Any, Any]:
+    """A cell's result as (y_t, state): it is a state if it has the state's structure, else a pair that ends in one."""
+    structure = pytree.tree_structure(state)
+    if pytree.tree_structure(result) == structure:
+        return pytree.tree_leaves(result)[0], result
+    if isinstance(result, tuple) and len(result) == 2 and pytree.tree_structure(result[1]) == structure:  # pyright: ignore[reportUnknownArgumentType]
+        return result  # pyright: ignore[reportUnknownVariableType]
+    raise ValueError(
+        f"cell: expected (y_t, state) or state with the structure {structure}, got {type(result).__name__}"
+    )
+
+
+def _in_words(error: Exception) -> str:
+    line = _user_line(traceback.extract_tb(error.__traceback__))
+    kind, text = type(error).__name__, str(error).splitlines()[0] if str(error) else ""
+    if kind in ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode"):
+        text = f"it looks at values ({text}): control flow on values cannot be traced"
+    else:
+        text = f"{kind}: {text}"
+    return f"{text}{line}"
+
+
+def _user_line(frames: Sequence[traceback.FrameSummary]) -> str:
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        if frame.line and _TORCH not in path.parents and not (_OURS in path.parents and "cells" not in path.parts):
+            return f", at {path.name}:{frame.lineno}: {frame.line.strip()}"
+    return ""
+
+
+def where(node: fx.Node) -> str:
+    """The line of the user's code that an operation comes from, for a message."""
+    found = node.meta.get("stack_trace") or ""
+    lines = found.splitlines()
+    for k in range(len(lines) - 1, -1, -1):
+        head = lines[k].strip()
+        if not head.startswith('File "'):
+            continue
+        path, number = Path(head.split('"')[1]), head.split("line ")[1].split(",")[0]
+        if _TORCH in path.parents or (_OURS in path.parents and "cells" not in path.parts):
+            continue
+        source = lines[k + 1].strip() if k + 1 < len(lines) else ""
+        return f", at {path.name}:{number}: {source}"
+    return ""
+
+
+def _compare(first: Trace, second: Trace) -> None:
+    """Refuse a step whose operations depend on how many rows there are."""
+    pairs = {}
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, fx.Node):
+            return pairs.get(a) is b
+        if isinstance(a, (list, tuple)):
+            return len(a) == len(b) and all(map(same, a, b))  # pyright: ignore[reportUnknownArgumentType]
+        if a == b and type(a) is type(b):
+            return True
+        return isinstance(a, int) and isinstance(b, int) and a % first.rows == 0 and a // first.rows * second.rows == b
+
+    for a, b in zip(first.graph.nodes, second.graph.nodes, strict=False):
+        alike = a.op == b.op and (a.target == b.target or a.op in ("placeholder", "get_attr"))
+        if not alike or not same(a.args, b.args) or not same(tuple(a.kwargs.values()), tuple(b.kwargs.values())):
+            raise NotTraceable(f"it depends on how many rows there are{where(a)}")
+        pairs[a] = b
+    if len(first.graph.nodes) != len(second.graph.nodes):
+        raise NotTraceable("it depends on how many rows there are")
