@@ -54,11 +54,7 @@ def dynamic_rnn(
     steps, batch = _sizes(inputs, time_major)
     data = inputs if time_major else pytree.tree_map(_swapped, inputs)
     lengths = sequences.read_lengths(sequence_length, batch, "sequence_length")
-    whole = over_time.as_sequence(cell)
-    if whole is not None and (not isinstance(data, Tensor) or data.dim() != 3 or data.shape[-1] != whole.input_size):
-        expected = f"3 dimensions and input_size = {whole.input_size} features"
-        came = f"shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise ValueError(f"inputs: expected {expected}, got {came}")
+    over_time.check_features(cell, inputs, "inputs")
     if dispatch.is_plain():
         check_lengths(lengths, steps, "sequence_length")
     state = over_time.zero_state(cell, data) if initial_state is None else initial_state

@@ -133,26 +133,45 @@ def zero_state(cell: Any, inputs: Nest, name: str = "initial_state") -> Nest:
     Raises:
         ValueError: the cell does not tell its state's size; `name` is the argument that would give it.
     """
+    leaves: list[Tensor] = pytree.tree_leaves(inputs)
+    parameters = list(cell.parameters()) if isinstance(cell, torch.nn.Module) else []
+    like = next((tensor for tensor in (*leaves, *parameters) if tensor.is_floating_point()), None)
+    dtype = torch.get_default_dtype() if like is None else like.dtype
+    state = zero_state_of(cell, leaves[0].new_empty(0, dtype=dtype), leaves[0].shape[1], name)
+    check_hidden_size(cell, mapped(lambda leaf: leaf.new_zeros((1, *leaf.shape[2:])), inputs), dtype)
+    return state
+
+
+def zero_state_of(cell: Any, like: Tensor, batch: int | None, name: str) -> Nest:
+    """The zero state that a cell tells the sizes of, (B, size) each, or (size,) if `batch` is None.
+
+    Raises:
+        ValueError: it tells none.
+    """
     size = state_size(cell)
     if size is None:
         raise ValueError(
             f"{name}: needed, because a {name_of(cell)} does not tell its state's size; "
             f"pass {name}, or give the cell a state_size"
         )
-    leaves = pytree.tree_leaves(inputs)
-    parameters = list(cell.parameters()) if isinstance(cell, torch.nn.Module) else []
-    like = next((tensor for tensor in (*leaves, *parameters) if tensor.is_floating_point()), None)
-    dtype = torch.get_default_dtype() if like is None else like.dtype
-    batch = leaves[0].shape[1]
 
     def zeros(n: int) -> Tensor:
-        return leaves[0].new_zeros((batch, n), dtype=dtype)
+        return like.new_zeros((n,) if batch is None else (batch, n))
 
-    if not isinstance(cell, torch.nn.RNNCellBase) and getattr(cell, "state_size", None) is None:
-        # A cell of two states may tell `hidden_size`, too, and would take a tensor's rows for its states.
-        lone = mapped(lambda leaf: leaf.new_zeros((1, *leaf.shape[2:])), inputs)
-        _step_without_gradient(cell, lone, zeros(size).new_zeros((1, size)))
     return pytree.tree_map(zeros, size)
+
+
+def check_hidden_size(cell: Any, input: Nest, dtype: torch.dtype) -> None:
+    """Let a cell that tells its size by `hidden_size` alone do a step on one row, (1, ...).
+
+    A cell of two states may have one, too. Given one tensor, it would take two rows of a larger batch for its states;
+    of one row it can't.
+    """
+    size = getattr(cell, "hidden_size", None)
+    if size is None or getattr(cell, "state_size", None) is not None or isinstance(cell, torch.nn.RNNCellBase):
+        return
+    first: Tensor = pytree.tree_leaves(input)[0]
+    _step_without_gradient(cell, input, first.new_zeros((1, size), dtype=dtype))
 
 
 def check_state(cell: Any, state: Nest, batch: int, name: str) -> None:
@@ -168,11 +187,34 @@ def check_state(cell: Any, state: Nest, batch: int, name: str) -> None:
         raise ValueError(f"{name}: expected {expected}, got {len(states)} tensors in {structure}")
     if letters:
         return  # sizes are checked where they are used
+    check_tensors(state, name)
     for one in states:
-        if not isinstance(one, Tensor):
-            raise ValueError(f"{name}: expected a tensor (B, ...) or a nest of them, got {type(one).__name__}")
         if one.dim() == 0 or one.shape[0] != batch:
             raise ValueError(f"{name}: expected (B, ...) = ({batch}, ...), got {tuple(one.shape)}")
+
+
+def check_tensors(state: Nest, name: str) -> None:
+    """It is a nest of tensors and of nothing else.
+
+    Raises:
+        ValueError: names the argument, `name`.
+    """
+    for one in pytree.tree_leaves(state):
+        if not isinstance(one, Tensor):
+            raise ValueError(f"{name}: expected a tensor (B, ...) or a nest of them, got {type(one).__name__}")
+
+
+def check_features(cell: Any, inputs: Nest, name: str) -> None:
+    """One of our own cells, where it runs whole, takes one tensor (T, B, I) or (B, T, I) of its input_size.
+
+    Raises:
+        ValueError: names the argument, `name`.
+    """
+    whole = as_sequence(cell)
+    if whole is None or (isinstance(inputs, Tensor) and inputs.dim() == 3 and inputs.shape[-1] == whole.input_size):
+        return
+    came = f"shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+    raise ValueError(f"{name}: expected 3 dimensions and input_size = {whole.input_size} features, got {came}")
 
 
 def draw_noise(cell: AnyCell, inputs: Nest, state: Nest) -> Nest | None:
@@ -188,6 +230,16 @@ def mapped(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
 def at(t: int, nest: Nest) -> Nest:
     """Step t of a nest of (T, ...)."""
     return mapped(lambda leaf: leaf[t], nest)
+
+
+def valid_steps(lengths: Tensor, steps: int, device: torch.device) -> Tensor:
+    """(T, B) bool, False past each row's length."""
+    return torch.arange(steps, device=device).unsqueeze(-1) < lengths.to(device)
+
+
+def zero_past(lengths: Tensor, tensor: Tensor) -> Tensor:
+    """(T, B, ...), 0 past each row's length."""
+    return _zero_where(~valid_steps(lengths, tensor.shape[0], tensor.device), tensor)
 
 
 def fresh_steps(resets: Tensor | None, valid: Tensor | None, reverse: bool) -> Tensor | None:
@@ -209,9 +261,8 @@ def _loop(
 ) -> tuple[Nest, Nest]:
     first: Tensor = pytree.tree_leaves(inputs)[0]
     steps, device = first.shape[0], first.device
-    valid: Tensor | None = None
-    if lengths is not None:
-        valid = torch.arange(steps, device=device).unsqueeze(-1) < lengths.to(device)  # (T, B)
+    valid = None if lengths is None else valid_steps(lengths, steps, device)
+    if valid is not None:
         # Padding may hold anything, and 0 * NaN is NaN in a weight's gradient.
         inputs = mapped(partial(_zero_where, ~valid), inputs)
     noise = draw_noise(cell, inputs, state)
