@@ -240,6 +240,67 @@ def test_no_steps():
     assert_equal_f64(final, state)
 
 
+def test_no_steps_of_ones_own_cell():
+    """The outputs' shape is that of y_t; no row is seen by autograd."""
+    weight = torch.ones(3, 7, requires_grad=True)
+    output, final = tg.dynamic_rnn(lambda x, h: ({"y": x @ weight}, h + x), X[:, :0], initial_state=H)
+    assert tuple(output["y"].shape) == (B, 0, 7)
+    assert final is H
+    output, final = tg.dynamic_rnn(lambda x, h: (x @ weight, h + x), X[:0], initial_state=H[:0])
+    assert tuple(output.shape) == (0, T, 7)
+
+
+def test_a_nest_of_inputs():
+    """Each step sees one slice of every tensor, whatever its dtype; padding of any is zeroed."""
+    x, delta = randn(B, T, 3), torch.arange(B * T).view(B, T)
+    seen = []
+
+    def cell(inputs: Any, total: Tensor) -> Tensor:
+        seen.append(inputs["delta"])
+        return total + inputs["x"][0] * inputs["delta"].unsqueeze(-1)
+
+    output, _ = tg.dynamic_rnn(cell, {"x": (x,), "delta": delta}, LENGTHS, torch.zeros(B, 3, dtype=x.dtype))
+    valid = torch.arange(T) < torch.tensor(LENGTHS).unsqueeze(-1)
+    assert torch.equal(torch.stack(seen, 1), delta * valid)
+    assert_equal_f64(output, (x * delta.unsqueeze(-1)).cumsum(1) * valid.unsqueeze(-1))
+
+
+def test_a_pair_whose_first_part_is_the_state():
+    x = randn(B, T, 3)
+    zeros = (torch.zeros(B, 3, dtype=x.dtype),) * 2
+    output, state = tg.dynamic_rnn(lambda x_t, s: ((s[0] + x_t, s[1]), 2 * x_t), x, initial_state=zeros)
+    assert_equal_f64(output, 2 * x)
+    assert_equal_f64(state[0], x.sum(1))
+
+
+class Told(torch.nn.Module):
+    """A cell that tells hidden_size, of one state or of two."""
+
+    def __init__(self, states: int) -> None:
+        super().__init__()
+        self.hidden_size, self.states = 3, states
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        if self.states == 1:
+            return state + x
+        return state[0] + x, state[1] + x
+
+
+def test_hidden_size_tells_one_state():
+    x = randn(2, T, 3)
+    assert_equal_f64(tg.dynamic_rnn(Told(1), x)[0], x.cumsum(1))
+    with pytest.raises(IndexError):  # the cell's own words: never a row of the batch for a state
+        tg.dynamic_rnn(Told(2), x)
+
+
+def test_fuse():
+    x = randn(B, T, 3)
+    cell = tg.GRUCell(3, 5, dtype=x.dtype)
+    assert_equal_f64(tg.dynamic_rnn(cell, x, fuse=True)[0], tg.dynamic_rnn(cell, x, fuse=False)[0])
+    with pytest.raises(tg.UnsupportedError):
+        tg.dynamic_rnn(lambda x_t, h: print(x_t.sum().item()) or h, x, initial_state=H, fuse=True)
+
+
 def _sum(x: Tensor, total: Tensor) -> Tensor:
     return total + x
 
@@ -252,7 +313,14 @@ ERRORS = [
         "the cell a state_size",
     ),
     ((_sum, torch.zeros(3)), "inputs: expected (B, T, ...) or time_major (T, B, ...), got 1 dimensions"),
-    ((_sum, X[:, :0], None, H), "inputs: expected at least one step for a cell of the user's own, got T = 0"),
+    (
+        (_sum, (X, X[:, :2]), None, H),
+        "inputs: expected (B, T, ...) like the first, (4, 6), got (4, 2, 3)",
+    ),
+    ((_sum, [], None, H), "inputs: expected a tensor (B, T, ...) or a nest of them, got an empty list"),
+    ((_sum, (X, 1.0), None, H), "inputs: expected a tensor (B, T, ...) or a nest of them, got float"),
+    ((_sum, X, None, H[:1]), "initial_state: expected (B, ...) = (4, ...), got (1, 3)"),
+    ((_sum, X, None, 0), "initial_state: expected a tensor (B, ...) or a nest of them, got int"),
     ((_sum, X, [1, 2], H), "sequence_length: expected one per row, (B,) = (4,), got (2,)"),
     ((_sum, X, [1.0] * B, H), "sequence_length: expected an integer dtype, got torch.float32"),
     ((_sum, X, [7] * B, H), "sequence_length: expected values in 0..T = 0..6, got 7"),

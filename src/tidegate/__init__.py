@@ -10,7 +10,7 @@ from tidegate.accelerate import accelerate, report, restore
 from tidegate.backends import backend, trace
 from tidegate.errors import ConversionError, UnsupportedError
 from tidegate.explain import explain
-from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, dynamic_rnn
+from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, dynamic_rnn
 from tidegate.streaming import Stream
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Recurrent",
     "Stream",
     "UnsupportedError",
     "accelerate",

@@ -50,7 +50,7 @@ def from_packed(input: PackedSequence) -> Sequences:
     live = torch.arange(batch, device=sizes.device) < sizes.unsqueeze(-1)  # (T, B)
     lengths = live.sum(0)
     rows = torch.nonzero(live.flatten()).squeeze(-1).to(input.data.device)
-    padded = input.data.new_zeros((steps * batch, input.data.shape[-1])).index_copy(0, rows, input.data)
+    padded = input.data.new_zeros((steps * batch, *input.data.shape[1:])).index_copy(0, rows, input.data)
 
     def restore(output: Tensor) -> PackedSequence:
         data = output.flatten(0, 1).index_select(0, rows)
@@ -59,21 +59,24 @@ def from_packed(input: PackedSequence) -> Sequences:
     return Sequences(padded.unflatten(0, (steps, batch)), lengths, None, restore, rows)
 
 
-def from_list(input: list[Tensor], resets: Any) -> Sequences:
-    """A list of (T_b, I), in any order, some perhaps of length 0; resets a list of (T_b,)."""
+def from_list(input: list[Tensor], resets: Any, any_features: bool = False) -> Sequences:
+    """A list of (T_b, I), with any_features (T_b, ...), in any order, some of length 0; resets a list of (T_b,)."""
     faults: list[str] = []
     if not input:
         raise ValueError("input: expected a list of at least one tensor (T, input_size), got an empty list")
     first: Tensor | None = None
     for k, row in enumerate(input):
-        if not isinstance(row, Tensor) or row.dim() != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        is_row = isinstance(row, Tensor) and (row.dim() >= 1 if any_features else row.dim() == 2)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_row:
             came = f"{row.dim()} dimensions" if isinstance(row, Tensor) else type(row).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
-            faults.append(f"input[{k}]: expected a tensor (T, input_size), got {came}")
+            faults.append(
+                f"input[{k}]: expected a tensor {'(T, ...)' if any_features else '(T, input_size)'}, got {came}"
+            )
             continue
         first = row if first is None else first
-        if (row.shape[1], row.dtype, row.device) != (first.shape[1], first.dtype, first.device):
-            expected = f"{first.shape[1]} features, {first.dtype}, {first.device} like the rows before it"
-            faults.append(f"input[{k}]: expected {expected}, got {row.shape[1]}, {row.dtype}, {row.device}")
+        if (row.shape[1:], row.dtype, row.device) != (first.shape[1:], first.dtype, first.device):
+            expected = f"{_features(first)}, {first.dtype}, {first.device} like the rows before it"
+            faults.append(f"input[{k}]: expected {expected}, got {_count(row)}, {row.dtype}, {row.device}")
     if faults:
         raise ValueError("\n".join(faults))
     sizes = [row.shape[0] for row in input]
@@ -93,9 +96,11 @@ def from_list(input: list[Tensor], resets: Any) -> Sequences:
     return Sequences(pad_sequence(input), torch.tensor(sizes, device="cpu"), padded_resets, restore)
 
 
-def from_nested(input: Any) -> Sequences:
-    """A jagged nested tensor (B, j, I): nested out, with the input's own offsets. No host-device synchronisation."""
-    if input.layout != torch.jagged or input.dim() != 3 or input.lengths() is not None:
+def from_nested(input: Any, any_features: bool = False) -> Sequences:
+    """A jagged nested tensor (B, j, I), with any_features (B, j, ...): nested out, with the input's own offsets. No
+    host-device synchronisation."""
+    is_ranked = input.dim() >= 2 if any_features else input.dim() == 3
+    if input.layout != torch.jagged or not is_ranked or input.lengths() is not None:
         raise ValueError(
             "input: expected a nested tensor (B, T, input_size) of layout torch.jagged without holes; "
             "torch.nested.nested_tensor(rows, layout=torch.jagged) makes one"
@@ -111,6 +116,48 @@ def from_nested(input: Any) -> Sequences:
         return torch.nested.nested_tensor_from_jagged(output[step, row], offsets)
 
     return Sequences(padded, lengths, None, restore)
+
+
+def from_form(input: Any, lengths: Any, resets: Any, any_features: bool = False) -> Sequences:
+    """An input in a form that has lengths of its own: none of a tensor's arguments beside it, but a list's resets.
+
+    Raises:
+        ValueError, TypeError: names the argument.
+    """
+    refuse_lengths(lengths)
+    if isinstance(input, PackedSequence):
+        if resets is not None:
+            raise ValueError("resets: not for a PackedSequence; give a padded batch with lengths=, or a list")
+        return from_packed(input)
+    if isinstance(input, list):
+        return from_list(input, resets, any_features)
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, a PackedSequence or a list of Tensors, got {type(input).__name__}")
+    if resets is not None:
+        raise ValueError("resets: not for a nested tensor; give a padded batch with lengths=, or a list")
+    return from_nested(input, any_features)
+
+
+def read_marks(
+    lengths: Any, resets: Any, steps: int, rows: int, batch_first: bool, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """lengths (B,) and resets (T, B) of a padded batch; resets came as (B, T) with batch_first."""
+    if resets is not None and batch_first:
+        resets = read_resets(resets, "(B, T)", (rows, steps), device).transpose(0, 1)
+    elif resets is not None:
+        resets = read_resets(resets, "(T, B)", (steps, rows), device)
+    return read_lengths(lengths, rows), resets
+
+
+def read_unbatched_marks(lengths: Any, resets: Any, steps: int, device: torch.device) -> Tensor | None:
+    """resets (T, 1) of one sequence (T, ...), which has no lengths."""
+    refuse_lengths(lengths)
+    return None if resets is None else read_resets(resets, "(T,)", (steps,), device).unsqueeze(1)
+
+
+def refuse_lengths(lengths: Any) -> None:
+    if lengths is not None:
+        raise ValueError("lengths: expected None but with a padded batch (3-D input); this input has its own lengths")
 
 
 def read_lengths(lengths: Any, batch: int, name: str = "lengths") -> Tensor | None:
@@ -134,3 +181,11 @@ def read_resets(resets: Any, layout: str, shape: tuple[int, ...], device: torch.
     if resets.dim() != len(shape) or any(a != b for a, b in zip(resets.shape, shape, strict=True)):
         raise ValueError(f"{name}: expected {layout} = {shape}, got {tuple(resets.shape)}")
     return resets.to(device)
+
+
+def _features(row: Tensor) -> str:
+    return f"{_count(row)} features" if row.dim() == 2 else f"features {_count(row)}"
+
+
+def _count(row: Tensor) -> int | tuple[int, ...]:
+    return row.shape[1] if row.dim() == 2 else tuple(row.shape[1:])

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from tidegate.call import Call, Layout
 from tidegate.cell import States
 from tidegate.checks import check
 from tidegate.scope import scope
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _FORMAT = "tidegate stream 1"
 
@@ -123,13 +126,131 @@ def _unprepared(call: Call, chosen: backends.Backend) -> Run:
     return lambda layout: partial(run, layout)
 
 
-class Stream:
+class Sessions:
+    """Rows of state that come and go: what every stream has beside its steps."""
+
+    _row_dim: int  # of a state
+    _batched: bool
+    _device: torch.device
+    _states: tuple[Tensor, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many sessions there are: B."""
+        return self._states[0].shape[self._row_dim]
+
+    def reset(self, rows: Any = None) -> None:
+        """Put rows back to the zero state.
+
+        Args:
+            rows: an integer, several, an integer tensor or a bool mask (B,); None for all.
+
+        Raises:
+            ValueError: a row that is not there.
+        """
+        if rows is None:
+            return self._set_states(self._zeros(self.rows))
+        keep = torch.ones(self.rows, dtype=torch.bool, device="cpu")
+        keep[self._read_rows(rows)] = False
+        keep = keep.to(self._device)
+        # Not a product: 0 * NaN would keep what is to be forgotten.
+        return self._set_states([torch.where(self._over_features(keep, s), s, 0) for s in self._states])
+
+    def add_rows(self, rows: Any = 1) -> range:
+        """Add sessions behind those that are there.
+
+        Args:
+            rows: how many, from the zero state; or their state, in the form of `state`.
+
+        Returns:
+            the new rows' numbers.
+
+        Raises:
+            ValueError: the stream has no batch dimension, or the state does not fit.
+        """
+        self._need_rows("add_rows")
+        if isinstance(rows, int):
+            if rows < 0:
+                raise ValueError(f"rows: expected how many to add, at least 0, or their state, got {rows}")
+            added = self._zeros(rows)
+        else:
+            added = self._read_state(rows, None, "rows")
+        before = self.rows
+        self._set_states([torch.cat(pair, self._row_dim) for pair in zip(self._states, added, strict=True)])
+        return range(before, self.rows)
+
+    def remove_rows(self, rows: Any) -> None:
+        """End sessions. The others keep their order and close the gaps.
+
+        Args:
+            rows: as for `reset`.
+
+        Raises:
+            ValueError: the stream has no batch dimension, or a row is not there.
+        """
+        self._need_rows("remove_rows")
+        keep = torch.ones(self.rows, dtype=torch.bool, device="cpu")
+        keep[self._read_rows(rows)] = False
+        kept = keep.nonzero().squeeze(-1).to(self._device)
+        self._set_states([state.index_select(self._row_dim, kept) for state in self._states])
+
+    def clone(self) -> Self:
+        """A stream from the same state, which goes its own way. It shares the weights' copy."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other._set_states([state.clone() for state in self._states])
+        return other
+
+    __copy__ = clone
+
+    def _zeros(self, rows: int) -> Iterable[Tensor]:
+        """The zero state of so many rows."""
+        raise NotImplementedError
+
+    def _read_state(self, state: Any, rows: int | None, name: str = "state") -> Iterable[Tensor]:
+        """A copy of what the user gave, checked. `rows` None: any number."""
+        raise NotImplementedError
+
+    def _set_states(self, states: Iterable[Tensor]) -> None:
+        """The only place where the state is replaced, in one assignment."""
+        raise NotImplementedError
+
+    def _over_features(self, mask: Tensor, state: Tensor) -> Tensor:
+        return mask.view(-1, *(1,) * (state.dim() - 1 - self._row_dim))
+
+    def _need_rows(self, method: str) -> None:
+        if not self._batched:
+            raise ValueError(f"{method}: this stream has one row and no batch dimension; make it with batch_size=1")
+
+    def _read_rows(self, rows: Any) -> Tensor:
+        """(n,) int64 on the CPU, each in 0..B-1."""
+        index = (
+            rows.cpu()
+            if isinstance(rows, Tensor)
+            else torch.as_tensor([rows] if isinstance(rows, int) else rows, device="cpu")
+        )
+        if index.dtype == torch.bool and index.shape == (self.rows,):
+            return index.nonzero().squeeze(-1)
+        if index.numel() == 0 and index.dim() == 1:
+            return index.to(torch.int64)
+        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex() or index.dim() != 1:
+            raise ValueError(f"rows: expected integers, or a bool mask ({self.rows},), got {rows!r}")
+        index = index.to(torch.int64)
+        low, high = (int(bound) for bound in torch.aminmax(index))
+        if low < 0 or high >= self.rows:
+            raise ValueError(f"rows: expected numbers in 0..{self.rows - 1}, got {low if low < 0 else high}")
+        return index
+
+
+class Stream(Sessions):
     """A recurrent module, one step at a time; made by `stream` of a layer or a cell.
 
     It holds the state, and its own copy of the weights, made once, when the stream is made: what happens to the
     module's parameters later is seen after `refresh`. It records no gradient and drops nothing out. Any number of
     streams may run in as many threads; one stream is for one thread at a time. Whatever raises leaves it as it was.
     """
+
+    _row_dim = 1  # (L, B, size)
 
     def __init__(self, source: Source, batch_size: int | None, state: Any, dtype: torch.dtype | None) -> None:
         self._source = source
@@ -206,11 +327,6 @@ class Stream:
         return output.transpose(0, 1) if batch_first else output
 
     @property
-    def rows(self) -> int:
-        """How many sessions there are: B."""
-        return self._states[0].shape[1]
-
-    @property
     def backend(self) -> str:
         """The backend that runs it; chosen when the stream is made, and at `refresh`."""
         return self._laid.chosen.name
@@ -229,61 +345,6 @@ class Stream:
     def state(self, value: Any) -> None:
         self._set_states(self._read_state(value, self.rows))
 
-    def reset(self, rows: Any = None) -> None:
-        """Put rows back to the zero state.
-
-        Args:
-            rows: an integer, several, an integer tensor or a bool mask (B,); None for all.
-
-        Raises:
-            ValueError: a row that is not there.
-        """
-        if rows is None:
-            return self._set_states(self._zeros(self.rows))
-        keep = torch.ones(self.rows, 1, dtype=torch.bool, device="cpu")
-        keep[self._read_rows(rows)] = False
-        keep = keep.to(self._device)
-        # Not a product: 0 * NaN would keep what is to be forgotten.
-        return self._set_states([torch.where(keep, state, 0) for state in self._states])
-
-    def add_rows(self, rows: Any = 1) -> range:
-        """Add sessions behind those that are there.
-
-        Args:
-            rows: how many, from the zero state; or their state, in the form of `state`.
-
-        Returns:
-            the new rows' numbers.
-
-        Raises:
-            ValueError: the stream has no batch dimension, or the state does not fit.
-        """
-        self._need_rows("add_rows")
-        if isinstance(rows, int):
-            if rows < 0:
-                raise ValueError(f"rows: expected how many to add, at least 0, or their state, got {rows}")
-            added = self._zeros(rows)
-        else:
-            added = self._read_state(rows, None, "rows")
-        before = self.rows
-        self._set_states([torch.cat(pair, 1) for pair in zip(self._states, added, strict=True)])
-        return range(before, self.rows)
-
-    def remove_rows(self, rows: Any) -> None:
-        """End sessions. The others keep their order and close the gaps.
-
-        Args:
-            rows: as for `reset`.
-
-        Raises:
-            ValueError: the stream has no batch dimension, or a row is not there.
-        """
-        self._need_rows("remove_rows")
-        keep = torch.ones(self.rows, dtype=torch.bool, device="cpu")
-        keep[self._read_rows(rows)] = False
-        kept = keep.nonzero().squeeze(-1).to(self._device)
-        self._set_states([state.index_select(1, kept) for state in self._states])
-
     def refresh(self) -> None:
         """Read the module's parameters again; the state goes on.
 
@@ -300,15 +361,6 @@ class Stream:
                 )
         self._adopt(laid)
         self._set_states(self._states)
-
-    def clone(self) -> Stream:
-        """A stream from the same state, which goes its own way. It shares the weights' copy."""
-        other = object.__new__(type(self))
-        vars(other).update(vars(self))
-        other._set_states([state.clone() for state in self._states])
-        return other
-
-    __copy__ = clone
 
     def save(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """The state as a dictionary of tensors on the CPU and words, for `load`; written to `path` if there is one."""
@@ -423,26 +475,3 @@ class Stream:
             faults.append("input: a stream records no gradient; detach it, or run the module over the sequence")
         if faults:
             raise ValueError("\n".join(faults))
-
-    def _need_rows(self, method: str) -> None:
-        if not self._batched:
-            raise ValueError(f"{method}: this stream has one row and no batch dimension; make it with batch_size=1")
-
-    def _read_rows(self, rows: Any) -> Tensor:
-        """(n,) int64 on the CPU, each in 0..B-1."""
-        index = (
-            rows.cpu()
-            if isinstance(rows, Tensor)
-            else torch.as_tensor([rows] if isinstance(rows, int) else rows, device="cpu")
-        )
-        if index.dtype == torch.bool and index.shape == (self.rows,):
-            return index.nonzero().squeeze(-1)
-        if index.numel() == 0 and index.dim() == 1:
-            return index.to(torch.int64)
-        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex() or index.dim() != 1:
-            raise ValueError(f"rows: expected integers, or a bool mask ({self.rows},), got {rows!r}")
-        index = index.to(torch.int64)
-        low, high = (int(bound) for bound in torch.aminmax(index))
-        if low < 0 or high >= self.rows:
-            raise ValueError(f"rows: expected numbers in 0..{self.rows - 1}, got {low if low < 0 else high}")
-        return index

@@ -1,8 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules: layers over sequences, single-step cells, and `dynamic_rnn` over any cell."""
+"""The modules: layers over sequences, single-step cells, `dynamic_rnn` and `Recurrent` over any cell."""
 
 from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
 from tidegate.nn.dynamic import dynamic_rnn
 from tidegate.nn.layers import GRU, LSTM, RNN, RecurrentLayer
+from tidegate.nn.recurrent import Recurrent
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "RecurrentCell", "RecurrentLayer", "dynamic_rnn"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Recurrent",
+    "RecurrentCell",
+    "RecurrentLayer",
+    "dynamic_rnn",
+]

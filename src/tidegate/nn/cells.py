@@ -128,10 +128,17 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
             return autocast.run(call, self._find_faults, cell is not kinds.RNN)
         return ops.run(call, self._find_faults)
 
-    def _sequence(self, input: Tensor, states: tuple[Any, ...], lengths: Tensor | None = None) -> tuple[Tensor, ...]:
+    def _sequence(
+        self,
+        input: Tensor,
+        states: tuple[Any, ...],
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reverse: bool = False,
+    ) -> tuple[Tensor, ...]:
         """The cell over (T, B, I) in one call: output (T, B, P) and the final states."""
         weights = dict(zip(self.cell.parameters, self._weights(), strict=True))
-        layer = Layer(self.cell, input, states, weights, lengths, None, False, self._options())
+        layer = Layer(self.cell, input, states, weights, lengths, resets, reverse, self._options())
 
         def find_faults(call: Call) -> None:
             check_layer(layer)

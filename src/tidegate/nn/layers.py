@@ -175,7 +175,7 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
             batch, layout, lengths, resets = None, self._layout(input), *self._rows(input, lengths, resets)
             data = input
         else:
-            batch = self._read(input, lengths, resets)
+            batch = sequences.from_form(input, lengths, resets)
             data, lengths, resets, layout = batch.data, batch.lengths, batch.resets, Layout.TIME_MAJOR
         states = self._states(hx)
         packed = input if isinstance(input, PackedSequence) else None
@@ -222,38 +222,10 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         if lengths is None and resets is None:
             return None, None
         if input.dim() == 2:
-            self._refuse_lengths(lengths)
-            return None, sequences.read_resets(resets, "(T,)", (input.shape[0],), input.device).unsqueeze(1)
+            return None, sequences.read_unbatched_marks(lengths, resets, input.shape[0], input.device)
         time, batch = (1, 0) if self.batch_first else (0, 1)
         steps, rows = input.shape[time], input.shape[batch]
-        if resets is not None and self.batch_first:
-            resets = sequences.read_resets(resets, "(B, T)", (rows, steps), input.device).transpose(0, 1)
-        elif resets is not None:
-            resets = sequences.read_resets(resets, "(T, B)", (steps, rows), input.device)
-        return sequences.read_lengths(lengths, rows), resets
-
-    def _refuse_lengths(self, lengths: Any) -> None:
-        if lengths is not None:
-            raise ValueError(
-                "lengths: expected None but with a padded batch (3-D input); this input has its own lengths"
-            )
-
-    def _read(self, input: Any, lengths: Any, resets: Any) -> Sequences:
-        """The input in a form that has lengths of its own."""
-        self._refuse_lengths(lengths)
-        if isinstance(input, PackedSequence):
-            if resets is not None:
-                raise ValueError("resets: not for a PackedSequence; give a padded batch with lengths=, or a list")
-            return sequences.from_packed(input)
-        if isinstance(input, list):
-            return sequences.from_list(input, resets)
-        if not isinstance(input, Tensor):
-            raise TypeError(
-                f"input: expected a Tensor, a PackedSequence or a list of Tensors, got {type(input).__name__}"
-            )
-        if resets is not None:
-            raise ValueError("resets: not for a nested tensor; give a padded batch with lengths=, or a list")
-        return sequences.from_nested(input)
+        return sequences.read_marks(lengths, resets, steps, rows, self.batch_first, input.device)
 
     def _between(self, batch: Sequences | None) -> Callable[[Tensor], Tensor] | None:
         """Dropout between two layers."""
