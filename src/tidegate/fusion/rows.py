@@ -25,7 +25,7 @@ MOVING = {
     for name in (
         *("view", "_unsafe_view", "reshape", "permute", "t", "transpose", "expand", "squeeze", "unsqueeze", "slice"),
         *("select", "split", "split_with_sizes", "unbind", "clone", "alias", "detach", "cat", "stack", "flip", "roll"),
-        *("repeat", "contiguous", "lift_fresh_copy", "narrow", "chunk", "diagonal", "unfold"),
+        *("repeat", "contiguous", "lift_fresh_copy", "narrow", "chunk", "diagonal", "unfold", "index_select", "gather"),
     )
     if hasattr(aten, name)
 }
@@ -104,6 +104,7 @@ class Rows:
         self.layouts: dict[fx.Node, Layout | None] = {}
         self.reads_input: set[fx.Node] = set()
         self.reads_state: set[fx.Node] = set()
+        self.reads_tensors: set[fx.Node] = set()  # whatever they are
         self.moves: dict[fx.Node, list[list[tuple[int, int]]] | None] = {}
         placeholders = [node for node in trace.graph.nodes if node.op == "placeholder"]
         own, inputs, _ = trace.counts
@@ -129,6 +130,8 @@ class Rows:
             self.reads_input.add(node)
         if any(source in self.reads_state for source in node.all_input_nodes):
             self.reads_state.add(node)
+        if node.op != "call_function" or any(source in self.reads_tensors for source in node.all_input_nodes):
+            self.reads_tensors.add(node)
         value = values_of(node)
         if node.op == "placeholder" or not isinstance(value, (list, tuple)):
             self.layouts[node] = layout_of(value, self.trace.rows, node)
@@ -149,6 +152,7 @@ class Rows:
             return
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         result_has_rows = isinstance(values_of(node), (list, tuple)) or self.layouts.get(node) is not None
+        pointwise = pointwise and kind not in MOVING
         if result_has_rows and (pointwise or kind in CONVERTING or self._keeps_apart(node, kind)):
             return
         mixes = (
@@ -176,7 +180,7 @@ class Rows:
             self.moves[node] = moved(self, node)
             return self.moves[node] is not None
         if kind in REDUCING:
-            dims = node.args[1] if len(node.args) > 1 else None
+            dims = node.args[1] if len(node.args) > 1 else -1 if kind in (aten.sort, aten.topk) else None
             layout = self.layouts.get(first) if isinstance(first, fx.Node) else None
             if layout is None or dims is None or not isinstance(dims, (int, list, tuple)) or dims == []:
                 return False
@@ -224,6 +228,8 @@ def moved(rows: Rows, node: fx.Node) -> list[list[tuple[int, int]]] | None:
 
     def numbered(k: int, value: Tensor, source: fx.Node) -> Tensor:
         layout = layout_of(value, rows.trace.rows, source)
+        if layout is None and source not in rows.reads_tensors and not value.dtype.is_floating_point:
+            return constant(source)
         if layout is None:
             count = value.numel()
             return torch.arange(count).reshape(value.shape) + k * stride
@@ -244,7 +250,10 @@ def moved(rows: Rows, node: fx.Node) -> list[list[tuple[int, int]]] | None:
             return resized([argument], rows.trace.rows, small)[0]
         return argument
 
-    result = node.target(*mapped(node.args, change), **{k: change(v) for k, v in node.kwargs.items()})  # pyright: ignore
+    try:
+        result = node.target(*mapped(node.args, change), **{k: change(v) for k, v in node.kwargs.items()})  # pyright: ignore
+    except (RuntimeError, IndexError):
+        return None
     value = values_of(node)
     found: list[list[tuple[int, int]]] = []
     for part, expected in zip(_as_list(result), _as_list(value), strict=True):
@@ -268,6 +277,15 @@ def moved(rows: Rows, node: fx.Node) -> list[list[tuple[int, int]]] | None:
             return None
         found.append(of_row)
     return found
+
+
+def constant(node: fx.Node) -> Any:
+    """The value of a node that depends on no tensor."""
+    return node.target(*mapped(node.args, _constant_of), **{k: _constant_of(v) for k, v in node.kwargs.items()})  # pyright: ignore
+
+
+def _constant_of(argument: Any) -> Any:
+    return constant(argument) if isinstance(argument, fx.Node) else argument
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 # The numbers of rows that a step is traced with: a size that is a multiple of the first stands for rows, unless some
 # feature has as many; where the second trace differs in anything else, the step depends on how many rows there are.
 _ROWS = (10007, 1000003, 100000007)
-OTHER_ROWS = 5
+_OTHER_ROWS = 2
+
+SETS_ATTRIBUTES = "the step sets attributes of its own"
 
 _TORCH = Path(torch.__file__).parent
 _OURS = Path(__file__).parents[1]
@@ -58,38 +60,56 @@ class _Holder(torch.nn.Module):
 
     def __init__(self, step: Callable[..., Any], modules: Mapping[str, torch.nn.Module]) -> None:
         super().__init__()
-        self.step_of: Callable[..., Any] | None = None if isinstance(step, torch.nn.Module) else step
+        self.step_of: Callable[..., Any] | None = None if isinstance(step, torch.nn.Module) else _as_forward(step)
         for name, module in modules.items():
             self.add_module(name, module)
 
-    def forward(self, x: Any, state: Any) -> Any:
-        return (self.step_of or self._modules["cell"])(x, state)  # pyright: ignore[reportOptionalCall]
+    def forward(self, *given: Any) -> Any:
+        return (self.step_of or self._modules["cell"])(*given)  # pyright: ignore[reportOptionalCall]
+
+
+def _as_forward(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under the name of which the tracer notes lines."""
+    if not isinstance(step, FunctionType):
+        return step
+    code = step.__code__.replace(co_name="forward")
+    twin = FunctionType(code, step.__globals__, "forward", step.__defaults__, step.__closure__)
+    twin.__kwdefaults__ = step.__kwdefaults__
+    return twin
 
 
 class Cell:
-    """A cell as the tracer sees it: what it reads beside x_t and the state, at each call anew."""
+    """A cell as the tracer sees it: what it reads beside x_t and the state, at each call anew.
 
-    def __init__(self, step: Callable[..., Any]) -> None:
-        self.step = step
-        self.modules = dict(_modules(step))
-        self.holder = _Holder(step, self.modules)
-        self.names, tensors = _named(self.holder, step)
-        self.read_anew = partial(_tensors, self.holder, step)
-        self.count = len(tensors)
+    Args:
+        with_noise: x_t is a pair (x_t, noise_t), which the step takes as its first and its third argument.
+    """
+
+    def __init__(self, step: Callable[..., Any], with_noise: bool = False) -> None:
+        self.step, self.with_noise = step, with_noise
+        self.holder = _Holder(step, dict(_modules(step)))
+        named = [*self.holder.named_parameters(), *self.holder.named_buffers()]
+        self.names = [name for name, _ in named]
+        self.tensors = [tensor for _, tensor in named]
 
     def call(self, tensors: Sequence[Tensor], x: Any, state: Any) -> Any:
         """A step with other tensors in place of its own."""
         named = dict(zip(self.names, tensors, strict=True))
-        return torch.func.functional_call(self.holder, named, (x, state))
+        given = (x[0], state, x[1]) if self.with_noise else (x, state)
+        return torch.func.functional_call(self.holder, named, given)
 
 
 def _modules(step: Callable[..., Any]) -> Iterator[tuple[str, torch.nn.Module]]:
     if isinstance(step, torch.nn.Module):
         yield "cell", step
+        for k, module in enumerate(step.modules()):
+            for attribute, value in vars(module).items():
+                if isinstance(value, (FunctionType, MethodType, partial)):
+                    yield from ((f"{attribute}_{k}_{name}", found) for name, found in _modules(value))
         return
     for name, value in captured(step).items():
         if isinstance(value, torch.nn.Module):
-            yield name.replace(".", "_"), value
+            yield name, value
 
 
 def captured(step: Callable[..., Any]) -> dict[str, Any]:
@@ -109,13 +129,12 @@ def captured(step: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def _named(holder: torch.nn.Module, step: Callable[..., Any]) -> tuple[list[str], list[Tensor]]:
-    named = [*holder.named_parameters(), *holder.named_buffers()]
-    return [name for name, _ in named], [tensor for _, tensor in named]
-
-
-def _tensors(holder: torch.nn.Module, step: Callable[..., Any]) -> list[Tensor]:
-    return _named(holder, step)[1]
+def tensors_of(step: Callable[..., Any]) -> list[Tensor]:
+    """The parameters and buffers that a step reads, in the order of `Cell.tensors`, as they are now."""
+    modules = [module for _, module in _modules(step)]
+    found = {id(tensor): tensor for module in modules for tensor in module.parameters()}
+    found |= {id(tensor): tensor for module in modules for tensor in module.buffers()}
+    return list(found.values())
 
 
 def settings(step: Callable[..., Any]) -> tuple[Any, ...]:
@@ -139,14 +158,18 @@ def _snapshot(value: Any, depth: int) -> Any:
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         return value
     if isinstance(value, Tensor):
-        return (id(value), value._version)  # a constant of the trace
+        # Read anew at each call, but for the number that `item` made of it.
+        return (id(value), value.shape, value.dtype, value._version if value.numel() == 1 else None)
     if isinstance(value, torch.nn.Module):
         return settings(value) if depth else id(value)
+    if depth and isinstance(value, (FunctionType, MethodType, partial)):
+        found = captured(value)
+        return (id(value), *((name, _snapshot(item, depth - 1)) for name, item in found.items()))
     if depth and isinstance(value, (list, tuple, set, frozenset)):
         return (type(value), tuple(_snapshot(item, depth - 1) for item in value))  # pyright: ignore[reportUnknownVariableType]
     if depth and isinstance(value, dict):
         return tuple((name, _snapshot(item, depth - 1)) for name, item in value.items())  # pyright: ignore[reportUnknownVariableType]
-    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType)):
+    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, ModuleType)):
         return (id(value), _snapshot(vars(value), depth - 1))
     return id(value)
 
@@ -160,17 +183,23 @@ def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
     Raises:
         NotTraceable: says why there is no graph.
     """
-    tensors = cell.read_anew()
+    tensors = cell.tensors
     leaves = [*pytree.tree_leaves(inputs), *pytree.tree_leaves(state)]
     sizes = [size for tensor in tensors for size in tensor.shape] + [s for leaf in leaves for s in leaf.shape[1:]]
     rows = next((rows for rows in _ROWS if rows > max(sizes, default=0)), None)
     if rows is None:
         raise NotTraceable(f"a size of {max(sizes)} is beyond what is traced")
-    before = settings(cell.step)
-    first = _trace_with(cell, tensors, inputs, state, rows)
-    second = _trace_with(cell, tensors, inputs, state, OTHER_ROWS)
-    if settings(cell.step) != before:
-        raise NotTraceable("the step sets attributes of its own")
+    before, attributes = settings(cell.step), [(module, dict(vars(module))) for module in cell.holder.modules()]
+    try:
+        first = _trace_with(cell, tensors, inputs, state, rows)
+        second = _trace_with(cell, tensors, inputs, state, _OTHER_ROWS)
+        if settings(cell.step) != before:
+            raise NotTraceable(SETS_ATTRIBUTES)
+    finally:
+        # A trace leaves nothing behind.
+        for module, values in attributes:
+            vars(module).clear()
+            vars(module).update(values)
     _compare(first, second)
     return first
 
@@ -197,7 +226,7 @@ def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, 
     def fake(tensor: Tensor, shape: Sequence[int]) -> Tensor:
         dtype = computed(tensor.dtype)
         with mode:
-            return torch.empty(tuple(shape), dtype=dtype, device=tensor.device)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
     values = [fake(tensor, tensor.shape) for tensor in tensors]
     values += [fake(leaf, (rows, *leaf.shape[1:])) for leaf in (*input_leaves, *state_leaves)]
@@ -225,12 +254,19 @@ def computed(dtype: torch.dtype) -> torch.dtype:
 
 
 def split_result(result: Any, state: Any) -> tuple[Any, Any]:
-    """A cell's result as (y_t, state): it is a state if it has the state's structure, else a pair that ends in one."""
+    """A cell's result as (y_t, state), by the structure of the state that it was given.
+
+    It is a state if it has that structure, whose first tensor is then y_t; else a pair whose second, or else whose
+    first, has it.
+    """
     structure = pytree.tree_structure(state)
     if pytree.tree_structure(result) == structure:
         return pytree.tree_leaves(result)[0], result
-    if isinstance(result, tuple) and len(result) == 2 and pytree.tree_structure(result[1]) == structure:  # pyright: ignore[reportUnknownArgumentType]
-        return result  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(result, tuple) and len(result) == 2:
+        if pytree.tree_structure(result[1]) == structure:
+            return result
+        if pytree.tree_structure(result[0]) == structure:
+            return result[1], result[0]
     raise ValueError(
         f"cell: expected (y_t, state) or state with the structure {structure}, got {type(result).__name__}"
     )
@@ -272,20 +308,24 @@ def where(node: fx.Node) -> str:
 
 def _compare(first: Trace, second: Trace) -> None:
     """Refuse a step whose operations depend on how many rows there are."""
-    pairs = {}
+    pairs: dict[fx.Node, fx.Node] = {}
 
-    def same(a: Any, b: Any) -> bool:
+    def same(a: Any, b: Any, sizes: bool) -> bool:
         if isinstance(a, fx.Node):
             return pairs.get(a) is b
         if isinstance(a, (list, tuple)):
-            return len(a) == len(b) and all(map(same, a, b))  # pyright: ignore[reportUnknownArgumentType]
+            return len(a) == len(b) and all(same(x, y, True) for x, y in zip(a, b, strict=True))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         if a == b and type(a) is type(b):
             return True
-        return isinstance(a, int) and isinstance(b, int) and a % first.rows == 0 and a // first.rows * second.rows == b
+        if not sizes or not isinstance(a, int) or not isinstance(b, int):
+            return False
+        return a % first.rows == 0 and a // first.rows * second.rows == b
 
     for a, b in zip(first.graph.nodes, second.graph.nodes, strict=False):
         alike = a.op == b.op and (a.target == b.target or a.op in ("placeholder", "get_attr"))
-        if not alike or not same(a.args, b.args) or not same(tuple(a.kwargs.values()), tuple(b.kwargs.values())):
+        moves = torch.Tag.pointwise not in getattr(a.target, "tags", ())
+        given, others = (*a.args, *a.kwargs.values()), (*b.args, *b.kwargs.values())
+        if not alike or len(given) != len(others) or not all(map(same, given, others, [moves] * len(given))):
             raise NotTraceable(f"it depends on how many rows there are{where(a)}")
         pairs[a] = b
     if len(first.graph.nodes) != len(second.graph.nodes):

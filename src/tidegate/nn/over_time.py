@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
+from tidegate import fusion
 from tidegate.errors import UnsupportedError
+from tidegate.fusion.trace import split_result
 from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
 from tidegate.nn.options import ACCELERATED
 
@@ -91,9 +93,15 @@ def run(
         states, structure = pytree.tree_flatten(state)
         output, *finals = whole._sequence(inputs, tuple(states), lengths, resets, reverse)
         return output, pytree.tree_unflatten(finals, structure)
-    if fuse:
-        raise UnsupportedError(f"cell: a {name_of(cell)} runs step by step; pass fuse=None to allow that")
-    return _loop(cell, inputs, state, lengths, resets, reverse)
+    if fuse is not False:
+        noise = draw_noise(cell, inputs, state)
+        reasons, result = fusion.run(cell, inputs, state, noise, lengths, resets, reverse, fuse is True)
+        if result is not None:
+            return result
+        if fuse:
+            raise UnsupportedError(f"cell: a {name_of(cell)} runs step by step: {'; '.join(reasons)}")
+        return _loop(cell, inputs, state, noise, lengths, resets, reverse)
+    return _loop(cell, inputs, state, draw_noise(cell, inputs, state), lengths, resets, reverse)
 
 
 def as_sequence(cell: Any) -> RecurrentCell | None:
@@ -257,7 +265,13 @@ def name_of(cell: AnyCell) -> str:
 
 
 def _loop(
-    cell: AnyCell, inputs: Nest, state: Nest, lengths: Tensor | None, resets: Tensor | None, reverse: bool
+    cell: AnyCell,
+    inputs: Nest,
+    state: Nest,
+    noise: Nest | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
 ) -> tuple[Nest, Nest]:
     first: Tensor = pytree.tree_leaves(inputs)[0]
     steps, device = first.shape[0], first.device
@@ -265,7 +279,6 @@ def _loop(
     if valid is not None:
         # Padding may hold anything, and 0 * NaN is NaN in a weight's gradient.
         inputs = mapped(partial(_zero_where, ~valid), inputs)
-    noise = draw_noise(cell, inputs, state)
     if steps == 0:
         return _without_steps(cell, inputs, state, noise), state
     fresh = fresh_steps(resets, valid, reverse)
@@ -292,25 +305,6 @@ def _without_steps(cell: AnyCell, inputs: Nest, state: Nest, noise: Nest | None)
 def _step_without_gradient(cell: AnyCell, input: Nest, state: Nest, *noise: Nest) -> Nest:
     """y_t of one step."""
     return split_result(cell(input, state, *noise), state)[0]
-
-
-def split_result(result: Any, state: Nest) -> tuple[Nest, Nest]:
-    """A cell's result as (y_t, state), by the structure of the state that it was given.
-
-    It is a state if it has that structure, whose first tensor is then y_t; else a pair whose second, or else whose
-    first, has it.
-    """
-    structure = pytree.tree_structure(state)
-    if pytree.tree_structure(result) == structure:
-        return pytree.tree_leaves(result)[0], result
-    if isinstance(result, tuple) and len(result) == 2:
-        if pytree.tree_structure(result[1]) == structure:
-            return result
-        if pytree.tree_structure(result[0]) == structure:
-            return result[1], result[0]
-    raise ValueError(
-        f"cell: expected (y_t, state) or state with the structure {structure}, got {type(result).__name__}"
-    )
 
 
 def _zero_where(mask: Tensor, tensor: Tensor) -> Tensor:
