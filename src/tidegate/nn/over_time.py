@@ -98,10 +98,18 @@ def run(
 
 def as_sequence(cell: Any) -> RecurrentCell | None:
     """The cell as one of ours that can run whole; None where a hook, a subclass or a user's code must see each step."""
-    ours = _OURS.get(type(cell))
-    if ours is None or "forward" in vars(cell) or _has_any_global_hook():
+    known = as_known(cell)
+    if known is None or _has_any_global_hook():
         return None
     if cell._forward_hooks or cell._forward_pre_hooks or cell._backward_hooks or cell._backward_pre_hooks:
+        return None
+    return known
+
+
+def as_known(cell: Any) -> RecurrentCell | None:
+    """One of our cells as it is, one of torch.nn's as ours with the same parameters; None for any other."""
+    ours = _OURS.get(type(cell))
+    if ours is None or "forward" in vars(cell):
         return None
     if type(cell) is ours:
         return cell

@@ -202,13 +202,18 @@ def _read_layers(cells: Any) -> tuple[list[torch.nn.Module], bool]:
 
 def _read_layer(layer: Any, name: str) -> torch.nn.Module:
     if not isinstance(layer, (tuple, torch.nn.ModuleList)):
-        return _read_cell(layer, name)
+        return as_module(layer, name)
     if len(layer) != 2:
         raise ValueError(f"{name}: expected a pair (forward, reverse), got {len(layer)} cells; a stack is a list")
-    return torch.nn.ModuleList(_read_cell(cell, f"{name}[{k}]") for k, cell in enumerate(layer))
+    return torch.nn.ModuleList(as_module(cell, f"{name}[{k}]") for k, cell in enumerate(layer))
 
 
-def _read_cell(cell: Any, name: str) -> torch.nn.Module:
+def as_module(cell: Any, name: str) -> torch.nn.Module:
+    """A cell that was given as the argument `name`, as a module.
+
+    Raises:
+        TypeError: it is none.
+    """
     if isinstance(cell, torch.nn.RNNBase):
         raise TypeError(f"{name}: expected a cell, got the layer {type(cell).__name__}, which needs no Recurrent")
     if isinstance(cell, type) or not callable(cell):
