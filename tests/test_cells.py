@@ -12,6 +12,10 @@ import torch
 from comparing import randn, tensors_in
 from tolerances import assert_equal_f64
 from torch import Tensor, sigmoid, tanh
+from torch._decomp import core_aten_decompositions
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import tidegate as tg
@@ -330,6 +334,70 @@ def test_an_slstm_does_not_overflow():
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+# What a step may be made of, so that the fused engine can run it: products, elementwise operations, sums over features,
+# layer_norm, and what moves or cuts features.
+VOCABULARY = {
+    "abs", "add", "addmm", "alias", "bmm", "cat", "clamp", "clone", "div", "eq", "exp", "expand", "full", "ge", "gt",
+    "log1p", "maximum", "mean", "minimum", "mm", "mul", "native_layer_norm", "neg", "permute", "pow", "relu", "rsqrt",
+    "sigmoid", "split_with_sizes", "sub", "sym_size", "tanh", "unsqueeze", "view", "where",
+}  # fmt: skip
+
+
+@every_cell
+def test_a_step_is_plain(name):
+    """No randomness, no writes in place, no branch on a value: it is traced once, and holds for any batch."""
+    cell = _made(name)
+    parameters = {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
+    given = [pytree.tree_map(torch.detach, one) for one in (_input(name, B), _state(cell))]
+    traced = make_fx(
+        lambda p, input, state: functional_call(cell, p, (input, state)),
+        tracing_mode="symbolic",
+        decomposition_table=core_aten_decompositions(),
+    )(parameters, *given)
+    targets = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    found = {str(target).split(".")[1] for target in targets if isinstance(target, torch._ops.OpOverload)}
+    assert found <= VOCABULARY
+
+
+@every_cell
+def test_no_steps_no_rows_and_bfloat16(name):
+    cell = _made(name)
+    for steps, rows in ((0, B), (T, 0), (0, 0)):
+        input = pytree.tree_map(torch.detach, _input(name, steps, rows))
+        output, final = tg.Recurrent(cell)(input)
+        assert output.shape == (steps, rows, H)
+        assert all(part.shape[0] == rows and part.eq(0).all() for part in tensors_in(final))
+    input = pytree.tree_map(torch.detach, _input(name, T, B))
+    expected, _ = tg.Recurrent(cell)(input)
+    low = pytree.tree_map(lambda part: part.to(torch.bfloat16), input)
+    output, _ = tg.Recurrent(copy.deepcopy(cell).bfloat16())(low)
+    assert output.dtype == torch.bfloat16
+    # A unit in the last place at size 1 is 2**-7; steps carry it on, and an sLSTM divides by a sum that may be small.
+    torch.testing.assert_close(output.double(), expected, rtol=0.05, atol=0.06)
+
+
+@every_cell
+def test_weights_under_vmap(name):
+    """An ensemble, each member with weights of its own, and its gradients."""
+    cell, other = _made(name), _made(name)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    layers = [tg.Recurrent(cell), tg.Recurrent(other)]
+    input = pytree.tree_map(torch.detach, _input(name, T, B))
+    parameters, buffers = stack_module_state(layers)  # pyright: ignore[reportArgumentType]
+
+    def run(p: Any, b: Any) -> Tensor:
+        return functional_call(layers[0], {**p, **b}, (input,))[0].square().sum()
+
+    found = vmap(grad(run))(parameters, buffers)
+    for k, layer in enumerate(layers):
+        loss = layer(input)[0].square().sum()
+        expected = torch.autograd.grad(loss, list(layer.parameters()))
+        for (key, _), gradient in zip(layer.named_parameters(), expected, strict=True):
+            assert_equal_f64(found[key][k], gradient, key)
+
+
 # Wrappers
 
 
@@ -488,6 +556,21 @@ def test_a_nest_of_wrappers(reverse):
     if not reverse:
         streamed = torch.stack([layer.stream(B).step(x.detach()[0])])
         assert_equal_f64(streamed, layer.eval()(x[:1])[0])
+
+
+@pytest.mark.parametrize("marks", [{}, {"lengths": torch.tensor([2, 1])}, {"resets": torch.eye(2).bool()}])
+def test_compiled_whole(marks):
+    """The graph draws the same noise."""
+    layer, x = tg.Recurrent([_wrapped(), (tg.GRUCell(I, H).double(), torch.nn.LSTMCell(I, H).double())]), randn(2, B, I)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    found, _ = compiled(x, **marks)
+    torch.manual_seed(1)
+    expected, _ = layer(x, **marks)
+    assert_equal_f64(found, expected)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), list(layer.parameters())) for y in (found, expected)), strict=True):
+        assert_equal_f64(a, b)
 
 
 def test_a_wrapper_called_outside_of_a_loop():

@@ -16,7 +16,7 @@ from tidegate.cells.parts import ReadyCell, gate_reads, product
 from tidegate.cells.wrapper import Wrapper, read_probability, steps_of
 from tidegate.nn import over_time
 from tidegate.nn.cells import RecurrentCell
-from tidegate.nn.over_time import AnyCell, Nest
+from tidegate.nn.over_time import AnyCell, Nest, TorchCell
 
 
 class RecurrentDropout(Wrapper):
@@ -124,7 +124,7 @@ class InputDropout(Wrapper):
         return self._call(input, state, inner)
 
 
-def _step_of(cell: RecurrentCell, input: Tensor, states: list[Tensor], read: Tensor) -> tuple[Tensor, ...]:
+def _step_of(cell: RecurrentCell | TorchCell, input: Tensor, states: list[Tensor], read: Tensor) -> tuple[Tensor, ...]:
     """A step of an RNN, LSTM or GRU whose recurrent products read `read`, (B, P) or (B, G, P)."""
     weights: dict[str, Any] = dict(zip(cell.cell.parameters, cell._weights(), strict=True))
     gates = len(cell.cell.gates)

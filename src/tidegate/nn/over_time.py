@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
+from tidegate.call import Layer
+from tidegate.cell import Cell, Options, States
 from tidegate.errors import UnsupportedError
-from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
-from tidegate.nn.options import ACCELERATED
+from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell, run_sequence
 
 Nest: TypeAlias = Any  # what a nest is cannot be said in types
 AnyCell: TypeAlias = Callable[..., Any]
@@ -96,7 +97,41 @@ def run(
     return _loop(cell, inputs, state, lengths, resets, reverse)
 
 
-def as_sequence(cell: Any) -> RecurrentCell | None:
+class TorchCell(NamedTuple):
+    """One of torch.nn's cells, to be run as ours are.
+
+    Attributes:
+        cell: what it is.
+        module: with the parameters; what else its owner keeps on it means nothing.
+    """
+
+    cell: Cell
+    module: Any
+
+    @property
+    def input_size(self) -> int:
+        return self.module.input_size
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        names = self.cell.parameters.items()
+        return tuple([getattr(self.module, name, None) if p.when in ("", "bias") else None for name, p in names])
+
+    def _options(self) -> Options:
+        options = {name: default for name, (_, default) in self.cell.options.items()}
+        if "nonlinearity" in options:
+            options["nonlinearity"] = self.module.nonlinearity
+            if options["nonlinearity"] not in ("tanh", "relu"):
+                raise RuntimeError(f"Unknown nonlinearity: {options['nonlinearity']}")
+        return options
+
+    def _sequence(
+        self, input: Tensor, states: States, lengths: Tensor | None, resets: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, ...]:
+        weights = dict(zip(self.cell.parameters, self._weights(), strict=True))
+        return run_sequence(Layer(self.cell, input, states, weights, lengths, resets, reverse, self._options()))
+
+
+def as_sequence(cell: Any) -> RecurrentCell | TorchCell | None:
     """The cell as one of ours that can run whole; None where a hook, a subclass or a user's code must see each step."""
     known = as_known(cell)
     if known is None or _has_any_global_hook():
@@ -106,16 +141,12 @@ def as_sequence(cell: Any) -> RecurrentCell | None:
     return known
 
 
-def as_known(cell: Any) -> RecurrentCell | None:
-    """One of our cells as it is, one of torch.nn's as ours with the same parameters; None for any other."""
+def as_known(cell: Any) -> RecurrentCell | TorchCell | None:
+    """One of our cells or of torch.nn's; None for any other, and where its forward was replaced."""
     ours = _OURS.get(type(cell))
     if ours is None or "forward" in vars(cell):
         return None
-    if type(cell) is ours:
-        return cell
-    twin = ours.__new__(ours)
-    twin.__setstate__({**cell.__dict__, ACCELERATED: True})
-    return twin
+    return cell if type(cell) is ours else TorchCell(ours.cell, cell)
 
 
 def state_size(cell: Any) -> Nest | None:

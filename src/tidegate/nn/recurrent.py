@@ -100,7 +100,9 @@ class Recurrent(torch.nn.Module):
         batch = read_batch(input, lengths, resets, self.batch_first)
         if dispatch.is_plain():
             check_lengths(batch.lengths, batch.steps)
-        data, finals, added = batch.data, list[Nest](), False
+        data = batch.data
+        finals: list[Nest] = []
+        added = False
         if self.residual and batch.lengths is not None and isinstance(data, Tensor):
             data = over_time.zero_past(batch.lengths, data)  # it may be added to outputs that are 0 there
         for k, state in enumerate(self._read_states(hx)):
