@@ -6,6 +6,7 @@ Letters: T steps, B rows. A nest is a tensor, or any nest of tuples, lists and d
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -33,6 +34,9 @@ _OURS: dict[type, type[RecurrentCell]] = {
 }
 
 _LETTERS = {theirs: tuple(ours.cell.states) for theirs, ours in _OURS.items()}
+
+# Cells that `check_hidden_size` has let pass.
+_TRIED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 @runtime_checkable
@@ -209,8 +213,13 @@ def check_hidden_size(cell: Any, input: Nest, dtype: torch.dtype) -> None:
     size = getattr(cell, "hidden_size", None)
     if size is None or getattr(cell, "state_size", None) is not None or isinstance(cell, torch.nn.RNNCellBase):
         return
+    is_kept = isinstance(cell, torch.nn.Module) and not torch.compiler.is_compiling()
+    if is_kept and cell in _TRIED:
+        return
     first: Tensor = pytree.tree_leaves(input)[0]
     _step_without_gradient(cell, input, first.new_zeros((1, size), dtype=dtype))
+    if is_kept:
+        _TRIED.add(cell)
 
 
 def check_state(cell: Any, state: Nest, batch: int, name: str) -> None:

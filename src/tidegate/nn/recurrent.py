@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -117,6 +117,12 @@ class Recurrent(torch.nn.Module):
         if self.residual and not added:
             raise ValueError("residual: expected a layer whose output has its input's shape, got none")
         return mapped(batch.restore, data), (finals if self._is_stack else finals[0])
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, input: Any, hx: Nest | None = None, *, lengths: Any = None, resets: Any = None
+        ) -> tuple[Any, Nest]: ...
 
     def _run_layer(self, k: int, inputs: Nest, state: Nest, batch: Batch) -> tuple[Nest, Nest]:
         layer: Any = self.cells[k]
