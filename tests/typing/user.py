@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from typing_extensions import assert_type
 
 import tidegate as tg
+from tidegate.cells import LayerNormLSTMCell, Zoneout
 
 x = torch.zeros(5, 2, 40)
 
@@ -36,6 +37,11 @@ assert_type(tg.GRUCell(40, 128)(x[0], None), Tensor)
 stream = gru.stream(batch_size=2)
 assert_type(stream.step(x[0]), Tensor)
 
+layer = tg.Recurrent([tg.GRUCell(40, 128), (torch.nn.LSTMCell(128, 8), lambda x, h: h + x)], dropout=0.1)
+y, h_n = layer(x, lengths=[5, 3], resets=None)
+wrapped = tg.Recurrent(Zoneout(LayerNormLSTMCell(40, 128, blocks=4), (0.1, 0.2)), batch_first=True)
+wrapped.stream(batch_size=2).step(x[0])
+
 model: torch.nn.Sequential = tg.accelerate(torch.nn.Sequential(torch.nn.GRU(2, 3)))
 assert_type(tg.explain(gru, x).backend, str)
 with tg.backend("reference"), tg.trace() as ran:
@@ -47,6 +53,9 @@ tg.LSTM(40, 128, reset_after=False)  # error
 tg.RNN(40, 128, peepholes=True)  # error
 tg.LSTMCell(40, 128, True, 3.5)  # error
 gru(x, lenghts=[1, 2])  # error
+layer(x, lenghts=[1, 2])  # error
+tg.Recurrent(3)  # error
+LayerNormLSTMCell(40, "128")  # error
 lstm(x, x)  # error
 cell(x, x)  # error
 

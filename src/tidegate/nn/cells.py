@@ -138,16 +138,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
     ) -> tuple[Tensor, ...]:
         """The cell over (T, B, I) in one call: output (T, B, P) and the final states."""
         weights = dict(zip(self.cell.parameters, self._weights(), strict=True))
-        layer = Layer(self.cell, input, states, weights, lengths, resets, reverse, self._options())
-
-        def find_faults(call: Call) -> None:
-            check_layer(layer)
-
-        if dispatch.is_autocast():
-            output, *finals = autocast.run(layer.call(), find_faults, self.cell is not kinds.RNN)
-        else:
-            output, *finals = ops.run(layer.call(), find_faults)
-        return (output, *(final.squeeze(0) for final in finals))
+        return run_sequence(Layer(self.cell, input, states, weights, lengths, resets, reverse, self._options()))
 
     def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
         """Run the cell step by step, without gradients: see `RecurrentLayer.stream`. States are h or (h, c)."""
@@ -174,6 +165,19 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
                 )
             if state.size(1) != size:
                 raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {size}")
+
+
+def run_sequence(layer: Layer) -> tuple[Tensor, ...]:
+    """A cell's weights over (T, B, I) in one call: output (T, B, P) and the final states, (B, .) each."""
+
+    def find_faults(call: Call) -> None:
+        check_layer(layer)
+
+    if dispatch.is_autocast():
+        output, *finals = autocast.run(layer.call(), find_faults, layer.cell is not kinds.RNN)
+    else:
+        output, *finals = ops.run(layer.call(), find_faults)
+    return (output, *(final.squeeze(0) for final in finals))
 
 
 class _OneStateCell(RecurrentCell):

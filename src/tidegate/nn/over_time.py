@@ -6,9 +6,10 @@ Letters: T steps, B rows. A nest is a tensor, or any nest of tuples, lists and d
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from tidegate import fusion
+from tidegate.call import Layer
+from tidegate.cell import Cell, Options, States
 from tidegate.errors import UnsupportedError
 from tidegate.fusion.trace import split_result
-from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
-from tidegate.nn.options import ACCELERATED
+from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell, run_sequence
 
 Nest: TypeAlias = Any  # what a nest is cannot be said in types
 AnyCell: TypeAlias = Callable[..., Any]
@@ -34,6 +36,9 @@ _OURS: dict[type, type[RecurrentCell]] = {
 }
 
 _LETTERS = {theirs: tuple(ours.cell.states) for theirs, ours in _OURS.items()}
+
+# Cells that `check_hidden_size` has let pass.
+_TRIED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 @runtime_checkable
@@ -104,18 +109,56 @@ def run(
     return _loop(cell, inputs, state, draw_noise(cell, inputs, state), lengths, resets, reverse)
 
 
-def as_sequence(cell: Any) -> RecurrentCell | None:
+class TorchCell(NamedTuple):
+    """One of torch.nn's cells, to be run as ours are.
+
+    Attributes:
+        cell: what it is.
+        module: with the parameters; what else its owner keeps on it means nothing.
+    """
+
+    cell: Cell
+    module: Any
+
+    @property
+    def input_size(self) -> int:
+        return self.module.input_size
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        names = self.cell.parameters.items()
+        return tuple([getattr(self.module, name, None) if p.when in ("", "bias") else None for name, p in names])
+
+    def _options(self) -> Options:
+        options = {name: default for name, (_, default) in self.cell.options.items()}
+        if "nonlinearity" in options:
+            options["nonlinearity"] = self.module.nonlinearity
+            if options["nonlinearity"] not in ("tanh", "relu"):
+                raise RuntimeError(f"Unknown nonlinearity: {options['nonlinearity']}")
+        return options
+
+    def _sequence(
+        self, input: Tensor, states: States, lengths: Tensor | None, resets: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, ...]:
+        weights = dict(zip(self.cell.parameters, self._weights(), strict=True))
+        return run_sequence(Layer(self.cell, input, states, weights, lengths, resets, reverse, self._options()))
+
+
+def as_sequence(cell: Any) -> RecurrentCell | TorchCell | None:
     """The cell as one of ours that can run whole; None where a hook, a subclass or a user's code must see each step."""
-    ours = _OURS.get(type(cell))
-    if ours is None or "forward" in vars(cell) or _has_any_global_hook():
+    known = as_known(cell)
+    if known is None or _has_any_global_hook():
         return None
     if cell._forward_hooks or cell._forward_pre_hooks or cell._backward_hooks or cell._backward_pre_hooks:
         return None
-    if type(cell) is ours:
-        return cell
-    twin = ours.__new__(ours)
-    twin.__setstate__({**cell.__dict__, ACCELERATED: True})
-    return twin
+    return known
+
+
+def as_known(cell: Any) -> RecurrentCell | TorchCell | None:
+    """One of our cells or of torch.nn's; None for any other, and where its forward was replaced."""
+    ours = _OURS.get(type(cell))
+    if ours is None or "forward" in vars(cell):
+        return None
+    return cell if type(cell) is ours else TorchCell(ours.cell, cell)
 
 
 def state_size(cell: Any) -> Nest | None:
@@ -178,8 +221,13 @@ def check_hidden_size(cell: Any, input: Nest, dtype: torch.dtype) -> None:
     size = getattr(cell, "hidden_size", None)
     if size is None or getattr(cell, "state_size", None) is not None or isinstance(cell, torch.nn.RNNCellBase):
         return
+    is_kept = isinstance(cell, torch.nn.Module) and not torch.compiler.is_compiling()
+    if is_kept and cell in _TRIED:
+        return
     first: Tensor = pytree.tree_leaves(input)[0]
     _step_without_gradient(cell, input, first.new_zeros((1, size), dtype=dtype))
+    if is_kept:
+        _TRIED.add(cell)
 
 
 def check_state(cell: Any, state: Nest, batch: int, name: str) -> None:

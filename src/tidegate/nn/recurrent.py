@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -100,7 +100,9 @@ class Recurrent(torch.nn.Module):
         batch = read_batch(input, lengths, resets, self.batch_first)
         if dispatch.is_plain():
             check_lengths(batch.lengths, batch.steps)
-        data, finals, added = batch.data, list[Nest](), False
+        data = batch.data
+        finals: list[Nest] = []
+        added = False
         if self.residual and batch.lengths is not None and isinstance(data, Tensor):
             data = over_time.zero_past(batch.lengths, data)  # it may be added to outputs that are 0 there
         for k, state in enumerate(self._read_states(hx)):
@@ -115,6 +117,12 @@ class Recurrent(torch.nn.Module):
         if self.residual and not added:
             raise ValueError("residual: expected a layer whose output has its input's shape, got none")
         return mapped(batch.restore, data), (finals if self._is_stack else finals[0])
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, input: Any, hx: Nest | None = None, *, lengths: Any = None, resets: Any = None
+        ) -> tuple[Any, Nest]: ...
 
     def _run_layer(self, k: int, inputs: Nest, state: Nest, batch: Batch) -> tuple[Nest, Nest]:
         layer: Any = self.cells[k]
@@ -202,13 +210,18 @@ def _read_layers(cells: Any) -> tuple[list[torch.nn.Module], bool]:
 
 def _read_layer(layer: Any, name: str) -> torch.nn.Module:
     if not isinstance(layer, (tuple, torch.nn.ModuleList)):
-        return _read_cell(layer, name)
+        return as_module(layer, name)
     if len(layer) != 2:
         raise ValueError(f"{name}: expected a pair (forward, reverse), got {len(layer)} cells; a stack is a list")
-    return torch.nn.ModuleList(_read_cell(cell, f"{name}[{k}]") for k, cell in enumerate(layer))
+    return torch.nn.ModuleList(as_module(cell, f"{name}[{k}]") for k, cell in enumerate(layer))
 
 
-def _read_cell(cell: Any, name: str) -> torch.nn.Module:
+def as_module(cell: Any, name: str) -> torch.nn.Module:
+    """A cell that was given as the argument `name`, as a module.
+
+    Raises:
+        TypeError: it is none.
+    """
     if isinstance(cell, torch.nn.RNNBase):
         raise TypeError(f"{name}: expected a cell, got the layer {type(cell).__name__}, which needs no Recurrent")
     if isinstance(cell, type) or not callable(cell):
