@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import _C, Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.nn.modules.module import _has_any_global_hook
 
 # torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
@@ -71,6 +72,11 @@ def any_tangent(tensors: Iterable[Tensor | None]) -> bool:
 
 
 is_autocast: Callable[[], bool] = _C._is_any_autocast_enabled
+
+
+def has_module_hooks() -> bool:
+    """Hooks that see the calls of all modules."""
+    return _has_any_global_hook()
 
 
 def is_batched() -> bool:

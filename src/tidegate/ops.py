@@ -88,6 +88,8 @@ def _in_other_modes(call: Call) -> tuple[Tensor, ...]:
     """Under a compiler, a dispatch mode, torch.func, forward-mode differentiation, or an observer."""
     if scope.observer is not None:
         return scope.observer(call)
+    if scope.decomposes:
+        return layer_by_layer(call, reference.forward)
     if dispatch.is_traced():
         return layer_by_layer(call, _operator)
     backends.find_faults(call)

@@ -35,6 +35,7 @@ class _Scope(threading.local):
     named: the backend that the user named, or "" for the first that fits.
     trace: where to note what runs; None for nowhere.
     observer: what is handed every call instead of a backend, and answers it; None for none.
+    decomposes: calls become the reference's plain operations, for a tracer that is to see what is inside.
     """
 
     # Set in each thread that looks, not on the class: the compiler guards on what an instance holds.
@@ -42,6 +43,7 @@ class _Scope(threading.local):
         self.named: str = _NAMED_AT_START
         self.trace: list[Ran] | None = None
         self.observer: Callable[[Any], tuple[Any, ...]] | None = None
+        self.decomposes: bool = False
 
 
 scope = _Scope()

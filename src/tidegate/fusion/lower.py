@@ -32,7 +32,7 @@ from tidegate.fusion.rows import (
     resized,
     values_of,
 )
-from tidegate.fusion.trace import NotTraceable, Trace, where
+from tidegate.fusion.trace import NotTraceableError, Trace, where
 
 _LARGEST_PAIRING = 1 << 16  # numbers that a product of rows by rows may spread over
 
@@ -62,7 +62,7 @@ def lower(trace: Trace) -> Lowered:
     """Sort and lower.
 
     Raises:
-        NotTraceable: an operation mixes rows, or one that the state needs has no instruction.
+        NotTraceableError: an operation mixes rows, or one that the state needs has no instruction.
     """
     split_joint_products(trace)
     return _Lowering(Rows(trace)).run()
@@ -193,8 +193,9 @@ def _input(value: Tensor, layout: tuple[int, int], rows: int, dtype: torch.dtype
     return as_rows(value, Layout(*layout), rows).to(dtype)
 
 
-def _output(value: Tensor, layout: tuple[int, int], shape: Sequence[int], rows: int) -> Tensor:
-    return from_rows(value, Layout(*layout), shape, rows)
+def _output(value: Tensor, layout: tuple[int, int], shape: Sequence[int], rows: int, is_truth: bool) -> Tensor:
+    result = from_rows(value, Layout(*layout), shape, rows)
+    return result != 0 if is_truth else result
 
 
 class _Lowering:
@@ -235,14 +236,14 @@ class _Lowering:
             for node in nodes:
                 layout = self.rows.layouts.get(node) if isinstance(node, fx.Node) else None
                 if layout != (0, 1):
-                    raise NotTraceable(f"{name} has a tensor whose first dimension is not the rows of the batch")
+                    raise NotTraceableError(f"{name} has a tensor whose first dimension is not the rows of the batch")
         for old, new in zip(self.rows.states, self.leaving, strict=True):
             was, now = values_of(old), values_of(new)
             if not vocabulary.is_floating(was):
-                raise NotTraceable(f"the state has a tensor of {was.dtype}")
+                raise NotTraceableError(f"the state has a tensor of {was.dtype}")
             if was.shape != now.shape or was.dtype != now.dtype:
                 before = f"{tuple(was.shape[1:])} {was.dtype}"
-                raise NotTraceable(f"a state of {before} becomes one of {tuple(now.shape[1:])} {now.dtype}{where(new)}")
+                raise NotTraceableError(f"a state of {before} becomes one of {tuple(now.shape[1:])} {now.dtype}{where(new)}")
 
     def _ancestors(self, nodes: Iterable[Any]) -> set[fx.Node]:
         found: set[fx.Node] = set()
@@ -285,7 +286,7 @@ class _Lowering:
 
     def _tensor_of(self, node: fx.Node) -> fx.Node:
         if isinstance(values_of(node), (list, tuple)):
-            raise NotTraceable(f"{node.target} gives several tensors to what no instruction does{where(node)}")
+            raise NotTraceableError(f"{node.target} gives several tensors to what no instruction does{where(node)}")
         return node
 
     # The torch parts
@@ -353,8 +354,9 @@ class _Lowering:
             rest.take(node)
         for node in self.looped:
             layout, shape = self.rows.layouts[node], tuple(values_of(node).shape)
+            is_truth = values_of(node).dtype is torch.bool
             assert layout is not None
-            rest.known[node] = rest.call(_output, rest.known[node], tuple(layout), shape, rest.rows)
+            rest.known[node] = rest.call(_output, rest.known[node], tuple(layout), shape, rest.rows, is_truth)
         for node in self.outputs:
             rest.results.append(rest.copy(node, never))
         return once.module(), before.module(), rest.module()
@@ -442,7 +444,7 @@ class _Lowering:
             self.values[node] = self._lowered(node, kind)
         except KeyError:
             name = str(node.target).removeprefix("aten.").split(".")[0]
-            raise NotTraceable(f"{name} has no instruction{where(node)}") from None
+            raise NotTraceableError(f"{name} has no instruction{where(node)}") from None
 
     def _lowered(self, node: fx.Node, kind: Any) -> Any:
         value = values_of(node)
@@ -493,7 +495,7 @@ class _Lowering:
             return operand
         if target is torch.bool:
             return self.builder.emit("ne", operand, 0.0)
-        raise NotTraceable(f"the step changes {source.dtype} to {target}{where(node)}")
+        raise NotTraceableError(f"the step changes {source.dtype} to {target}{where(node)}")
 
     def _moved(self, node: fx.Node) -> Any:
         sources = node.all_input_nodes

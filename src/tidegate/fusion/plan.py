@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from tidegate import dispatch
 from tidegate.fusion import loop
 from tidegate.fusion.lower import Lowered, lower
-from tidegate.fusion.trace import SETS_ATTRIBUTES, Cell, NotTraceable, computed, settings, split_result, tensors_of, trace
+from tidegate.fusion.trace import SETS_ATTRIBUTES, Cell, NotTraceableError, computed, has_hooks, settings, split_result, tensors_of, trace
 from tidegate.kernels import cpu
 
 
@@ -60,18 +61,18 @@ class Plan:
         for_before, for_after = rest[: lowered.once_for_before], rest[lowered.once_for_before :]
         flat = [_computed(leaf).reshape(rows, *leaf.shape[2:]) for leaf in inputs]
         before = lowered.before(rows, *flat, *for_before)
-        sequences = [value.reshape(steps, batch, -1) for value in before[:inputs_count]]
-        entering = [state.to(dtype).reshape(batch, -1) for state in states]
+        sequences = [value.reshape(steps, batch, value.shape[1]) for value in before[:inputs_count]]
+        entering = [state.to(dtype).reshape(batch, prod(state.shape[1:])) for state in states]
         vectors_given = [vector.to(dtype).contiguous() for vector in shared[:vectors]]
         matrices_given = [matrix.to(dtype) for matrix in shared[vectors:]]
         results = loop.run(
             self.text, sequences, entering, vectors_given, matrices_given, lengths, resets, steps, batch, reverse
         )
         count = len(results) - len(states)
-        made = [value.reshape(rows, -1) for value in results[:count]]
+        made = [value.reshape(rows, value.shape[2]) for value in results[:count]]
         outputs = lowered.after(rows, *made, *before[inputs_count:], *for_after)
         given = states[0].dtype
-        y = [value.to(_returned(value.dtype, given)).reshape(steps, batch, *value.shape[1:]) for value in outputs]
+        y = [_given_back(value, given).reshape(steps, batch, *value.shape[1:]) for value in outputs]
         final = [value.to(given).reshape(state.shape) for value, state in zip(results[count:], states, strict=True)]
         return y, final
 
@@ -80,9 +81,9 @@ def _computed(tensor: Tensor) -> Tensor:
     return tensor.to(computed(tensor.dtype))
 
 
-def _returned(dtype: torch.dtype, given: torch.dtype) -> torch.dtype:
+def _given_back(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Halves come back as what they were."""
-    return given if dtype == computed(given) else dtype
+    return value.to(dtype) if value.dtype == computed(dtype) else value
 
 
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, Plan]] = weakref.WeakKeyDictionary()
@@ -123,7 +124,7 @@ def _made(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -
         lowered = lower(traced)
         made = Plan(lowered, str(lowered.program), traced.output)
         _compare_one_row(made, cell, inputs, state)
-    except NotTraceable as error:
+    except NotTraceableError as error:
         return Plan(None, "", None, (str(error),))
     return made
 
@@ -133,7 +134,7 @@ def _compare_one_row(made: Plan, cell: Cell, inputs: Any, state: Any) -> None:
     """A batch of one row is one of the sizes that a step can tell from others: see that it does nothing else there.
 
     Raises:
-        NotTraceable: the step gives other numbers than its plan.
+        NotTraceableError: the step gives other numbers than its plan.
     """
     states = pytree.tree_leaves(state)
     leaves, input_structure = pytree.tree_flatten(inputs)
@@ -149,7 +150,7 @@ def _compare_one_row(made: Plan, cell: Cell, inputs: Any, state: Any) -> None:
     tolerance = 1e-6 if states[0].dtype is torch.float64 else 1e-2
     for a, b in zip(found, expected, strict=True):
         if a.shape != b.shape or not torch.allclose(a.double(), b.double(), tolerance, tolerance, equal_nan=True):
-            raise NotTraceable("of one row the step gives other numbers than of several")
+            raise NotTraceableError("of one row the step gives other numbers than of several")
 
 
 def _first_step(leaf: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ def _first_step(leaf: Tensor) -> Tensor:
     return leaf.new_empty(leaf.shape[1:], device="meta") if isinstance(leaf, Tensor) else leaf
 
 
-def reasons_against(inputs: Any, state: Any) -> list[str]:
+def reasons_against(step: Callable[..., Any], inputs: Any, state: Any) -> list[str]:
     """Why no cell could be run fused on these: what needs no trace to be seen."""
     states = pytree.tree_leaves(state)
     tensors = [*pytree.tree_leaves(inputs), *states]
@@ -167,6 +168,8 @@ def reasons_against(inputs: Any, state: Any) -> list[str]:
     dtypes = {leaf.dtype for leaf in states}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
         reasons.append("the state's tensors are not of one dtype, float32, float64, bfloat16 or float16")
+    if has_hooks(step):
+        reasons.append("the cell has hooks, which see each of its steps")
     if dispatch.is_transformed() or dispatch.any_tangent(tensors):
         reasons.append("torch.func's transforms, or forward-mode differentiation, run the cell's own operations")
     if dispatch.is_autocast():
@@ -192,7 +195,7 @@ def run(
     Returns:
         why it was not run, and the result; one of them is empty.
     """
-    reasons = reasons_against(inputs, state)
+    reasons = reasons_against(step, inputs, state)
     leaves = pytree.tree_leaves(inputs)
     if not reasons and not always and leaves[0].shape[0] == 1:
         reasons = ["a single step is quicker in the cell's own operations"]
@@ -209,6 +212,8 @@ def run(
         given = pytree.tree_map(partial(_zero_at, past), given)
     states, structure = pytree.tree_flatten(state)
     outputs, final = made.run(step, pytree.tree_leaves(given), states, lengths, resets, reverse)
+    if leaves[0].shape[0] == 0:
+        final = states
     if past is not None:
         outputs = [_zero_at(past, output) for output in outputs]
     assert made.output is not None
@@ -223,5 +228,5 @@ def explain(step: Callable[..., Any], inputs: Any, state: Any, noise: Any) -> Pl
     """The plan that `run` would take, and every reason against it."""
     given = inputs if noise is None else (inputs, noise)
     made = plan(step, given, state, noise is not None)
-    reasons = (*reasons_against(inputs, state), *made.reasons)
+    reasons = (*reasons_against(step, inputs, state), *made.reasons)
     return replace(made, reasons=reasons)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from tidegate.fusion.trace import NotTraceable, Trace, where
+from tidegate.fusion.trace import NotTraceableError, Trace, is_in_place, where
 
 aten: Any = torch.ops.aten
 
@@ -26,6 +26,7 @@ MOVING = {
         *("view", "_unsafe_view", "reshape", "permute", "t", "transpose", "expand", "squeeze", "unsqueeze", "slice"),
         *("select", "split", "split_with_sizes", "unbind", "clone", "alias", "detach", "cat", "stack", "flip", "roll"),
         *("repeat", "contiguous", "lift_fresh_copy", "narrow", "chunk", "diagonal", "unfold", "index_select", "gather"),
+        *("slice_scatter", "select_scatter"),
     )
     if hasattr(aten, name)
 }
@@ -67,13 +68,13 @@ def layout_of(value: Any, rows: int, node: fx.Node) -> Layout | None:
         return None
     dims = [k for k, size in enumerate(value.shape) if size and size % rows == 0]
     if len(dims) > 1:
-        raise NotTraceable(f"{node.name} pairs rows with rows{where(node)}")
+        raise NotTraceableError(f"{node.name} pairs rows with rows{where(node)}")
     return Layout(dims[0], value.shape[dims[0]] // rows) if dims else None
 
 
 def as_rows(value: Tensor, layout: Layout, rows: int) -> Tensor:
     """A tensor's features as (rows, n)."""
-    return value.movedim(layout.dim, 0).reshape(rows, -1)
+    return value.movedim(layout.dim, 0).reshape(rows, layout.features(value.shape))
 
 
 def from_rows(value: Tensor, layout: Layout, shape: Sequence[int], rows: int) -> Tensor:
@@ -122,7 +123,7 @@ class Rows:
         """Look at a node whose arguments were looked at.
 
         Raises:
-            NotTraceable: it mixes rows, or is not known to keep them apart.
+            NotTraceableError: it mixes rows, or is not known to keep them apart.
         """
         if node.op == "output":
             return
@@ -145,9 +146,9 @@ class Rows:
         kind, name = packet(node), str(node.target)
         short = name.removeprefix("aten.").split(".")[0]
         if short in RANDOM:
-            raise NotTraceable(f"{short} draws random numbers inside the step{where(node)}")
+            raise NotTraceableError(f"{short} draws random numbers inside the step{where(node)}")
         if (short.endswith("_") and not short.startswith("_")) or kind is aten.copy_:
-            raise NotTraceable(f"{short} changes a tensor that the cell keeps{where(node)}")
+            raise NotTraceableError(f"{short} changes a tensor that the cell keeps{where(node)}")
         if node.target is operator.getitem or not self._with_rows(node):
             return
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
@@ -158,7 +159,7 @@ class Rows:
         mixes = (
             "mixes the rows of a batch" if self._is_known(kind) else "is not known to keep the rows of a batch apart"
         )
-        raise NotTraceable(f"{short} {mixes}{where(node)}")
+        raise NotTraceableError(f"{short} {mixes}{where(node)}")
 
     def _with_rows(self, node: fx.Node) -> list[fx.Node]:
         return [source for source in node.all_input_nodes if self._source_has_rows(source)]

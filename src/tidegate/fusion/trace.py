@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from tidegate import dispatch
+from tidegate.scope import scope
+
 # The numbers of rows that a step is traced with: a size that is a multiple of the first stands for rows, unless some
 # feature has as many; where the second trace differs in anything else, the step depends on how many rows there are.
 _ROWS = (10007, 1000003, 100000007)
@@ -29,7 +33,7 @@ _TORCH = Path(torch.__file__).parent
 _OURS = Path(__file__).parents[1]
 
 
-class NotTraceable(Exception):
+class NotTraceableError(Exception):
     """The step is no graph over rows; the text says why."""
 
 
@@ -144,14 +148,22 @@ def settings(step: Callable[..., Any]) -> tuple[Any, ...]:
     return tuple((name, _snapshot(value, 2)) for name, value in captured(step).items())
 
 
+def has_hooks(step: Callable[..., Any]) -> bool:
+    """Whether somebody is to be told of each call of a module in it."""
+    modules = [part for _, module in _modules(step) for part in module.modules()]
+    return dispatch.has_module_hooks() or any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
 _OF_MODULES = frozenset(torch.nn.Module().__dict__) - {"training"}
 
 
 def _settings_of(module: torch.nn.Module) -> tuple[Any, ...]:
     values = vars(module)
-    hooks = tuple(map(id, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
     own = tuple((name, _snapshot(value, 2)) for name, value in values.items() if name not in _OF_MODULES)
-    return (type(module), hooks, own)
+    return (type(module), own)
 
 
 def _snapshot(value: Any, depth: int) -> Any:
@@ -181,27 +193,40 @@ def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
         inputs, state: nests of tensors (B, ...): their sizes and dtypes matter.
 
     Raises:
-        NotTraceable: says why there is no graph.
+        NotTraceableError: says why there is no graph.
     """
     tensors = cell.tensors
     leaves = [*pytree.tree_leaves(inputs), *pytree.tree_leaves(state)]
     sizes = [size for tensor in tensors for size in tensor.shape] + [s for leaf in leaves for s in leaf.shape[1:]]
     rows = next((rows for rows in _ROWS if rows > max(sizes, default=0)), None)
     if rows is None:
-        raise NotTraceable(f"a size of {max(sizes)} is beyond what is traced")
-    before, attributes = settings(cell.step), [(module, dict(vars(module))) for module in cell.holder.modules()]
+        raise NotTraceableError(f"a size of {max(sizes)} is beyond what is traced")
+    before, restore = settings(cell.step), _restorer(cell)
     try:
         first = _trace_with(cell, tensors, inputs, state, rows)
         second = _trace_with(cell, tensors, inputs, state, _OTHER_ROWS)
         if settings(cell.step) != before:
-            raise NotTraceable(SETS_ATTRIBUTES)
+            raise NotTraceableError(SETS_ATTRIBUTES)
     finally:
-        # A trace leaves nothing behind.
-        for module, values in attributes:
-            vars(module).clear()
-            vars(module).update(values)
+        restore()
     _compare(first, second)
     return first
+
+
+def _restorer(cell: Cell) -> Callable[[], None]:
+    """Puts back what a step may set while it is traced: attributes, and what lists and the like hold."""
+    attributes = [(vars(module), dict(vars(module))) for module in cell.holder.modules()]
+    held = [*captured(cell.step).values(), *(value for _, values in attributes for value in values.values())]
+    contents = [(value, value.copy()) for value in held if isinstance(value, (list, dict, set))]  # pyright: ignore[reportUnknownVariableType]
+
+    def restore() -> None:
+        for values, before in (*attributes, *contents):
+            if list(values) == list(before) and all(map(operator.is_, values, before)) and not isinstance(values, dict):
+                continue
+            values.clear()
+            (values.extend if isinstance(values, list) else values.update)(before)
+
+    return restore
 
 
 def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, rows: int) -> Trace:
@@ -230,22 +255,34 @@ def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, 
 
     values = [fake(tensor, tensor.shape) for tensor in tensors]
     values += [fake(leaf, (rows, *leaf.shape[1:])) for leaf in (*input_leaves, *state_leaves)]
-    functional: Any = torch.func.functionalize(step, remove="mutations")
-    tracer = make_fx(
-        functional,
-        core_aten_decompositions(),
-        _allow_non_fake_inputs=True,
-        record_stack_traces=True,
-    )
+    decomposed, scope.decomposes = scope.decomposes, True
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            graph = tracer(*values).graph
-    except NotTraceable:
+            graph = _graph(step, values)
+            if any(is_in_place(node.target) for node in graph.nodes):
+                # torch's own cells change their intermediate results in place, where `functionalize` does not look.
+                graph = _graph(fx.GraphModule(graph.owning_module or {}, graph), values)
+    except NotTraceableError:
         raise
     except Exception as error:
-        raise NotTraceable(_in_words(error)) from error
+        raise NotTraceableError(_in_words(error)) from error
+    finally:
+        scope.decomposes = decomposed
     graph.eliminate_dead_code()
     return Trace(graph, mode, rows, counts, *structure)
+
+
+def _graph(step: Callable[..., Any], values: Sequence[Tensor]) -> fx.Graph:
+    functional: Any = torch.func.functionalize(step, remove="mutations")
+    decompositions = core_aten_decompositions()
+    tracer = make_fx(functional, decompositions, _allow_non_fake_inputs=True, record_stack_traces=True)
+    return tracer(*values).graph
+
+
+def is_in_place(target: Any) -> bool:
+    """Whether an operation changes an argument."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def computed(dtype: torch.dtype) -> torch.dtype:
@@ -326,7 +363,7 @@ def _compare(first: Trace, second: Trace) -> None:
         moves = torch.Tag.pointwise not in getattr(a.target, "tags", ())
         given, others = (*a.args, *a.kwargs.values()), (*b.args, *b.kwargs.values())
         if not alike or len(given) != len(others) or not all(map(same, given, others, [moves] * len(given))):
-            raise NotTraceable(f"it depends on how many rows there are{where(a)}")
+            raise NotTraceableError(f"it depends on how many rows there are{where(a)}")
         pairs[a] = b
     if len(first.graph.nodes) != len(second.graph.nodes):
-        raise NotTraceable("it depends on how many rows there are")
+        raise NotTraceableError("it depends on how many rows there are")

@@ -121,6 +121,9 @@ COMPOSED: dict[Any, Emit] = {
 }
 
 
+_LIKE = (aten.zeros_like, aten.ones_like, aten.full_like)
+
+
 def is_elementwise(kind: Any) -> bool:
     return kind in NAMED or kind in COMPOSED
 
@@ -135,6 +138,8 @@ def write(w: Writer, kind: Any, arguments: Sequence[Any], named: dict[str, Any])
         if named or (kind is aten.div and len(arguments) != 2):
             raise KeyError(kind)
         return w.emit(NAMED[kind], *arguments)
+    if kind in _LIKE:
+        named = {}  # dtype and device, which are the others'
     return COMPOSED[kind](w, *arguments, **named)
 
 

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
-from tidegate import fusion
+from tidegate import dispatch, fusion
 from tidegate.call import Layer
 from tidegate.cell import Cell, Options, States
 from tidegate.errors import UnsupportedError
@@ -146,7 +145,7 @@ class TorchCell(NamedTuple):
 def as_sequence(cell: Any) -> RecurrentCell | TorchCell | None:
     """The cell as one of ours that can run whole; None where a hook, a subclass or a user's code must see each step."""
     known = as_known(cell)
-    if known is None or _has_any_global_hook():
+    if known is None or dispatch.has_module_hooks():
         return None
     if cell._forward_hooks or cell._forward_pre_hooks or cell._backward_hooks or cell._backward_pre_hooks:
         return None
