@@ -16,6 +16,7 @@ from torch import _C, Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 # torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
@@ -72,6 +73,11 @@ def any_tangent(tensors: Iterable[Tensor | None]) -> bool:
 
 
 is_autocast: Callable[[], bool] = _C._is_any_autocast_enabled
+
+
+def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
+    """Within it no dispatch mode of a tracer sees what is done."""
+    return _disable_current_modes()
 
 
 def has_module_hooks() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,27 @@ class _Tensors:
         return list(tensors[:a]), list(tensors[a:b]), list(tensors[b:c]), list(tensors[c:d])
 
 
+class Looped(NamedTuple):
+    """A program as the operator takes it, and the same with what its backward needs among its outputs.
+
+    Attributes:
+        text, kept: readable forms.
+        outputs, kept_outputs: how many outputs each has.
+    """
+
+    text: str
+    kept: str
+    outputs: int
+    kept_outputs: int
+
+    @staticmethod
+    def of(program: Program) -> Looped:
+        keeps = keeping(program)
+        return Looped(str(program), str(keeps), len(program.outputs), len(keeps.outputs))
+
+
 def run(
-    program: str,
+    program: Looped,
     inputs: Sequence[Tensor],
     states: Sequence[Tensor],
     vectors: Sequence[Tensor],
@@ -55,7 +74,6 @@ def run(
     """The operator, recorded if need be with what its backward needs as further outputs, which are not returned.
 
     Args:
-        program: its text.
         inputs: (T, B, n) each.
         states: (B, n).
         vectors, matrices: (n) and (blocks, rows, columns).
@@ -64,19 +82,19 @@ def run(
     Returns:
         outputs (T, B, n), 0 past each row's length; final states (B, n).
     """
-    tensors = (*inputs, *states, *vectors, *matrices)
-    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    text = kept_text(program) if records else program
-    results = _operator(text, inputs, states, vectors, matrices, lengths, resets, steps, batch, reverse)
+    tensors = [*inputs, *states, *vectors, *matrices]
+    records = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+    text = program.kept if records else program.text
+    kinds = (list(inputs), list(states), list(vectors), list(matrices))
+    results = torch.ops.tidegate.loop.default(text, *kinds, lengths, resets, steps, batch, reverse)
     if records:
-        known, more = Program.parse(program), Program.parse(text)
-        return [*results[: len(known.outputs)], *results[len(more.outputs) :]]
+        return [*results[: program.outputs], *results[program.kept_outputs :]]
     return results
 
 
 @cache
-def kept_text(program: str) -> str:
-    return str(keeping(Program.parse(program)))
+def _looped(program: Program) -> Looped:
+    return Looped.of(program)
 
 
 def _run(
@@ -175,8 +193,7 @@ def _gradients(
     marks = resets
     if resets is not None and reverse:
         marks = torch.cat([torch.zeros_like(resets[:1]), resets[1:]])
-    program_text = str(back.program)
-    found = run(program_text, read, [*final, *sums], vectors, matrices, lengths, marks, steps, batch, not reverse)
+    found = run(_looped(back.program), read, [*final, *sums], vectors, matrices, lengths, marks, steps, batch, not reverse)
     made, ended = found[: len(back.program.outputs)], found[len(back.program.outputs) :]
     of_states = ended[: len(states)]
     if resets is not None and not reverse and steps:

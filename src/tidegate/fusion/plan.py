@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +15,40 @@ from torch.utils import _pytree as pytree
 from tidegate import dispatch
 from tidegate.fusion import loop
 from tidegate.fusion.lower import Lowered, lower
+from tidegate.fusion.rows import product
 from tidegate.fusion.trace import SETS_ATTRIBUTES, Cell, NotTraceableError, computed, has_hooks, settings, split_result, tensors_of, trace
 from tidegate.kernels import cpu
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(torch.nn.Module):
     """A cell's step over sequences of some structure, sizes and dtype; or why there is none.
 
+    A module, without tensors of its own, because that is what torch's compiler can take as given.
+
     Attributes:
-        lowered: None if it cannot be fused.
-        text: the program's readable form.
-        output: the structure of y_t.
+        lowered: whether it can be fused; the others are None if not.
+        once, before, after, counts, once_for_before: see `Lowered`.
+        program: the loop.
+        output: y_t's nest, with the places of its leaves.
         reasons: why it cannot be fused.
+        compared: whether it was found to hold for a batch of one row.
     """
 
-    lowered: Lowered | None
-    text: str
-    output: pytree.TreeSpec | None
-    reasons: tuple[str, ...] = ()
+    once: torch.nn.Module
+    before: torch.nn.Module
+    after: torch.nn.Module
+
+    def __init__(self, lowered: Lowered | None, output: Any, reasons: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.lowered, self.output, self.reasons, self.compared = lowered is not None, output, reasons, False
+        if lowered is not None:
+            self.once, self.before, self.after = lowered.once, lowered.before, lowered.after
+            self.counts, self.once_for_before = lowered.counts, lowered.once_for_before
+            self.program = loop.Looped.of(lowered.program)
+
+    @staticmethod
+    def impossible(*reasons: str) -> Plan:
+        return Plan(None, None, reasons)
 
     def run(
         self,
@@ -50,31 +63,35 @@ class Plan:
 
         Past a row's length nothing is said of y: it is what the cell makes of zeros.
         """
-        assert self.lowered is not None
-        lowered = self.lowered
         steps, batch = inputs[0].shape[:2]
         rows = steps * batch
         dtype = computed(states[0].dtype)
-        once = lowered.once(*(_computed(tensor) for tensor in tensors_of(step)))
-        vectors, matrices, inputs_count = lowered.counts
+        once = self.once(*(_computed(tensor) for tensor in _tensors(step)))
+        vectors, matrices, inputs_count = self.counts
         shared, rest = once[: vectors + matrices], once[vectors + matrices :]
-        for_before, for_after = rest[: lowered.once_for_before], rest[lowered.once_for_before :]
+        for_before, for_after = rest[: self.once_for_before], rest[self.once_for_before :]
         flat = [_computed(leaf).reshape(rows, *leaf.shape[2:]) for leaf in inputs]
-        before = lowered.before(rows, *flat, *for_before)
+        before = self.before(rows, *flat, *for_before)
         sequences = [value.reshape(steps, batch, value.shape[1]) for value in before[:inputs_count]]
-        entering = [state.to(dtype).reshape(batch, prod(state.shape[1:])) for state in states]
+        entering = [state.to(dtype).reshape(batch, product(state.shape[1:])) for state in states]
         vectors_given = [vector.to(dtype).contiguous() for vector in shared[:vectors]]
         matrices_given = [matrix.to(dtype) for matrix in shared[vectors:]]
         results = loop.run(
-            self.text, sequences, entering, vectors_given, matrices_given, lengths, resets, steps, batch, reverse
+            self.program, sequences, entering, vectors_given, matrices_given, lengths, resets, steps, batch, reverse
         )
         count = len(results) - len(states)
         made = [value.reshape(rows, value.shape[2]) for value in results[:count]]
-        outputs = lowered.after(rows, *made, *before[inputs_count:], *for_after)
+        outputs = self.after(rows, *made, *before[inputs_count:], *for_after)
         given = states[0].dtype
         y = [_given_back(value, given).reshape(steps, batch, *value.shape[1:]) for value in outputs]
         final = [value.to(given).reshape(state.shape) for value, state in zip(results[count:], states, strict=True)]
         return y, final
+
+
+def _tensors(step: Callable[..., Any]) -> list[Tensor]:
+    if torch.compiler.is_dynamo_compiling() and isinstance(step, torch.nn.Module):
+        return [*step.parameters(), *step.buffers()]
+    return tensors_of(step)
 
 
 def _computed(tensor: Tensor) -> Tensor:
@@ -92,89 +109,161 @@ _ALWAYS = "whatever the sizes"
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+Kind = tuple[tuple[int, ...], torch.dtype]  # sizes of features, and dtype
 
-def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -> Plan:
-    """The plan of a cell over sequences like these, made at the first call and kept for the next ones.
+
+class Described(NamedTuple):
+    """What a plan is made for: the nests that a cell is given, a 0 for each tensor, with each tensor's features.
+
+    Attributes:
+        with_noise: the input is a pair of the input and the noise.
+    """
+
+    input: Any
+    inputs: tuple[Kind, ...]
+    state: Any
+    states: tuple[Kind, ...]
+    with_noise: bool
+
+    def example(self) -> tuple[Any, Any]:
+        """Some x_t and a state of this kind."""
+        inputs, states = (
+            [torch.empty((2, *sizes), dtype=dtype, device="meta") for sizes, dtype in kinds]
+            for kinds in (self.inputs, self.states)
+        )
+        structures = pytree.tree_structure(self.input), pytree.tree_structure(self.state)
+        return pytree.tree_unflatten(inputs, structures[0]), pytree.tree_unflatten(states, structures[1])
+
+    def key(self) -> tuple[Any, ...]:
+        structures = pytree.tree_structure(self.input), pytree.tree_structure(self.state)
+        return (*structures, self.inputs, self.states, self.with_noise)
+
+
+def planned(step: Callable[..., Any], described: Described, kept_for: Any = None) -> Plan:
+    """The plan of a cell over such sequences, made at the first call and kept for the next ones.
 
     Args:
-        inputs: a nest of (T, B, ...).
-        state: a nest of (B, ...).
-        with_noise: inputs are a pair of the input and the noise.
+        kept_for: what else it is kept for.
     """
-    input_leaves, input_spec = pytree.tree_flatten(inputs)
-    state_leaves, state_spec = pytree.tree_flatten(state)
-    shapes = tuple((*leaf.shape[2:], leaf.dtype) for leaf in input_leaves)
-    of_states = tuple((*leaf.shape[1:], leaf.dtype) for leaf in state_leaves)
-    is_one_row = bool(state_leaves) and state_leaves[0].shape[0] == 1  # a step may treat it in its own way
-    key = (input_spec, shapes, state_spec, of_states, with_noise, is_one_row, settings(step))
     known = _plans.setdefault(step, {})
     if _ALWAYS in known:
         return known[_ALWAYS]
+    key = (described.key(), kept_for, settings(step))
     if key not in known:
-        made = _made(step, inputs, state, with_noise)
+        made = _made(step, described)
         # What changes at each step would be traced anew each time.
         known[_ALWAYS if SETS_ATTRIBUTES in made.reasons else key] = made
-    return known.get(key) or known[_ALWAYS]
+        return made
+    return known[key]
 
 
-def _made(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -> Plan:
+class _InGraphs:
+    """The plans that compiled graphs hold, each an attribute: that is what torch's compiler can find again."""
+
+
+_in_graphs = _InGraphs()
+
+
+@torch._dynamo.assume_constant_result
+def _name_in_graphs(step: Callable[..., Any], *described: Any) -> str:
+    """Make a plan while a compiler looks, which asks once."""
+    with dispatch.outside_of_tracing():
+        reasons = [*cpu.availability(), *_reasons_of(step)]
+        made = Plan.impossible(*reasons) if reasons else planned(step, Described(*described))
+    name = f"plan_{id(made)}"
+    setattr(_in_graphs, name, made)
+    return name
+
+
+def _made(step: Callable[..., Any], described: Described) -> Plan:
     try:
-        cell = Cell(step, with_noise)
-        traced = trace(cell, pytree.tree_map(_first_step, inputs), state)
+        traced = trace(Cell(step, described.with_noise), *described.example())
         lowered = lower(traced)
-        made = Plan(lowered, str(lowered.program), traced.output)
-        _compare_one_row(made, cell, inputs, state)
     except NotTraceableError as error:
-        return Plan(None, "", None, (str(error),))
-    return made
+        return Plan.impossible(str(error))
+    places = pytree.tree_unflatten(list(range(traced.outputs)), traced.output)
+    return Plan(lowered, places)
 
 
 @torch.no_grad()
-def _compare_one_row(made: Plan, cell: Cell, inputs: Any, state: Any) -> None:
-    """A batch of one row is one of the sizes that a step can tell from others: see that it does nothing else there.
-
-    Raises:
-        NotTraceableError: the step gives other numbers than its plan.
-    """
-    states = pytree.tree_leaves(state)
-    leaves, input_structure = pytree.tree_flatten(inputs)
-    if not dispatch.is_plain() or states[0].shape[0] != 1 or leaves[0].shape[0] == 0:
-        return
+def _differs_for_one_row(made: Plan, step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -> bool:
+    """A batch of one row is one of the sizes that a step can tell from others: whether it does something else there."""
+    leaves = pytree.tree_leaves(inputs)
+    if not dispatch.is_plain() or leaves[0].shape[0] == 0:
+        return False
     one = [leaf[:1] for leaf in leaves]
-    y, final = made.run(cell.step, one, states, None, None, False)
-    x = pytree.tree_unflatten([leaf[0] for leaf in one], input_structure)
+    y, final = made.run(step, one, pytree.tree_leaves(state), None, None, False)
+    x = pytree.tree_map(_first, inputs)
+    cell = Cell(step, with_noise)
     expected_y, expected_state = split_result(cell.call(cell.tensors, x, state), state)
     expected = [*pytree.tree_leaves(expected_y), *pytree.tree_leaves(expected_state)]
     found = [*(leaf[0] for leaf in y), *final]
     # Wide enough for any rounding: what is looked for is another computation.
-    tolerance = 1e-6 if states[0].dtype is torch.float64 else 1e-2
-    for a, b in zip(found, expected, strict=True):
-        if a.shape != b.shape or not torch.allclose(a.double(), b.double(), tolerance, tolerance, equal_nan=True):
-            raise NotTraceableError("of one row the step gives other numbers than of several")
+    tolerance = 1e-6 if found[-1].dtype is torch.float64 else 1e-2
+    return not all(
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), tolerance, tolerance, equal_nan=True)
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
-def _first_step(leaf: Tensor) -> Tensor:
-    """Of (T, B, ...), T perhaps 0, something like a step."""
-    return leaf.new_empty(leaf.shape[1:], device="meta") if isinstance(leaf, Tensor) else leaf
+def _zero(leaf: Any) -> int:
+    return 0
 
 
-def reasons_against(step: Callable[..., Any], inputs: Any, state: Any) -> list[str]:
-    """Why no cell could be run fused on these: what needs no trace to be seen."""
-    states = pytree.tree_leaves(state)
-    tensors = [*pytree.tree_leaves(inputs), *states]
-    reasons = list(cpu.availability())
-    if not all(isinstance(leaf, Tensor) and leaf.is_cpu for leaf in tensors):
-        reasons.append("the input or the state is not on the CPU")
-    dtypes = {leaf.dtype for leaf in states}
-    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+def _first(leaf: Tensor) -> Tensor:
+    return leaf[0]
+
+
+def _kinds(leaves: Sequence[Tensor], skipped: int) -> tuple[Kind, ...]:
+    # The length of a range is a number to a compiler, too, even where a size may change.
+    return tuple([(tuple([len(range(size)) for size in leaf.shape[skipped:]]), leaf.dtype) for leaf in leaves])
+
+
+def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -> Plan:
+    """The plan of a cell over (T, B, ...) from a state (B, ...), with every reason against it."""
+    input_leaves, state_leaves = pytree.tree_leaves(inputs), pytree.tree_leaves(state)
+    reasons = _reasons_against([*input_leaves, *state_leaves], state_leaves)
+    if reasons:
+        return Plan.impossible(*reasons)
+    places = pytree.tree_map(_zero, (inputs, state))
+    described = Described(places[0], _kinds(input_leaves, 2), places[1], _kinds(state_leaves, 1), with_noise)
+    if torch.compiler.is_dynamo_compiling():
+        if not isinstance(step, torch.nn.Module):
+            return Plan.impossible("a compiler does not see what a function reads that is no module")
+        # A step whose results nobody reads: the compiler guards on all that decides what the step does.
+        x = pytree.tree_map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), inputs)
+        step(*((x[0], state, x[1]) if with_noise else (x, state)))
+        return getattr(_in_graphs, _name_in_graphs(step, *described))
+    reasons = [*cpu.availability(), *_reasons_of(step)]
+    if dispatch.is_transformed() or dispatch.any_tangent([*input_leaves, *state_leaves]):
+        reasons.append("torch.func's transforms, and forward-mode differentiation, run the cell's own operations")
+    if reasons:
+        return Plan.impossible(*reasons)
+    if state_leaves[0].shape[0] != 1:
+        return planned(step, described)
+    made = planned(step, described, "one row")
+    if made.lowered and not made.compared:
+        made.compared = True
+        if _differs_for_one_row(made, step, inputs, state, with_noise):
+            made = Plan.impossible("of one row the step gives other numbers than of several")
+            _plans[step] = {key: made if key[1] == "one row" else other for key, other in _plans[step].items()}
+    return made
+
+
+def _reasons_against(tensors: Sequence[Any], states: Sequence[Any]) -> list[str]:
+    """Why no cell could be run fused on these."""
+    reasons: list[str] = []
+    if not all([isinstance(leaf, Tensor) and leaf.is_cpu for leaf in tensors]):
+        return ["the input or the state is not on the CPU"]
+    if len({leaf.dtype for leaf in states}) != 1 or states[0].dtype not in _DTYPES:
         reasons.append("the state's tensors are not of one dtype, float32, float64, bfloat16 or float16")
-    if has_hooks(step):
-        reasons.append("the cell has hooks, which see each of its steps")
-    if dispatch.is_transformed() or dispatch.any_tangent(tensors):
-        reasons.append("torch.func's transforms, or forward-mode differentiation, run the cell's own operations")
-    if dispatch.is_autocast():
+    if torch.is_autocast_enabled("cpu"):
         reasons.append("autocast is on")
     return reasons
+
+
+def _reasons_of(step: Callable[..., Any]) -> list[str]:
+    return ["the cell has hooks, which see each of its steps"] if has_hooks(step) else []
 
 
 def run(
@@ -195,38 +284,26 @@ def run(
     Returns:
         why it was not run, and the result; one of them is empty.
     """
-    reasons = reasons_against(step, inputs, state)
-    leaves = pytree.tree_leaves(inputs)
-    if not reasons and not always and leaves[0].shape[0] == 1:
-        reasons = ["a single step is quicker in the cell's own operations"]
-    if reasons:
-        return reasons, None
+    steps = pytree.tree_leaves(inputs)[0].shape[0]
+    if steps == 1 and not always:
+        return ("a single step is quicker in the cell's own operations",), None
     given = inputs if noise is None else (inputs, noise)
     made = plan(step, given, state, noise is not None)
-    if made.lowered is None:
+    if not made.lowered:
         return made.reasons, None
     past = None
     if lengths is not None:
-        steps = torch.arange(leaves[0].shape[0], device=lengths.device).unsqueeze(-1)
-        past = steps >= lengths  # (T, B)
+        past = torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths  # (T, B)
         given = pytree.tree_map(partial(_zero_at, past), given)
     states, structure = pytree.tree_flatten(state)
     outputs, final = made.run(step, pytree.tree_leaves(given), states, lengths, resets, reverse)
-    if leaves[0].shape[0] == 0:
+    if steps == 0:
         final = states
     if past is not None:
         outputs = [_zero_at(past, output) for output in outputs]
-    assert made.output is not None
-    return (), (pytree.tree_unflatten(outputs, made.output), pytree.tree_unflatten(final, structure))
+    y = pytree.tree_map(lambda place: outputs[place], made.output)
+    return (), (y, pytree.tree_unflatten(final, structure))
 
 
 def _zero_at(past: Tensor, tensor: Tensor) -> Tensor:
     return tensor.masked_fill(past.view(*past.shape, *(1,) * (tensor.dim() - 2)), 0)
-
-
-def explain(step: Callable[..., Any], inputs: Any, state: Any, noise: Any) -> Plan:
-    """The plan that `run` would take, and every reason against it."""
-    given = inputs if noise is None else (inputs, noise)
-    made = plan(step, given, state, noise is not None)
-    reasons = (*reasons_against(step, inputs, state), *made.reasons)
-    return replace(made, reasons=reasons)

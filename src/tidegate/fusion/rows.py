@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +50,15 @@ class Layout(NamedTuple):
     shared: int
 
     def features(self, shape: Sequence[int]) -> int:
-        return self.shared * prod(size for k, size in enumerate(shape) if k != self.dim)
+        return self.shared * product([size for k, size in enumerate(shape) if k != self.dim])
+
+
+def product(sizes: Sequence[int]) -> int:
+    """math.prod, which torch's compiler does not know."""
+    result = 1
+    for size in sizes:
+        result = result * size
+    return result
 
 
 def packet(node: fx.Node) -> Any:
