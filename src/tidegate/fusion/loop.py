@@ -16,13 +16,14 @@ from torch import Tensor
 from tidegate import dispatch
 from tidegate.fusion.derive import Backward, MatrixGradient, Wanted, derive, keeping
 from tidegate.fusion.encode import encode
+from tidegate.fusion.interpret import interpret
 from tidegate.fusion.program import Program
 from tidegate.kernels import cpu
 
 _LIBRARY = torch.library.Library("tidegate", "FRAGMENT")
 _LIBRARY.define(
     "loop(str program, Tensor[] inputs, Tensor[] states, Tensor[] vectors, Tensor[] matrices, Tensor? lengths, "
-    "Tensor? resets, int steps, int batch, bool reverse) -> Tensor[]",
+    "Tensor? resets, SymInt steps, SymInt batch, bool reverse) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _operator: Any = torch.ops.tidegate.loop.default
@@ -193,7 +194,11 @@ def _gradients(
     marks = resets
     if resets is not None and reverse:
         marks = torch.cat([torch.zeros_like(resets[:1]), resets[1:]])
-    found = run(_looped(back.program), read, [*final, *sums], vectors, matrices, lengths, marks, steps, batch, not reverse)
+    tensors_of_it = (read, [*final, *sums], vectors, matrices, lengths, marks, steps, batch, not reverse)
+    if dispatch.is_batched():
+        found = interpret(back.program, *tensors_of_it)
+    else:
+        found = run(_looped(back.program), *tensors_of_it)
     made, ended = found[: len(back.program.outputs)], found[len(back.program.outputs) :]
     of_states = ended[: len(states)]
     if resets is not None and not reverse and steps:
