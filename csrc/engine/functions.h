@@ -151,6 +151,10 @@ struct Function<Operation::where, A> {
     static Vec<A> apply(Vec<A> a, Vec<A> b, Vec<A> c) { return a != 0 ? b : c; }
 };
 template <class A>
+struct Function<Operation::muladd, A> {
+    static Vec<A> apply(Vec<A> a, Vec<A> b, Vec<A> c) { return a * b + c; }
+};
+template <class A>
 struct Function<Operation::clamp, A> {
     static Vec<A> apply(Vec<A> a, Vec<A> b, Vec<A> c) {
         const Vec<A> above = a < b ? b : a;

@@ -15,8 +15,13 @@ namespace tidegate::TIDEGATE_ISA {
 // An operand's numbers in turn, or one number for all of a group.
 enum class Reading { vector, splat };
 
+// From one of several like pieces of work, rows or groups, to the next.
+struct Strides {
+    int64_t to, a, b, c;
+};
+
 template <class A>
-using ElementwiseLoop = void (*)(A* to, const A* a, const A* b, const A* c, int64_t count);
+using ElementwiseLoop = void (*)(A* to, const A* a, const A* b, const A* c, int64_t count, int64_t pieces, Strides);
 
 template <Reading reading, class A>
 [[gnu::always_inline]] inline Vec<A> read_whole(const A* from, int64_t i) {
@@ -30,16 +35,19 @@ template <Reading reading, class A>
 }
 
 template <Operation operation, class A, Reading ra, Reading rb, Reading rc>
-void elementwise_loop(A* to, const A* a, const A* b, const A* c, int64_t count) {
+void elementwise_loop(A* to, const A* a, const A* b, const A* c, int64_t count, int64_t pieces, Strides strides) {
     constexpr int lanes = width<A>;
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes)
-        store(to + i, Function<operation, A>::apply(read_whole<ra>(a, i), read_whole<rb>(b, i), read_whole<rc>(c, i)));
-    if (i < count)
-        store(to + i,
-              Function<operation, A>::apply(read_part<ra>(a, i, count - i), read_part<rb>(b, i, count - i),
-                                            read_part<rc>(c, i, count - i)),
-              count - i);
+    for (; pieces > 0; --pieces, to += strides.to, a += strides.a, b += strides.b, c += strides.c) {
+        int64_t i = 0;
+        for (; i + lanes <= count; i += lanes)
+            store(to + i,
+                  Function<operation, A>::apply(read_whole<ra>(a, i), read_whole<rb>(b, i), read_whole<rc>(c, i)));
+        if (i < count)
+            store(to + i,
+                  Function<operation, A>::apply(read_part<ra>(a, i, count - i), read_part<rb>(b, i, count - i),
+                                                read_part<rc>(c, i, count - i)),
+                  count - i);
+    }
 }
 
 template <Operation operation, class A, int operands>
@@ -96,6 +104,7 @@ ElementwiseLoop<A> find_loop(Operation operation, Reading ra, Reading rb, Readin
         TIDEGATE_LOOP(tanh_gradient, 2)
         TIDEGATE_LOOP(where, 3)
         TIDEGATE_LOOP(clamp, 3)
+        TIDEGATE_LOOP(muladd, 3)
 #undef TIDEGATE_LOOP
         default: return nullptr;
     }
@@ -108,6 +117,16 @@ inline A sum_of(const A* from, int64_t count) {
     int64_t i = 0;
     for (; i + lanes <= count; i += lanes) total += load(from + i);
     if (i < count) total += load(from + i, count - i);
+    return sum<A>(total);
+}
+
+template <class A>
+inline A dot_of(const A* a, const A* b, int64_t count) {
+    constexpr int lanes = width<A>;
+    Vec<A> total{};
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) total += load(a + i) * load(b + i);
+    if (i < count) total += load(a + i, count - i) * load(b + i, count - i);
     return sum<A>(total);
 }
 
@@ -139,6 +158,7 @@ public:
         const int64_t own = scratch_size + states_size, common = 2 * rows * program_.products_size;
         const Buffer<A> memory(sharing.threads * own + sharing.teams * common, p_.poison);
         const Buffer<const A*> tables(sharing.threads * rows * banks_, false);
+        const Buffer<int64_t> strides(sharing.threads * banks_, false);
         const Buffer<LiveRow> lists(sharing.threads * p_.rows.batch, false);
         auto body = [&](Crew& all, Team& team) {
             pack(all);
@@ -152,7 +172,9 @@ public:
                           .state_rows = {mine + scratch_size, mine + scratch_size + states_size / 2},
                           .product_rows = {memory + sharing.threads * own + team.index * common,
                                            memory + sharing.threads * own + team.index * common + common / 2},
-                          .table = tables + all.rank() * rows * banks_};
+                          .table = tables + all.rank() * rows * banks_,
+                          .strides = strides + all.rank() * banks_,
+                          .are_even = true};
             start(thread);
             for (int64_t step = 0; step < p_.rows.steps && share.live(step) > 0 && !team.crew.dismissed(); ++step) {
                 share.enter(step);
@@ -170,6 +192,8 @@ private:
         A* state_rows[2];
         A* product_rows[2];
         const A** table;   // by row and bank
+        int64_t* strides;  // by bank, from a row to the next, where `are_even`
+        bool are_even;
     };
 
     // An instruction as it is run.
@@ -313,6 +337,29 @@ private:
         }
     }
 
+    // Rows that go through the instructions together: as many as stay in the nearest cache.
+    int64_t rows_together() const {
+        constexpr int64_t nearest = 24 * 1024;
+        const int64_t rows = nearest / (program_.scratch_size * static_cast<int64_t>(sizeof(A)));
+        return rows < 1 ? 1 : rows;
+    }
+
+    // Where the inputs of a step's rows lie as far apart, they need no look at each row's place.
+    void look_at_strides(Thread& t, int64_t count) const {
+        t.strides[scratch] = program_.scratch_size;
+        t.strides[products] = program_.products_size;
+        t.strides[states] = program_.state_size;
+        t.strides[constants] = 0;
+        for (int64_t bank = first_input + inputs(); bank < banks_; ++bank) t.strides[bank] = 0;
+        t.are_even = true;
+        for (int64_t bank = first_input; bank < first_input + inputs(); ++bank) {
+            const int64_t stride = count > 1 ? t.table[banks_ + bank] - t.table[bank] : 0;
+            t.strides[bank] = stride;
+            for (int64_t i = 2; i < count && t.are_even; ++i)
+                t.are_even = t.table[i * banks_ + bank] - t.table[(i - 1) * banks_ + bank] == stride;
+        }
+    }
+
     static size_t bytes(int64_t count) { return static_cast<size_t>(count) * sizeof(A); }
     bool is_cut(int64_t state) const {
         return state < size_of(program_.state_sizes) - program_.through_resets;
@@ -329,6 +376,8 @@ private:
                 table[first_input + k] =
                     static_cast<const A*>(p_.inputs[k]) + row.time * p_.time_strides[k] + row.row * p_.batch_strides[k];
         }
+        look_at_strides(t, count);
+        const int64_t together = t.are_even ? rows_together() : 1;
         for (int64_t first = 0; first < step_count_;) {
             if (is_product(*steps_[first].instruction)) {
                 run_product(t, step, count, steps_[first++]);
@@ -342,8 +391,9 @@ private:
             }
             int64_t last = first;
             while (last < step_count_ && !is_product(*steps_[last].instruction)) ++last;
-            for (int64_t i = 0; i < count; ++i)
-                for (int64_t k = first; k < last; ++k) run_row(steps_[k], t.table + i * banks_);
+            for (int64_t i = 0; i < count; i += together)
+                for (int64_t k = first; k < last; ++k)
+                    run_rows(t, steps_[k], i, count - i < together ? count - i : together);
             first = last;
         }
         for (int64_t i = 0; i < count; ++i) finish_row(t, step, i);
@@ -353,14 +403,16 @@ private:
         return const_cast<A*>(table[place.bank]) + place.offset;
     }
 
-    [[gnu::always_inline]] void run_row(const Step& step, const A* const* table) const {
-        const Instruction& i = *step.instruction;
-        if (step.loop && step.each == i.size) {
+    void run_rows(const Thread& t, const Step& step, int64_t first, int64_t count) const {
+        const A* const* table = t.table + first * banks_;
+        if (step.loop && step.each == step.instruction->size) {
+            const auto stride = [&](const typename Step::Place& place) { return t.strides[place.bank]; };
             step.loop(at(table, step.result), at(table, step.operand[0]), at(table, step.operand[1]),
-                      at(table, step.operand[2]), step.each);
+                      at(table, step.operand[2]), step.each, count,
+                      {stride(step.result), stride(step.operand[0]), stride(step.operand[1]), stride(step.operand[2])});
             return;
         }
-        run_other(step, table);
+        for (int64_t i = 0; i < count; ++i) run_other(step, table + i * banks_);
     }
 
     void run_other(const Step& step, const A* const* table) const {
@@ -368,11 +420,8 @@ private:
         A* to = at(table, step.result);
         const A* a = at(table, step.operand[0]);
         if (step.loop) {
-            const A *b = at(table, step.operand[1]), *c = at(table, step.operand[2]);
-            for (int64_t g = 0; g < i.groups; ++g, to += step.each) {
-                step.loop(to, a, b, c, step.each);
-                a += step.operand[0].group, b += step.operand[1].group, c += step.operand[2].group;
-            }
+            step.loop(to, a, at(table, step.operand[1]), at(table, step.operand[2]), step.each, i.groups,
+                      {step.each, step.operand[0].group, step.operand[1].group, step.operand[2].group});
             return;
         }
         const int64_t size = i.operands[0].size;
@@ -380,6 +429,17 @@ private:
             case Operation::sum:
                 for (int64_t g = 0; g < i.groups; ++g) to[g] = sum_of(a + g * (size / i.groups), size / i.groups);
                 return;
+            case Operation::mean: {
+                const int64_t each = size / i.groups;
+                for (int64_t g = 0; g < i.groups; ++g) to[g] = sum_of(a + g * each, each) / static_cast<A>(each);
+                return;
+            }
+            case Operation::dot: {
+                const int64_t each = size / i.groups;
+                const A* const b = at(table, step.operand[1]);
+                for (int64_t g = 0; g < i.groups; ++g) to[g] = dot_of(a + g * each, b + g * each, each);
+                return;
+            }
             case Operation::max:
                 for (int64_t g = 0; g < i.groups; ++g) to[g] = largest_of(a + g * (size / i.groups), size / i.groups);
                 return;

@@ -59,13 +59,15 @@ void check(const Instruction& i, const Program& p) {
     const auto operands = static_cast<int64_t>(i.operands.size());
     const auto is = [&](Operation first, Operation last) { return i.operation >= first && i.operation <= last; };
     if (i.result.bank > products || i.result.size != i.size || i.groups < 1) fail("a wrong result");
-    if (is(Operation::copy, Operation::clamp)) {
+    if (is(Operation::copy, Operation::muladd)) {
         const int64_t wanted = i.operation >= Operation::where ? 3 : i.operation >= Operation::add ? 2 : 1;
         if (operands != wanted || i.size % i.groups) fail("wrong operands");
         for (const Operand& o : i.operands)
             if (o.size != 1 && o.size != i.groups && o.size != i.size) fail("an operand of a wrong size");
-    } else if (is(Operation::sum, Operation::max)) {
-        if (operands != 1 || i.size != i.groups || i.operands[0].size % i.groups) fail("a wrong reduction");
+    } else if (is(Operation::sum, Operation::dot)) {
+        if (operands != (i.operation == Operation::dot ? 2 : 1) || i.size != i.groups) fail("a wrong reduction");
+        for (const Operand& o : i.operands)
+            if (o.size != i.operands[0].size || o.size % i.groups || o.size == 0) fail("a wrong reduction");
     } else if (is(Operation::gather, Operation::scatter)) {
         if (operands != 1) fail("wrong operands");
         const bool gathers = i.operation == Operation::gather;

@@ -14,8 +14,8 @@ namespace tidegate {
 enum class Operation : int64_t {
     copy, neg, abs, sign, exp, expm1, log, log1p, sqrt, rsqrt, reciprocal, sigmoid, tanh, relu, sin, cos, erf, constant,
     add, sub, mul, div, maximum, minimum, pow, gt, ge, lt, le, eq, ne, sigmoid_gradient, tanh_gradient,
-    where, clamp,
-    sum, max,
+    where, clamp, muladd,
+    sum, mean, max, dot,
     gather, scatter, concat,
     product, product_transposed,
     count

@@ -251,11 +251,16 @@ inline void transpose(Vec<A> (&rows)[width<A>]) {
     }
 }
 
-template <class A>
+// Lane i of the result is lane i + shift.
+template <int shift, int lanes>
+struct Shifted {
+    static constexpr int of(int i) { return (i + shift) % lanes; }
+};
+
+template <class A, int shift = width<A> / 2>
 inline A sum(Vec<A> value) {
-    A total = 0;
-    for (int i = 0; i < width<A>; ++i) total += value[i];
-    return total;
+    if constexpr (shift == 0) return value[0];
+    else return sum<A, shift / 2>(value + pick_lanes<A, Shifted<shift, width<A>>>(value, value));
 }
 
 template <class A>

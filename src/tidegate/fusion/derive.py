@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from tidegate.fusion.program import Argument, Builder, Instruction, Operand, Program
+from tidegate.fusion.program import REDUCTIONS, Argument, Builder, Instruction, Operand, Program
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class _Derivation:
             self._through_product(instruction, d)
         elif operation in _MOVES:
             _MOVES[operation](self, instruction, d)
-        elif operation in ("sum", "max"):
+        elif operation in REDUCTIONS:
             self._through_reduction(index, instruction, d)
         elif operation in _RULES:
             self._through_numbers(index, instruction, d)
@@ -216,11 +216,17 @@ class _Derivation:
             self.products.append((instruction, d))
 
     def _through_reduction(self, index: int, instruction: Instruction, d: Operand) -> None:
-        (operand,) = instruction.operands
+        operand = instruction.operands[0]
         assert isinstance(operand, Operand)
         b, groups, size = self.builder, instruction.groups, operand.size
-        if instruction.operation == "sum":
-            self._give(operand, b.emit("copy", d, size=size, groups=groups))
+        if instruction.operation == "dot":
+            for one, other in (instruction.operands, instruction.operands[::-1]):
+                if isinstance(one, Operand) and self._is_live(one):
+                    self._give(one, b.emit("mul", self._value(other), d, size=size, groups=groups))
+            return
+        if instruction.operation != "max":
+            each = d if instruction.operation == "sum" else b.emit("mul", d, groups / size)
+            self._give(operand, b.emit("copy", each, size=size, groups=groups))
             return
         # Those that are the largest share it.
         value, largest = self._value(operand), self._value(self.program.whole("v", index))
@@ -444,6 +450,7 @@ _RULES: dict[str, tuple[Rule | None, ...]] = {
         None,
         None,
     ),
+    "muladd": (_scaled("mul", lambda s: s.b), _scaled("mul", lambda s: s.a), lambda s: s.d),
     **dict.fromkeys(("sign", "constant"), (None,)),
     **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), (None, None)),
 }

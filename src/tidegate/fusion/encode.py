@@ -22,7 +22,7 @@ _LINE = 16  # numbers: places begin with a cache line
 class Encoded(NamedTuple):
     """Attributes:
     code: int64.
-    constants: float64, to be given in the dtype of the call.
+    constants: in the dtype of the call.
     """
 
     code: Tensor
@@ -30,8 +30,10 @@ class Encoded(NamedTuple):
 
 
 @cache
-def encode(program: Program) -> Encoded:
-    return _Encoder(_with_copies(program)).run()
+def encode(text: str, dtype: torch.dtype) -> Encoded:
+    """A program by its readable form."""
+    code, constants = _Encoder(_with_copies(Program.parse(text))).run()
+    return Encoded(code, constants.to(dtype))
 
 
 def _with_copies(program: Program) -> Program:

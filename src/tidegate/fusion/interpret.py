@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate.fusion.program import Argument, Instruction, Operand, Program
+from tidegate.fusion.program import REDUCTIONS, Argument, Instruction, Operand, Program
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "copy": lambda a: a,
@@ -17,11 +17,19 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sigmoid_gradient": lambda d, y: d * (y * (1 - y)),
     "tanh_gradient": lambda d, y: d * (1 - y * y),
     "where": lambda a, b, c: torch.where(a != 0, b, c),
+    "muladd": lambda a, b, c: a * b + c,
     "clamp": lambda a, low, high: torch.minimum(torch.maximum(a, low), high),
     **{name: getattr(torch, name) for name in ("neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt")},
     **{name: getattr(torch, name) for name in ("reciprocal", "sigmoid", "tanh", "relu", "sin", "cos", "erf", "sign")},
     **{name: getattr(torch, name) for name in ("add", "sub", "mul", "div", "maximum", "minimum", "pow")},
     **{name: getattr(torch, name) for name in ("gt", "ge", "lt", "le", "eq", "ne")},
+}
+
+_OVER: dict[str, Callable[..., Tensor]] = {
+    "sum": lambda a: a.sum(-1),
+    "mean": lambda a: a.mean(-1),
+    "max": lambda a: a.amax(-1),
+    "dot": lambda a, b: (a * b).sum(-1),
 }
 
 
@@ -108,9 +116,9 @@ class _Step:
         if operation == "scatter":
             zeros = operands[0].new_zeros((self.batch, size))
             return zeros.index_add(-1, torch.tensor(instruction.indices), operands[0])
-        if operation in ("sum", "max"):
-            grouped = operands[0].reshape(self.batch, groups, -1)
-            return grouped.sum(-1) if operation == "sum" else grouped.amax(-1)
+        if operation in REDUCTIONS:
+            grouped = [operand.reshape(self.batch, groups, -1) for operand in operands]
+            return _OVER[operation](*grouped)
         spread = [self._spread(operand, size, groups) for operand in operands]
         result: Any = _FUNCTIONS[operation](*spread)
         return result.to(self.like.dtype).expand(self.batch, groups, size // groups).reshape(self.batch, size)

@@ -87,7 +87,12 @@ def run(
     records = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
     text = program.kept if records else program.text
     kinds = (list(inputs), list(states), list(vectors), list(matrices))
-    results = torch.ops.tidegate.loop.default(text, *kinds, lengths, resets, steps, batch, reverse)
+    if not dispatch.is_plain():
+        results = torch.ops.tidegate.loop.default(text, *kinds, lengths, resets, steps, batch, reverse)
+    elif records:
+        results = dispatch.apply_plain(_Loop, text, (lengths, resets, steps, batch, reverse), *tensors)
+    else:
+        results = _run(text, *kinds, lengths, resets, steps, batch, reverse)
     if records:
         return [*results[: program.outputs], *results[program.kept_outputs :]]
     return results
@@ -110,15 +115,14 @@ def _run(
     batch: int,
     reverse: bool,
 ) -> list[Tensor]:
-    known = Program.parse(program)
-    dtype = (*states, *inputs, *vectors, *matrices)[0].dtype
     if steps == 0 or batch == 0:
+        known = Program.parse(program)
         outputs = [states[0].new_zeros((steps, batch, output.size)) for output in known.outputs]
         return [*outputs, *(state.clone() for state in states)]
-    code, constants = encode(known)
+    code, constants = encode(program, states[0].dtype)
     lengths = None if lengths is None else lengths.cpu()
-    tensors = ([tensor.detach() for tensor in kind] for kind in (inputs, states, vectors, matrices))
-    return cpu.operators().run_program(code, constants.to(dtype), *tensors, lengths, resets, steps, batch, reverse)
+    run = cpu.operators().run_program.default
+    return run(code, constants, inputs, states, vectors, matrices, lengths, resets, steps, batch, reverse)
 
 
 def _shapes(

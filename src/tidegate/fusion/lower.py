@@ -180,6 +180,8 @@ def _constant(trace: Trace, node: fx.Node) -> Any:
 
 def _vector(value: Tensor, shape: Sequence[int], dim: int, shared: int) -> Tensor:
     """A tensor of parameters, spread over a value with rows, as the features of a row."""
+    if value.dim() == 1 and shared == 1 and tuple(shape) == (1, value.shape[0]):
+        return value
     return as_rows(value.expand(shape), Layout(dim, shared), 1).flatten()
 
 
@@ -190,7 +192,8 @@ def _blocks(value: Tensor, transposed: bool) -> Tensor:
 
 
 def _input(value: Tensor, layout: tuple[int, int], rows: int, dtype: torch.dtype) -> Tensor:
-    return as_rows(value, Layout(*layout), rows).to(dtype)
+    result = as_rows(value, Layout(*layout), rows)
+    return result if result.dtype == dtype else result.to(dtype)
 
 
 def _output(value: Tensor, layout: tuple[int, int], shape: Sequence[int], rows: int, is_truth: bool) -> Tensor:
@@ -627,8 +630,7 @@ class _Lowering:
         operand, groups = self._grouped(node.args[0], [dims] if isinstance(dims, int) else dims)  # pyright: ignore
         if kind is aten.amax:
             return self.builder.reduce("max", operand, groups)
-        total = self.builder.reduce("sum", operand, groups)
-        return total if kind is aten.sum else self.builder.emit("mul", total, 1.0 / (operand.size // groups))
+        return self.builder.reduce("sum" if kind is aten.sum else "mean", operand, groups)
 
     def _is_last(self, node: Any, dim: int) -> bool:
         value, layout = values_of(node), self.rows.layouts[node]
@@ -651,8 +653,7 @@ class _Lowering:
 
     def _centered(self, operand: Operand, groups: int) -> tuple[Operand, Operand]:
         """x - mean(x), and the sum of its squares."""
-        b, each = self.builder, operand.size // groups
-        mean = b.emit("mul", b.reduce("sum", operand, groups), 1.0 / each)
+        b, mean = self.builder, self.builder.reduce("mean", operand, groups)
         centered = b.emit("sub", operand, mean, size=operand.size, groups=groups)
         return centered, b.reduce("sum", b.emit("mul", centered, centered), groups)
 

@@ -16,7 +16,7 @@ from tidegate import dispatch
 from tidegate.fusion import loop
 from tidegate.fusion.lower import Lowered, lower
 from tidegate.fusion.rows import product
-from tidegate.fusion.trace import SETS_ATTRIBUTES, Cell, NotTraceableError, computed, has_hooks, settings, split_result, tensors_of, trace
+from tidegate.fusion.trace import SETS_ATTRIBUTES, Cell, NotTraceableError, Reading, computed, read, split_result, trace
 from tidegate.kernels import cpu
 
 
@@ -52,7 +52,7 @@ class Plan(torch.nn.Module):
 
     def run(
         self,
-        step: Callable[..., Any],
+        tensors: Sequence[Tensor],
         inputs: Sequence[Tensor],
         states: Sequence[Tensor],
         lengths: Tensor | None,
@@ -61,21 +61,24 @@ class Plan(torch.nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Over (T, B, ...) from (B, ...): the leaves of y (T, B, ...) and of the final state.
 
+        Args:
+            tensors: what the cell reads beside, as `Reading` has it.
+
         Past a row's length nothing is said of y: it is what the cell makes of zeros.
         """
         steps, batch = inputs[0].shape[:2]
         rows = steps * batch
         dtype = computed(states[0].dtype)
-        once = self.once(*(_computed(tensor) for tensor in _tensors(step)))
+        once = self.once(*(_computed(tensor) for tensor in tensors))
         vectors, matrices, inputs_count = self.counts
         shared, rest = once[: vectors + matrices], once[vectors + matrices :]
         for_before, for_after = rest[: self.once_for_before], rest[self.once_for_before :]
         flat = [_computed(leaf).reshape(rows, *leaf.shape[2:]) for leaf in inputs]
         before = self.before(rows, *flat, *for_before)
         sequences = [value.reshape(steps, batch, value.shape[1]) for value in before[:inputs_count]]
-        entering = [state.to(dtype).reshape(batch, product(state.shape[1:])) for state in states]
-        vectors_given = [vector.to(dtype).contiguous() for vector in shared[:vectors]]
-        matrices_given = [matrix.to(dtype) for matrix in shared[vectors:]]
+        entering = [_as(state, dtype).reshape(batch, product(state.shape[1:])) for state in states]
+        vectors_given = [_as(vector, dtype) for vector in shared[:vectors]]
+        matrices_given = [_as(matrix, dtype) for matrix in shared[vectors:]]
         results = loop.run(
             self.program, sequences, entering, vectors_given, matrices_given, lengths, resets, steps, batch, reverse
         )
@@ -84,23 +87,22 @@ class Plan(torch.nn.Module):
         outputs = self.after(rows, *made, *before[inputs_count:], *for_after)
         given = states[0].dtype
         y = [_given_back(value, given).reshape(steps, batch, *value.shape[1:]) for value in outputs]
-        final = [value.to(given).reshape(state.shape) for value, state in zip(results[count:], states, strict=True)]
+        final = [_as(value, given).reshape(state.shape) for value, state in zip(results[count:], states, strict=True)]
         return y, final
 
 
-def _tensors(step: Callable[..., Any]) -> list[Tensor]:
-    if torch.compiler.is_dynamo_compiling() and isinstance(step, torch.nn.Module):
-        return [*step.parameters(), *step.buffers()]
-    return tensors_of(step)
-
-
 def _computed(tensor: Tensor) -> Tensor:
-    return tensor.to(computed(tensor.dtype))
+    return _as(tensor, computed(tensor.dtype))
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Quicker than to ask `to`, which has nothing to do nearly always.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _given_back(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Halves come back as what they were."""
-    return value.to(dtype) if value.dtype == computed(dtype) else value
+    return value.to(dtype) if value.dtype != dtype and value.dtype == computed(dtype) else value
 
 
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, Plan]] = weakref.WeakKeyDictionary()
@@ -135,20 +137,23 @@ class Described(NamedTuple):
         return pytree.tree_unflatten(inputs, structures[0]), pytree.tree_unflatten(states, structures[1])
 
     def key(self) -> tuple[Any, ...]:
+        if all([place == 0 or (type(place) is tuple and not any(place)) for place in (self.input, self.state)]):
+            return self  # a tensor or a plain tuple of them
         structures = pytree.tree_structure(self.input), pytree.tree_structure(self.state)
         return (*structures, self.inputs, self.states, self.with_noise)
 
 
-def planned(step: Callable[..., Any], described: Described, kept_for: Any = None) -> Plan:
+def planned(step: Callable[..., Any], settings: tuple[Any, ...], described: Described, kept_for: Any = None) -> Plan:
     """The plan of a cell over such sequences, made at the first call and kept for the next ones.
 
     Args:
+        settings: what the step reads, as it is now.
         kept_for: what else it is kept for.
     """
     known = _plans.setdefault(step, {})
     if _ALWAYS in known:
         return known[_ALWAYS]
-    key = (described.key(), kept_for, settings(step))
+    key = (described.key(), kept_for, settings)
     if key not in known:
         made = _made(step, described)
         # What changes at each step would be traced anew each time.
@@ -168,8 +173,9 @@ _in_graphs = _InGraphs()
 def _name_in_graphs(step: Callable[..., Any], *described: Any) -> str:
     """Make a plan while a compiler looks, which asks once."""
     with dispatch.outside_of_tracing():
-        reasons = [*cpu.availability(), *_reasons_of(step)]
-        made = Plan.impossible(*reasons) if reasons else planned(step, Described(*described))
+        reading = read(step)
+        reasons = _reasons_of(reading)
+        made = Plan.impossible(*reasons) if reasons else planned(step, reading.settings, Described(*described))
     name = f"plan_{id(made)}"
     setattr(_in_graphs, name, made)
     return name
@@ -192,7 +198,7 @@ def _differs_for_one_row(made: Plan, step: Callable[..., Any], inputs: Any, stat
     if not dispatch.is_plain() or leaves[0].shape[0] == 0:
         return False
     one = [leaf[:1] for leaf in leaves]
-    y, final = made.run(step, one, pytree.tree_leaves(state), None, None, False)
+    y, final = made.run(read(step).tensors, one, pytree.tree_leaves(state), None, None, False)
     x = pytree.tree_map(_first, inputs)
     cell = Cell(step, with_noise)
     expected_y, expected_state = split_result(cell.call(cell.tensors, x, state), state)
@@ -219,35 +225,59 @@ def _kinds(leaves: Sequence[Tensor], skipped: int) -> tuple[Kind, ...]:
     return tuple([(tuple([len(range(size)) for size in leaf.shape[skipped:]]), leaf.dtype) for leaf in leaves])
 
 
-def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -> Plan:
-    """The plan of a cell over (T, B, ...) from a state (B, ...), with every reason against it."""
-    input_leaves, state_leaves = pytree.tree_leaves(inputs), pytree.tree_leaves(state)
+def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -> tuple[Plan, Sequence[Tensor]]:
+    """The plan of a cell over (T, B, ...) from a state (B, ...), with every reason against it; and what it reads beside.
+
+    Args:
+        with_noise: inputs are a pair of the input and the noise.
+    """
+    input_leaves, state_leaves = leaves_of(inputs), leaves_of(state)
     reasons = _reasons_against([*input_leaves, *state_leaves], state_leaves)
     if reasons:
-        return Plan.impossible(*reasons)
-    places = pytree.tree_map(_zero, (inputs, state))
+        return Plan.impossible(*reasons), ()
+    places = _places(inputs), _places(state)
     described = Described(places[0], _kinds(input_leaves, 2), places[1], _kinds(state_leaves, 1), with_noise)
     if torch.compiler.is_dynamo_compiling():
         if not isinstance(step, torch.nn.Module):
-            return Plan.impossible("a compiler does not see what a function reads that is no module")
+            return Plan.impossible("a compiler does not see what a function reads that is no module"), ()
         # A step whose results nobody reads: the compiler guards on all that decides what the step does.
         x = pytree.tree_map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), inputs)
         step(*((x[0], state, x[1]) if with_noise else (x, state)))
-        return getattr(_in_graphs, _name_in_graphs(step, *described))
-    reasons = [*cpu.availability(), *_reasons_of(step)]
+        made = getattr(_in_graphs, _name_in_graphs(step, *described))
+        return made, [*step.parameters(), *step.buffers()]
+    reading = read(step)
+    reasons = _reasons_of(reading)
     if dispatch.is_transformed() or dispatch.any_tangent([*input_leaves, *state_leaves]):
         reasons.append("torch.func's transforms, and forward-mode differentiation, run the cell's own operations")
     if reasons:
-        return Plan.impossible(*reasons)
+        return Plan.impossible(*reasons), ()
     if state_leaves[0].shape[0] != 1:
-        return planned(step, described)
-    made = planned(step, described, "one row")
+        return planned(step, reading.settings, described), reading.tensors
+    made = planned(step, reading.settings, described, "one row")
     if made.lowered and not made.compared:
         made.compared = True
         if _differs_for_one_row(made, step, inputs, state, with_noise):
             made = Plan.impossible("of one row the step gives other numbers than of several")
             _plans[step] = {key: made if key[1] == "one row" else other for key, other in _plans[step].items()}
-    return made
+    return made, reading.tensors
+
+
+def leaves_of(nest: Any) -> list[Any]:
+    """The leaves of a nest: of the usual ones without a walk."""
+    if type(nest) is Tensor:
+        return [nest]
+    if type(nest) is tuple and all([type(leaf) is Tensor for leaf in nest]):  # pyright: ignore[reportUnknownVariableType]
+        return [*nest]  # pyright: ignore[reportUnknownArgumentType]
+    return pytree.tree_leaves(nest)
+
+
+def _places(nest: Any) -> Any:
+    """The nest with a 0 for each leaf."""
+    if type(nest) is Tensor:
+        return 0
+    if type(nest) is tuple and all([type(leaf) is Tensor for leaf in nest]):  # pyright: ignore[reportUnknownVariableType]
+        return (0,) * len(nest)  # pyright: ignore[reportUnknownArgumentType]
+    return pytree.tree_map(_zero, nest)
 
 
 def _reasons_against(tensors: Sequence[Any], states: Sequence[Any]) -> list[str]:
@@ -262,8 +292,9 @@ def _reasons_against(tensors: Sequence[Any], states: Sequence[Any]) -> list[str]
     return reasons
 
 
-def _reasons_of(step: Callable[..., Any]) -> list[str]:
-    return ["the cell has hooks, which see each of its steps"] if has_hooks(step) else []
+def _reasons_of(reading: Reading) -> list[str]:
+    reasons = list(cpu.availability())
+    return [*reasons, "the cell has hooks, which see each of its steps"] if reading.has_hooks else reasons
 
 
 def run(
@@ -284,25 +315,34 @@ def run(
     Returns:
         why it was not run, and the result; one of them is empty.
     """
-    steps = pytree.tree_leaves(inputs)[0].shape[0]
+    steps = leaves_of(inputs)[0].shape[0]
     if steps == 1 and not always:
         return ("a single step is quicker in the cell's own operations",), None
     given = inputs if noise is None else (inputs, noise)
-    made = plan(step, given, state, noise is not None)
+    made, tensors = plan(step, given, state, noise is not None)
     if not made.lowered:
         return made.reasons, None
     past = None
     if lengths is not None:
         past = torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths  # (T, B)
         given = pytree.tree_map(partial(_zero_at, past), given)
-    states, structure = pytree.tree_flatten(state)
-    outputs, final = made.run(step, pytree.tree_leaves(given), states, lengths, resets, reverse)
+    states = leaves_of(state)
+    outputs, final = made.run(tensors, leaves_of(given), states, lengths, resets, reverse)
     if steps == 0:
         final = states
     if past is not None:
         outputs = [_zero_at(past, output) for output in outputs]
-    y = pytree.tree_map(lambda place: outputs[place], made.output)
-    return (), (y, pytree.tree_unflatten(final, structure))
+    y = outputs[0] if made.output == 0 else pytree.tree_map(lambda place: outputs[place], made.output)
+    return (), (y, _like(state, final))
+
+
+def _like(nest: Any, leaves: Sequence[Tensor]) -> Any:
+    """The leaves in the nest's structure."""
+    if type(nest) is Tensor:
+        return leaves[0]
+    if type(nest) is tuple and all([type(leaf) is Tensor for leaf in nest]):  # pyright: ignore[reportUnknownVariableType]
+        return tuple(leaves)
+    return pytree.tree_unflatten(list(leaves), pytree.tree_structure(nest))
 
 
 def _zero_at(past: Tensor, tensor: Tensor) -> Tensor:

@@ -38,9 +38,10 @@ ELEMENTWISE: dict[str, int] = {
     "tanh_gradient": 2,  # d (1 - y y)
     "where": 3,  # b where a is not 0, else c
     "clamp": 3,  # a into b..c
+    "muladd": 3,  # a b + c
 }
-# Over groups of a row's numbers: one result a group.
-REDUCTIONS = ("sum", "max")
+# Over groups of a row's numbers: one result a group. dot: of two rows of numbers.
+REDUCTIONS = ("sum", "mean", "max", "dot")
 # gather: result k is operand indices[k]. scatter: result indices[k] gets operand k added. concat: operands in a row.
 MOVES = ("gather", "scatter", "concat")
 OPERATIONS = (*ELEMENTWISE, *REDUCTIONS, *MOVES, "product", "product_transposed")
@@ -294,7 +295,19 @@ class Builder:
     def reduce(self, operation: str, operand: Operand, groups: int) -> Operand:
         if operand.size == groups:
             return operand
+        if operation == "sum" and operand.bank == "v":
+            made = self.instructions[operand.index]
+            if made.operation == "mul" and operand == self.whole(operand.index) and self._are_whole(made):
+                return self.add(Instruction("dot", groups, made.operands, groups))
         return self.add(Instruction(operation, groups, (operand,), groups))
+
+    def whole(self, index: int) -> Operand:
+        """An instruction's result."""
+        return Operand("v", index, 0, self.instructions[index].size)
+
+    @staticmethod
+    def _are_whole(made: Instruction) -> bool:
+        return all(isinstance(operand, Operand) and operand.size == made.size for operand in made.operands)
 
     def gather(self, operand: Operand, indices: Sequence[int]) -> Operand:
         """operand[indices], without an instruction where these are neighbours in order."""
@@ -319,14 +332,14 @@ class Builder:
         return self.add(Instruction("concat", size, tuple(merged)))
 
     def build(self, next_states: Sequence[Operand], outputs: Sequence[Operand], through_resets: int = 0) -> Program:
-        """The program of what these results need."""
-        needed = sorted(self._needed([*next_states, *outputs]))
+        """The program of what these results need, products that are only added taken together with the sum."""
+        results = [*next_states, *outputs]
+        self._take_sums_together(results)
+        needed = sorted(self._needed(results))
         places = {old: new for new, old in enumerate(needed)}
 
         def moved(argument: Argument) -> Argument:
-            if isinstance(argument, Operand) and argument.bank == "v":
-                return argument._replace(index=places[argument.index])
-            return argument
+            return moved_operand(argument) if isinstance(argument, Operand) else argument
 
         def moved_operand(operand: Operand) -> Operand:
             return operand._replace(index=places[operand.index]) if operand.bank == "v" else operand
@@ -345,6 +358,36 @@ class Builder:
             tuple(map(moved_operand, outputs)),
             through_resets,
         )
+
+    def _take_sums_together(self, results: Sequence[Operand]) -> None:
+        """`v = mul a b; add v c`, if nobody else reads v, is `muladd a b c`."""
+        needed = self._needed(results)
+        uses: dict[int, int] = {}
+        read = [operand for k in needed for operand in self.instructions[k].operands]
+        for operand in (*read, *results):
+            if isinstance(operand, Operand) and operand.bank == "v":
+                uses[operand.index] = uses.get(operand.index, 0) + 1
+        for k in sorted(needed):
+            instruction = self.instructions[k]
+            if instruction.operation != "add":
+                continue
+            for place in (0, 1):
+                product, other = instruction.operands[place], instruction.operands[1 - place]
+                if not isinstance(product, Operand) or product.bank != "v" or uses[product.index] != 1:
+                    continue
+                made = self.instructions[product.index]
+                alike = made.size == product.size == instruction.size and made.groups in (1, instruction.groups)
+                if made.operation == "mul" and alike and self._fits(made, instruction, other):
+                    groups = max(made.groups, instruction.groups)
+                    self.instructions[k] = Instruction("muladd", instruction.size, (*made.operands, other), groups)
+                    break
+
+    @staticmethod
+    def _fits(made: Instruction, instruction: Instruction, other: Argument) -> bool:
+        """Whether both instructions' operands can be read in one grouping."""
+        groups = max(made.groups, instruction.groups)
+        sizes = {operand.size for operand in (*made.operands, other) if isinstance(operand, Operand)}
+        return sizes <= {1, groups, instruction.size}
 
     def _needed(self, results: Sequence[Operand]) -> set[int]:
         found: set[int] = set()

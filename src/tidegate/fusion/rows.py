@@ -81,11 +81,15 @@ def layout_of(value: Any, rows: int, node: fx.Node) -> Layout | None:
 
 def as_rows(value: Tensor, layout: Layout, rows: int) -> Tensor:
     """A tensor's features as (rows, n)."""
+    if layout == (0, 1) and value.dim() == 2:
+        return value
     return value.movedim(layout.dim, 0).reshape(rows, layout.features(value.shape))
 
 
 def from_rows(value: Tensor, layout: Layout, shape: Sequence[int], rows: int) -> Tensor:
     """The inverse of `as_rows`: `shape` is the tensor's own, whatever rows it says."""
+    if layout == (0, 1) and len(shape) == 2:
+        return value
     sizes = [size for k, size in enumerate(shape) if k != layout.dim]
     return value.reshape(rows * layout.shared, *sizes).movedim(0, layout.dim)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -62,14 +62,32 @@ class Trace:
 class _Holder(torch.nn.Module):
     """A function, or a module, together with every module that it calls: so that their tensors can be exchanged."""
 
-    def __init__(self, step: Callable[..., Any], modules: Mapping[str, torch.nn.Module]) -> None:
+    def __init__(self, step: Callable[..., Any]) -> None:
         super().__init__()
-        self.step_of: Callable[..., Any] | None = None if isinstance(step, torch.nn.Module) else _as_forward(step)
-        for name, module in modules.items():
+        self.step_of: Callable[..., Any] | None = None
+        if isinstance(step, torch.nn.Module):
+            self.cell = step
+        else:
+            self.step_of = _as_forward(step)
+        for name, module in _modules_called(step):
             self.add_module(name, module)
 
     def forward(self, *given: Any) -> Any:
-        return (self.step_of or self._modules["cell"])(*given)  # pyright: ignore[reportOptionalCall]
+        return (self.step_of or self.cell)(*given)
+
+
+def _modules_called(step: Callable[..., Any]) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules that are no parts of a step's own, but of a function that it calls."""
+    functions: list[Any] = [step]
+    if isinstance(step, torch.nn.Module):
+        functions = [f for module in step.modules() for f in vars(module).values() if isinstance(f, _FUNCTIONS)]
+    for k, function in enumerate(functions):
+        for name, value in captured(function).items():
+            if isinstance(value, torch.nn.Module):
+                yield f"{name}_{k}", value
+
+
+_FUNCTIONS = (FunctionType, MethodType, partial)
 
 
 def _as_forward(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,29 +109,17 @@ class Cell:
 
     def __init__(self, step: Callable[..., Any], with_noise: bool = False) -> None:
         self.step, self.with_noise = step, with_noise
-        self.holder = _Holder(step, dict(_modules(step)))
+        self.holder = _Holder(step)
         named = [*self.holder.named_parameters(), *self.holder.named_buffers()]
-        self.names = [name for name, _ in named]
-        self.tensors = [tensor for _, tensor in named]
+        names = {id(tensor): name for name, tensor in named}
+        self.tensors = read(step).tensors
+        self.names = [names[id(tensor)] for tensor in self.tensors]
 
     def call(self, tensors: Sequence[Tensor], x: Any, state: Any) -> Any:
         """A step with other tensors in place of its own."""
         named = dict(zip(self.names, tensors, strict=True))
         given = (x[0], state, x[1]) if self.with_noise else (x, state)
         return torch.func.functional_call(self.holder, named, given)
-
-
-def _modules(step: Callable[..., Any]) -> Iterator[tuple[str, torch.nn.Module]]:
-    if isinstance(step, torch.nn.Module):
-        yield "cell", step
-        for k, module in enumerate(step.modules()):
-            for attribute, value in vars(module).items():
-                if isinstance(value, (FunctionType, MethodType, partial)):
-                    yield from ((f"{attribute}_{k}_{name}", found) for name, found in _modules(value))
-        return
-    for name, value in captured(step).items():
-        if isinstance(value, torch.nn.Module):
-            yield name, value
 
 
 def captured(step: Callable[..., Any]) -> dict[str, Any]:
@@ -133,37 +139,61 @@ def captured(step: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def tensors_of(step: Callable[..., Any]) -> list[Tensor]:
-    """The parameters and buffers that a step reads, in the order of `Cell.tensors`, as they are now."""
-    modules = [module for _, module in _modules(step)]
-    found = {id(tensor): tensor for module in modules for tensor in module.parameters()}
-    found |= {id(tensor): tensor for module in modules for tensor in module.buffers()}
-    return list(found.values())
+class Reading(NamedTuple):
+    """What a step reads beside its arguments, as it is now.
 
+    Attributes:
+        tensors: parameters and buffers, in the order of `Cell.tensors`.
+        settings: what its operations may depend on beside its tensors: compared to know whether a trace still holds.
+        has_hooks: somebody is to be told of each call of a module in it.
+    """
 
-def settings(step: Callable[..., Any]) -> tuple[Any, ...]:
-    """What a step's operations may depend on beside its tensors: compared to know whether a trace still holds."""
-    if isinstance(step, torch.nn.Module):
-        return tuple(_settings_of(module) for module in step.modules())
-    return tuple((name, _snapshot(value, 2)) for name, value in captured(step).items())
-
-
-def has_hooks(step: Callable[..., Any]) -> bool:
-    """Whether somebody is to be told of each call of a module in it."""
-    modules = [part for _, module in _modules(step) for part in module.modules()]
-    return dispatch.has_module_hooks() or any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
-    )
+    tensors: list[Tensor]
+    settings: tuple[Any, ...]
+    has_hooks: bool
 
 
 _OF_MODULES = frozenset(torch.nn.Module().__dict__) - {"training"}
 
 
-def _settings_of(module: torch.nn.Module) -> tuple[Any, ...]:
-    values = vars(module)
-    own = tuple((name, _snapshot(value, 2)) for name, value in values.items() if name not in _OF_MODULES)
-    return (type(module), own)
+def read(step: Callable[..., Any]) -> Reading:
+    """Look at a step once: this is done at each call."""
+    parameters: dict[int, Tensor] = {}
+    buffers: dict[int, Tensor] = {}
+    settings: list[Any] = []
+    has_hooks = dispatch.has_module_hooks()
+    modules: list[torch.nn.Module] = []
+    if isinstance(step, torch.nn.Module):
+        modules.append(step)
+    else:
+        found = captured(step)
+        settings.append(tuple([(name, _snapshot(value, 2)) for name, value in found.items()]))
+        modules += [value for value in found.values() if isinstance(value, torch.nn.Module)]
+    seen: set[int] = set()
+    while modules:
+        module = modules.pop(0)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        values: dict[str, Any] = module.__dict__
+        for tensor in values["_parameters"].values():
+            if tensor is not None:
+                parameters.setdefault(id(tensor), tensor)
+        for tensor in values["_buffers"].values():
+            if tensor is not None:
+                buffers.setdefault(id(tensor), tensor)
+        if values["_forward_hooks"] or values["_forward_pre_hooks"] or values["_backward_hooks"]:
+            has_hooks = True
+        has_hooks = has_hooks or bool(values["_backward_pre_hooks"])
+        settings.append(type(module))
+        inside = [part for part in values["_modules"].values() if part is not None]
+        for name, value in values.items():
+            if name not in _OF_MODULES:
+                settings.append((name, _snapshot(value, 2)))
+                if isinstance(value, _FUNCTIONS):
+                    inside += [part for part in captured(value).values() if isinstance(part, torch.nn.Module)]
+        modules = inside + modules
+    return Reading([*parameters.values(), *buffers.values()], tuple(settings), has_hooks)
 
 
 def _snapshot(value: Any, depth: int) -> Any:
@@ -173,8 +203,8 @@ def _snapshot(value: Any, depth: int) -> Any:
         # Read anew at each call, but for the number that `item` made of it.
         return (id(value), value.shape, value.dtype, value._version if value.numel() == 1 else None)
     if isinstance(value, torch.nn.Module):
-        return settings(value) if depth else id(value)
-    if depth and isinstance(value, (FunctionType, MethodType, partial)):
+        return read(value).settings if depth else id(value)
+    if depth and isinstance(value, _FUNCTIONS):
         found = captured(value)
         return (id(value), *((name, _snapshot(item, depth - 1)) for name, item in found.items()))
     if depth and isinstance(value, (list, tuple, set, frozenset)):
@@ -201,11 +231,11 @@ def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
     rows = next((rows for rows in _ROWS if rows > max(sizes, default=0)), None)
     if rows is None:
         raise NotTraceableError(f"a size of {max(sizes)} is beyond what is traced")
-    before, restore = settings(cell.step), _restorer(cell)
+    before, restore = read(cell.step).settings, _restorer(cell)
     try:
         first = _trace_with(cell, tensors, inputs, state, rows)
         second = _trace_with(cell, tensors, inputs, state, _OTHER_ROWS)
-        if settings(cell.step) != before:
+        if read(cell.step).settings != before:
             raise NotTraceableError(SETS_ATTRIBUTES)
     finally:
         restore()

@@ -274,7 +274,8 @@ def check_features(cell: Any, inputs: Nest, name: str) -> None:
 
 def draw_noise(cell: AnyCell, inputs: Nest, state: Nest) -> Nest | None:
     """What the cell draws for a whole sequence; None if it draws nothing."""
-    return cell.draw_noise(inputs, state) if isinstance(cell, DrawsNoise) else None
+    draw: Any = getattr(cell, "draw_noise", None)
+    return None if draw is None else draw(inputs, state)
 
 
 def mapped(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
