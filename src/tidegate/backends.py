@@ -17,6 +17,7 @@ from tidegate import dispatch, reference
 from tidegate.call import Call, Layer, Layout, layer_by_layer
 from tidegate.checks import check, check_lengths
 from tidegate.errors import UnsupportedError
+from tidegate.fusion import backend as fused
 from tidegate.kernels import aten, cpu, triton
 from tidegate.scope import Ran, scope
 
@@ -56,7 +57,8 @@ class Backend:
         layout: what `prepare`'s result holds for, beside the call.
         checks: what it refuses by itself as `checks.check` would, with a RuntimeError, so that a plain call need not be
             looked at twice: "all" calls, "steps" or "" for none.
-        slower_reasons: why it leaves a call that it can run to torch's operators, if those can and none is named; pure.
+        slower_reasons: why it leaves a call that it can run to another, if that one can and none is named; pure.
+        leaves_to: that other one.
         only_named: why it runs only when the user names it, never by itself; "" if it may be chosen.
     """
 
@@ -72,6 +74,7 @@ class Backend:
     layout: Callable[[], str] = str
     checks: str = ""
     slower_reasons: Callable[[Call], list[str]] = _no_reasons
+    leaves_to: str = "aten"
     only_named: str = ""
 
 
@@ -98,16 +101,24 @@ CPU = Backend(
     slower_reasons=cpu.slower_reasons,
 )
 ATEN = Backend("aten", aten.unsupported_reasons, takes_stacks=True, composite=aten.forward, checks="steps")
+FUSED = Backend(
+    "fused",
+    fused.unsupported_reasons,
+    cpu.availability,
+    composite=fused.forward,
+    slower_reasons=fused.slower_reasons,
+    leaves_to="reference",
+)
 REFERENCE = Backend("reference", reference.unsupported_reasons, composite=reference.forward)
 
-BACKENDS = (TRITON, CPU, ATEN, REFERENCE)  # the first that fits
+BACKENDS = (TRITON, CPU, ATEN, FUSED, REFERENCE)  # the first that fits
 _AUTOMATIC = tuple(candidate for candidate in BACKENDS if not candidate.only_named)
 BY_NAME = {candidate.name: candidate for candidate in BACKENDS}
 
 
 # "The first that fits", as a traced graph says it. Compilers keep graphs on disk, with the choice made when they were
 # traced: one that was traced without the compiled operators must not be found by an installation that has them.
-AUTOMATIC = "first of cpu, aten, reference" if cpu.is_installed() else "first of aten, reference"
+AUTOMATIC = "first of cpu, aten, fused, reference" if cpu.is_installed() else "first of aten, reference"
 
 
 def _known(name: str, source: str) -> str:
@@ -158,7 +169,7 @@ def demanded(name: str) -> str:
 
 
 def select(call: Call, name: str) -> Backend:
-    """The backend called `name`, or the first that can run `call` and is not known to be slower than torch's operators.
+    """The backend called `name`, or the first that can run `call` and is not known to be slower than another.
 
     Raises:
         UnsupportedError: the named one cannot; the message lists its reasons and what would run.
@@ -171,8 +182,8 @@ def select(call: Call, name: str) -> Backend:
     for candidate in _AUTOMATIC:
         if candidate.unsupported_reasons(call):
             continue
-        if candidate.slower_reasons(call) and not ATEN.unsupported_reasons(call):
-            return ATEN
+        if _reasons_to_leave(candidate, call):
+            return BY_NAME[candidate.leaves_to]
         if candidate is not CPU and call.input.is_cpu:
             _tell_what_is_missing()
         return candidate
@@ -181,7 +192,7 @@ def select(call: Call, name: str) -> Backend:
 
 def _reasons_to_leave(candidate: Backend, call: Call) -> list[str]:
     slower = candidate.slower_reasons(call)
-    return slower if slower and not ATEN.unsupported_reasons(call) else []
+    return slower if slower and not BY_NAME[candidate.leaves_to].unsupported_reasons(call) else []
 
 
 @functools.cache

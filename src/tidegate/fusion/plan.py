@@ -109,7 +109,7 @@ _plans: weakref.WeakKeyDictionary[Any, dict[Any, Plan]] = weakref.WeakKeyDiction
 
 _ALWAYS = "whatever the sizes"
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # sizes of features, and dtype
 
@@ -285,7 +285,7 @@ def _reasons_against(tensors: Sequence[Any], states: Sequence[Any]) -> list[str]
     reasons: list[str] = []
     if not all([isinstance(leaf, Tensor) and leaf.is_cpu for leaf in tensors]):
         return ["the input or the state is not on the CPU"]
-    if len({leaf.dtype for leaf in states}) != 1 or states[0].dtype not in _DTYPES:
+    if len({leaf.dtype for leaf in states}) != 1 or states[0].dtype not in DTYPES:
         reasons.append("the state's tensors are not of one dtype, float32, float64, bfloat16 or float16")
     if torch.is_autocast_enabled("cpu"):
         reasons.append("autocast is on")
