@@ -20,6 +20,7 @@ from tidegate import cell as kinds
 from tidegate import dispatch, ops, sequences
 from tidegate.call import Call, Direction, Layout
 from tidegate.nn import autocast
+from tidegate.nn.likeness import StandsFor
 from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_init, read_nonlinearity
 from tidegate.sequences import Sequences
 from tidegate.streaming import Source, Stream
@@ -30,7 +31,7 @@ _CHECKS = ("check_input", "check_forward_args", "get_expected_hidden_size", "che
 _OVERRIDABLE = (*_CHECKS, "permute_hidden")
 
 
-class RecurrentLayer(torch.nn.RNNBase, Extended):
+class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
     """Layers of one cell over sequences. What torch.nn's constructor takes and checks is checked by torch.nn's own; the
     parameters are those that the cell declares.
 
@@ -441,6 +442,7 @@ class RNN(_OneStateLayer):
     """
 
     cell = kinds.RNN
+    _stands_for = torch.nn.RNN
     nonlinearity: str
     clip: float = 0.0
 
@@ -492,6 +494,7 @@ class LSTM(_TwoStateLayer):
     """
 
     cell = kinds.LSTM
+    _stands_for = torch.nn.LSTM
     activations: str = kinds.LSTM.options["activations"][1]
     clip: float = 0.0
     cell_clip: float = 0.0
@@ -545,6 +548,7 @@ class GRU(_OneStateLayer):
     """
 
     cell = kinds.GRU
+    _stands_for = torch.nn.GRU
     reset_after: bool = True
     activations: str = kinds.GRU.options["activations"][1]
     clip: float = 0.0
