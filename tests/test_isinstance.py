@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""isinstance(layer, torch.nn.LSTM) is True, as models that branch on it expect; the class is tidegate's all the same."""
+"""isinstance(layer, torch.nn.LSTM) is True, as models that branch on it expect; the type is tidegate's."""
 
 from __future__ import annotations
 

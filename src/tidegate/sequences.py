@@ -43,13 +43,26 @@ class Sequences(NamedTuple):
         return torch.zeros_like(steps).index_copy(0, self.packed_rows, dropped).view_as(output)
 
 
+def is_opaque(input: Any) -> bool:
+    """A compiler, unlike an exporter, cannot take how many rows there are from a tensor's value.
+
+    Rows that were packed in an order of their own have it in a shape.
+    """
+    if not isinstance(input, PackedSequence) or input.sorted_indices is not None:
+        return False
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def from_packed(input: PackedSequence) -> Sequences:
     """A PackedSequence, its rows in packed order: longest first."""
-    sizes = input.batch_sizes
-    steps, batch = sizes.shape[0], int(sizes[0])
-    live = torch.arange(batch, device=sizes.device) < sizes.unsqueeze(-1)  # (T, B)
-    lengths = live.sum(0)
-    rows = torch.nonzero(live.flatten()).squeeze(-1).to(input.data.device)
+    sizes, order = input.batch_sizes, input.sorted_indices
+    steps, total = sizes.shape[0], input.data.shape[0]
+    # A compiler cannot read a value, but it knows shapes.
+    batch: Any = sizes[0].item() if order is None or not torch.compiler.is_compiling() else order.shape[0]
+    lengths = (torch.arange(batch, device=sizes.device) < sizes.unsqueeze(-1)).sum(0)
+    step = torch.repeat_interleave(sizes, output_size=total)  # (N,)
+    row = torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[step]
+    rows = (step * batch + row).to(input.data.device)
     padded = input.data.new_zeros((steps * batch, input.data.shape[-1])).index_copy(0, rows, input.data)
 
     def restore(output: Tensor) -> PackedSequence:
