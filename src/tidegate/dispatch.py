@@ -14,6 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import _C, Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
+from torch.fx import Proxy
 from torch._functorch.utils import enable_single_level_autograd_function
 
 # torch's stubs leave this module out.
@@ -86,6 +87,29 @@ def keeps_graph() -> bool:
 def has_saved_tensor_hooks() -> bool:
     """Someone is handed what autograd saves, and may look at it at any time."""
     return _autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def is_symbolic(input: Any) -> bool:
+    """torch.fx is tracing: it hands stand-ins for tensors to whatever is no leaf of its graph."""
+    return not isinstance(input, Tensor) and isinstance(input, Proxy)
+
+
+def leaf(module: torch.nn.Module, input: Proxy, *arguments: Any, **named: Any) -> Any:
+    """The module as one node of the graph that is traced, as torch.nn's own are: fx knows a leaf by where it is defined.
+
+    Raises:
+        TypeError: hooks saw the stand-ins and see the tensors again when the graph runs: what they change is doubled.
+    """
+    if module._forward_hooks:
+        raise TypeError(
+            f"torch.fx: expected no forward hooks on a {type(module).__name__}, got {len(module._forward_hooks)}; "
+            "tidegate.restore(model) before it is traced, or remove them"
+        )
+    tracer: Any = input.tracer
+    named = {name: value for name, value in named.items() if value is not None}
+    while arguments and arguments[-1] is None:
+        arguments = arguments[:-1]
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *arguments), named)
 
 
 def is_per_example(weights: Iterable[Tensor | None]) -> bool:

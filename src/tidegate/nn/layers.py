@@ -175,6 +175,8 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         if isinstance(input, Tensor) and not input.is_nested:
             batch, layout, lengths, resets = None, self._layout(input), *self._rows(input, lengths, resets)
             data = input
+        elif dispatch.is_symbolic(input):
+            return dispatch.leaf(self, input, hx, lengths=lengths, resets=resets)
         else:
             if sequences.is_opaque(input):
                 uncompiled: Any = torch.compiler.disable(self.forward)

@@ -16,8 +16,9 @@ from typing import Any
 
 _CLASS: Any = vars(object)["__class__"]
 _ATTRIBUTE = {dis.opmap[name] for name in ("LOAD_ATTR", "LOAD_METHOD") if name in dis.opmap}
-# Where torch's compiler decides what it refuses.
-_REFUSES = "torch._dynamo.variables.builder"
+# Where torch's compiler decides what it refuses, and where quantization would build a layer of another kind from the
+# weights, knowing nothing of clips and peepholes.
+_TOLD_THE_TYPE = ("torch._dynamo.variables.builder", "torch.ao.")
 
 
 class StandsFor:
@@ -47,5 +48,5 @@ class StandsFor:
 def _wants_type(frame: FrameType) -> bool:
     return (
         frame.f_code.co_code[frame.f_lasti] in _ATTRIBUTE  # `module.__class__`
-        or frame.f_globals.get("__name__") == _REFUSES
+        or str(frame.f_globals.get("__name__")).startswith(_TOLD_THE_TYPE)
     )
