@@ -14,8 +14,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import _C, Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
-from torch.fx import Proxy
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.fx import Proxy
 
 # torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
@@ -94,8 +94,8 @@ def is_symbolic(input: Any) -> bool:
     return not isinstance(input, Tensor) and isinstance(input, Proxy)
 
 
-def leaf(module: torch.nn.Module, input: Proxy, *arguments: Any, **named: Any) -> Any:
-    """The module as one node of the graph that is traced, as torch.nn's own are: fx knows a leaf by where it is defined.
+def leaf(module: torch.nn.Module, input: Any, *arguments: Any, **named: Any) -> Any:
+    """The module as one node of the graph that is traced, as torch.nn's are: fx knows a leaf by where it is defined.
 
     Raises:
         TypeError: hooks saw the stand-ins and see the tensors again when the graph runs: what they change is doubled.
