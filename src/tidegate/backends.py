@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +54,7 @@ class Backend:
         prepare: `call -> run`, the weights laid out once, for streams: `run(layout)(input, *states) -> output`, the
             new states in the memory of the old ones, all or none.
         layout: what `prepare`'s result holds for, beside the call.
+        flops: of the operators that `prepare`'s result calls, how many floating-point operations a call of one takes.
         checks: what it refuses by itself as `checks.check` would, with a RuntimeError, so that a plain call need not be
             looked at twice: "all" calls, "steps" or "" for none.
         slower_reasons: why it leaves a call that it can run to torch's operators, if those can and none is named; pure.
@@ -70,6 +71,7 @@ class Backend:
     saved_shape: Callable[..., tuple[int, ...]] = _nothing
     prepare: Callable[[Call], Callable[[Layout], Callable[..., Tensor]]] | None = None
     layout: Callable[[], str] = str
+    flops: Callable[[], Mapping[Any, Callable[..., int]]] = dict
     checks: str = ""
     slower_reasons: Callable[[Call], list[str]] = _no_reasons
     only_named: str = ""
@@ -94,6 +96,7 @@ CPU = Backend(
     saved_shape=cpu.saved_shape,
     prepare=cpu.prepare,
     layout=cpu.layout,
+    flops=cpu.flops,
     checks="all",
     slower_reasons=cpu.slower_reasons,
 )

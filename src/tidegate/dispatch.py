@@ -7,6 +7,7 @@ Every use of torch's private interfaces for this is in this file.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import _C, Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.fx import Proxy
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
@@ -54,6 +56,18 @@ def is_bare() -> bool:
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def flop_registries() -> list[dict[Any, Any]]:
+    """Where those look that count floating-point operations: those at work now, and those that will be made."""
+    if torch.compiler.is_compiling():
+        return []
+    module: Any = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return []
+    modes: list[Any] = _get_current_dispatch_mode_stack()
+    counters = [mode.counter for mode in modes if isinstance(mode, module._FlopCounterMode)]
+    return [module.flop_registry, *(counter.flop_registry for counter in counters)]
 
 
 def has_tangents(call: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tidegate import backends, ops
+from tidegate import backends, flops, ops
 from tidegate.call import Call, Layout
 from tidegate.cell import States
 from tidegate.checks import check
@@ -73,6 +73,7 @@ _LAID: weakref.WeakKeyDictionary[torch.nn.Module, _Laid] = weakref.WeakKeyDictio
 
 def _lay_out(source: Source, dtype: torch.dtype | None) -> _Laid:
     """A module's weights as they are now, laid out by the backend that is to run them."""
+    flops.offer()
     module: Any = source.module
     with torch.inference_mode(False), torch.no_grad():
         found = module._weights()

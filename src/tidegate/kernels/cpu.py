@@ -8,8 +8,9 @@ for a GRU, i f g o c for an LSTM, none for an RNN. Letters as in call.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
         (GRU, {}, (3, 4)),
         (GRU, {"reset_after": False}, (4, 3)),
     )
+}
+
+_GATES = {
+    kind[0]: len(cell.gates) for cell in (RNN, LSTM, GRU) for (name, _), kind in _KINDS.items() if name == cell.name
 }
 
 Gradients = tuple["Tensor | None", ...]
@@ -265,6 +270,20 @@ def prepare(call: Call) -> Callable[[Layout], Callable[..., Tensor]]:
     packed = _operator("pack")(forms[Layout.UNBATCHED_STEP], *call.weights[:4], rest)
     advance = _operator("advance")
     return [partial(advance, form + _REPLACES, packed) for form in forms].__getitem__
+
+
+def flops() -> Mapping[Any, Callable[..., int]]:
+    """Of what `prepare`'s result calls: for torch.utils.flop_counter."""
+    return {} if availability() else {operators().advance: _advance_flops}
+
+
+def _advance_flops(form: int, packed: Tensor, input: Tensor, h: Tensor, c: Tensor | None = None, **_: Any) -> int:
+    layers, h_size = h.shape[0], h.shape[2]
+    hidden_size, rows = h_size if c is None else c.shape[2], prod(input.shape[:-1])
+    gates = _GATES[form % _LAYOUT] * hidden_size
+    products = gates * (input.shape[-1] + h_size + (layers - 1) * 2 * h_size)
+    projection = layers * hidden_size * h_size if form & _PROJECTS else 0
+    return 2 * rows * (products + projection)
 
 
 def layout() -> str:
