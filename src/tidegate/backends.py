@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tidegate import dispatch, reference
 from tidegate.call import Call, Layer, Layout, layer_by_layer
-from tidegate.checks import check, check_lengths
+from tidegate.checks import check, check_lengths, refuse_sparse
 from tidegate.errors import UnsupportedError
 from tidegate.kernels import aten, cpu, triton
 from tidegate.scope import Ran, scope
@@ -296,6 +296,7 @@ def run_layer_backward(
         gradients: of output and final states, None for zeros.
     """
     _note(chosen, "backward", layer)
+    _refuse_sparse_gradients(layer, gradients)
     if chosen.composite is not None:
         with dispatch.recording():
             recorded, wanted = detached(layer, needs)
@@ -321,7 +322,18 @@ def run_backward(
     """`Backend.backward` of one that takes stacks."""
     _note(chosen, "backward", call)
     assert chosen.backward is not None
-    return chosen.backward(call, saved, gradients, needs, overwrite)
+    try:
+        return chosen.backward(call, saved, gradients, needs, overwrite)
+    except RuntimeError:
+        _refuse_sparse_gradients(call, gradients)
+        raise
+
+
+def _refuse_sparse_gradients(call: Call | Layer, gradients: Gradients) -> None:
+    names = ["grad_output", *(f"grad_{state}_n" for state in call.cell.states)]
+    if isinstance(call, Call) and call.is_step:
+        del names[0]  # of a step that opens its gate, the last has none
+    refuse_sparse(zip(names, gradients, strict=False))
 
 
 def find_faults(call: Call) -> None:
