@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tidegate import activations
+from tidegate import activations, dispatch
 from tidegate.call import Call, Layer, Layout
 from tidegate.cell import Cell, Options, Sizes, Weights, factor_of
 
@@ -197,7 +197,7 @@ def check_lengths(lengths: Tensor | None, steps: int, name: str = "lengths") -> 
     if lengths is None or lengths.numel() == 0:
         return
     if lengths.device.type != "cpu":
-        torch.ops.aten._assert_async(((lengths >= 0) & (lengths <= steps)).all())
+        dispatch.assert_later(((lengths >= 0) & (lengths <= steps)).all())
         return
     low, high = (int(bound) for bound in torch.aminmax(lengths))
     if low < 0 or high > steps:

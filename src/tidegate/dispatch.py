@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What torch is doing around a call: plain eager mode, tracing, torch.func's levels, forward-mode differentiation.
 
-Every use of torch's private interfaces for this is in this file.
+Every use of torch's private interfaces is in this file, but for those of `nn/dynamic.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
@@ -156,6 +157,18 @@ def recording() -> Generator[None]:
         torch.enable_grad(),
     ):
         yield
+
+
+def assert_later(condition: Tensor) -> None:
+    """Fail if a bool on a device is False, when it is known: nothing waits for it."""
+    torch.ops.aten._assert_async(condition)
+
+
+@functools.cache
+def multiplies_matrices() -> bool:
+    """Whether torch's operators use AMX, which multiplies bfloat16 matrices."""
+    torch_cpu: Any = torch.cpu
+    return torch_cpu._is_amx_tile_supported()
 
 
 def apply_plain(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate import kernels
+from tidegate import dispatch, kernels
 from tidegate.call import Call, Layout
 from tidegate.cell import GRU, LSTM, RNN, extensions
 
@@ -156,18 +156,12 @@ def slower_reasons(call: Call) -> list[str]:
     """
     if call.cell is not GRU and call.layout >= Layout.STEP and call.records():
         return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
-    if call.input.dtype is not torch.bfloat16 or not _multiplies_matrices():
+    if call.input.dtype is not torch.bfloat16 or not dispatch.multiplies_matrices():
         return []
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
     if call.steps == 1 or call.batch * hidden_size * hidden_size < 2**least:
         return []
     return [f"torch's operators use AMX for bfloat16, and B*hidden_size**2 is 2**{least} or more"]
-
-
-@cache
-def _multiplies_matrices() -> bool:
-    torch_cpu: Any = torch.cpu
-    return torch_cpu._is_amx_tile_supported()
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
