@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
+from tidegate import dispatch
+
 Form = Callable[[Tensor], Any]
 
 
@@ -113,15 +115,21 @@ def from_nested(input: Any) -> Sequences:
             "input: expected a nested tensor (B, T, input_size) of layout torch.jagged without holes; "
             "torch.nested.nested_tensor(rows, layout=torch.jagged) makes one"
         )
-    offsets = input.offsets()
+    offsets, total = input.offsets(), input.values().shape[0]
     lengths = offsets.diff()
+    if dispatch.is_plain() and offsets.is_cpu:
+        # A nested tensor that was not made of rows does not know the longest, and would be padded to all rows' steps.
+        longest = int(lengths.max()) if lengths.numel() else 0
+        input = torch.nested.nested_tensor_from_jagged(input.values(), offsets, max_seqlen=longest)
     padded = torch.nested.to_padded_tensor(input, 0.0).transpose(0, 1)
-    total = input.values().shape[0]
+    known: dict[str, int] = {}
+    if dispatch.is_plain() and (padded.shape[0] < total or padded.shape[1] == 1):
+        known = {"max_seqlen": padded.shape[0]}
     row = torch.repeat_interleave(lengths, output_size=total)
     step = torch.arange(total, device=offsets.device) - offsets[row]
 
     def restore(output: Tensor) -> Tensor:
-        return torch.nested.nested_tensor_from_jagged(output[step, row], offsets)
+        return torch.nested.nested_tensor_from_jagged(output[step, row], offsets, **known)
 
     return Sequences(padded, lengths, None, restore)
 
