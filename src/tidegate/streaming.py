@@ -368,7 +368,8 @@ class Stream:
     def _set_states(self, states: Iterable[Tensor]) -> None:
         """The only place where the state is replaced, in one assignment. Streams outlive inference_mode blocks."""
         with torch.inference_mode(False), torch.no_grad():
-            self._states = tuple(s.clone() if s.is_inference() else s.contiguous() for s in states)
+            plain = torch.contiguous_format
+            self._states = tuple(s.clone(memory_format=plain) if s.is_inference() else s.contiguous() for s in states)
         self._input_shape = (self.rows, self._input_size) if self._batched else (self._input_size,)
         self._advance = self._run(Layout.STEP if self._batched else Layout.UNBATCHED_STEP)
 
