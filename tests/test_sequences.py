@@ -18,7 +18,7 @@ import tidegate as tg
 from tidegate import sequences
 
 T, B, IN, H = 7, 4, 3, 5
-EXAMPLES = settings(derandomize=True, deadline=None, max_examples=15, database=None)
+EXAMPLES = settings(deadline=None, max_examples=15)
 NAN = float("nan")
 
 
