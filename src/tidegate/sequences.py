@@ -122,14 +122,13 @@ def from_nested(input: Any) -> Sequences:
         longest = int(lengths.max()) if lengths.numel() else 0
         input = torch.nested.nested_tensor_from_jagged(input.values(), offsets, max_seqlen=longest)
     padded = torch.nested.to_padded_tensor(input, 0.0).transpose(0, 1)
-    known: dict[str, int] = {}
-    if dispatch.is_plain() and (padded.shape[0] < total or padded.shape[1] == 1):
-        known = {"max_seqlen": padded.shape[0]}
+    is_known = dispatch.is_plain() and (padded.shape[0] < total or padded.shape[1] == 1)
+    longest = padded.shape[0] if is_known else None
     row = torch.repeat_interleave(lengths, output_size=total)
     step = torch.arange(total, device=offsets.device) - offsets[row]
 
     def restore(output: Tensor) -> Tensor:
-        return torch.nested.nested_tensor_from_jagged(output[step, row], offsets, **known)
+        return torch.nested.nested_tensor_from_jagged(output[step, row], offsets, max_seqlen=longest)
 
     return Sequences(padded, lengths, None, restore)
 
