@@ -7,6 +7,7 @@ import abc
 import copy
 import io
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,26 @@ def test_the_class_of_a_layer_can_be_assigned() -> None:
     assert type(module) is Subclass
     with pytest.raises(TypeError):
         module.__class__ = int
+
+
+def test_whoever_traces_and_however_long_the_code_is() -> None:
+    """The instruction that reads `__class__` is looked at: one with an extended argument, and a traced one."""
+    module = tg.LSTM(3, 4)
+    lines = [f"    m.name{k}" for k in range(300)]
+    code = "\n".join(["def ask(m, cls):", "  if 0:", *lines, "  return m.__class__, isinstance(m, cls)"])
+    space: dict[str, Any] = {}
+    exec(code, space)
+    expected = (tg.LSTM, True)
+    assert space["ask"](module, torch.nn.LSTM) == expected
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: None)
+    try:
+        assert space["ask"](module, torch.nn.LSTM) == expected
+    finally:
+        sys.settrace(before)
+    for _ in range(50):  # until the interpreter has specialised it
+        assert space["ask"](module, torch.nn.LSTM) == expected
+    assert space["ask"](tg.GRU(3, 4), torch.nn.LSTM) == (tg.GRU, False)
 
 
 def test_the_cells_inherit_from_torchs() -> None:

@@ -33,7 +33,7 @@ class StandsFor:
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         other = self._stands_for
         # isinstance is no frame: what runs is the code that called it.
-        return type(self) if other is None or _wants_type(sys._getframe(1)) else other
+        return type(self) if other is None or _wants_type(sys._getframe().f_back) else other
 
     @__class__.setter
     def __class__(self, value: type) -> None:
@@ -45,8 +45,8 @@ class StandsFor:
         return (object.__new__ if made is copyreg.__newobj__ else made, *rest)  # type: ignore[attr-defined]
 
 
-def _wants_type(frame: FrameType) -> bool:
-    return (
+def _wants_type(frame: FrameType | None) -> bool:
+    return frame is not None and (
         frame.f_code.co_code[frame.f_lasti] in _ATTRIBUTE  # `module.__class__`
         or str(frame.f_globals.get("__name__")).startswith(_TOLD_THE_TYPE)
     )
