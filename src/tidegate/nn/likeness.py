@@ -15,7 +15,9 @@ from types import FrameType
 from typing import Any
 
 _CLASS: Any = vars(object)["__class__"]
+# The instructions by which `module.__class__` is read.
 _ATTRIBUTE = {dis.opmap[name] for name in ("LOAD_ATTR", "LOAD_METHOD") if name in dis.opmap}
+_EXTENDED_ARG, _CACHE = dis.opmap["EXTENDED_ARG"], dis.opmap.get("CACHE", -1)
 # Where torch's compiler decides what it refuses, and where quantization would build a layer of another kind from the
 # weights, knowing nothing of clips and peepholes.
 _TOLD_THE_TYPE = ("torch._dynamo.variables.builder", "torch.ao.")
@@ -46,7 +48,12 @@ class StandsFor:
 
 
 def _wants_type(frame: FrameType | None) -> bool:
-    return frame is not None and (
-        frame.f_code.co_code[frame.f_lasti] in _ATTRIBUTE  # `module.__class__`
-        or str(frame.f_globals.get("__name__")).startswith(_TOLD_THE_TYPE)
-    )
+    if frame is None:
+        return False
+    code, place = frame.f_code.co_code, frame.f_lasti
+    # CPython 3.12 stands at the end of the instruction's cache, 3.10 at what extends its argument.
+    while code[place] == _CACHE:
+        place -= 2
+    while code[place] == _EXTENDED_ARG:
+        place += 2
+    return code[place] in _ATTRIBUTE or str(frame.f_globals.get("__name__")).startswith(_TOLD_THE_TYPE)
