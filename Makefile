@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-slow test-native test-peers test-recipes test-clients lint bench wheel clean
+.PHONY: help install demo test test-quick test-slow test-fuzz test-native test-peers test-recipes test-clients lint bench wheel clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,17 @@ test: install  ## Run every test but the exhaustive ones.
 
 test-slow: install  ## Run the exhaustive tests.
 	$(BIN)/python -m pytest -m slow
+
+# 100,000 drawn cases take some 20 minutes of one core, and stop at MINUTES. SEED repeats a run, whose seed is printed.
+MINUTES ?= 20
+CASES ?= 100000
+SEED ?=
+HYPOTHESIS := tests/test_torch_hypothesis.py tests/test_sequences.py tests/test_streaming_machine.py tests/test_data.py \
+	tests/test_convert_files.py tests/test_convert_store.py tests/test_convert_onnx_graphs.py
+
+test-fuzz: install  ## Draw cases and judge them by torch.nn and written-out equations; MINUTES=, CASES=, SEED=.
+	$(BIN)/python -m pytest tests/fuzz --fuzz-minutes $(MINUTES) --fuzz-cases $(CASES) $(SEED:%=--fuzz-seed %)
+	$(BIN)/python -m pytest $(HYPOTHESIS) --hypothesis-profile fuzz $(SEED:%=--hypothesis-seed %)
 
 # A folder for each compiler: CMake keeps to the one that it began with.
 test-native:  ## Build the kernels without torch and run their own test; CXX=clang++ takes another compiler.

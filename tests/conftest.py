@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests run in one process per core, so each keeps to one thread unless it is about threads."""
+"""The tests run in one process per core, so each keeps to one thread unless it is about threads. What is drawn is the
+same each time."""
 
 import os
 
@@ -7,5 +8,11 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from hypothesis import settings
+
+# The same examples in every run; `make test-fuzz` draws others (--hypothesis-profile fuzz).
+settings.register_profile("steady", derandomize=True, deadline=None, database=None)
+settings.register_profile("fuzz", derandomize=False, deadline=None, database=None, print_blob=True)
+settings.load_profile("steady")
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import torch
 from calls import RUNNABLE, VARIANTS, make_call, run_layer
 
 import tidegate as tg
-from tidegate import backends
+from tidegate import backends, dispatch
 from tidegate.scope import scope
 
 
@@ -177,7 +177,7 @@ def test_aten_refuses_a_projection_that_torch_would_not_recognise() -> None:
 @needs.compiled_operators
 def test_large_bfloat16_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor multiplies matrices and torch's operators can run the call; not where the user decides."""
-    monkeypatch.setattr(backends.cpu, "_multiplies_matrices", lambda: True)
+    monkeypatch.setattr(dispatch, "multiplies_matrices", lambda: True)
     large: dict[str, Any] = {"steps": 2, "batch": 16, "input_size": 3, "hidden_size": 128}
     call = make_call("lstm", **large, dtype=torch.bfloat16)
     assert backends.select(call.call(), "").name == "aten"
@@ -193,5 +193,5 @@ def test_large_bfloat16_products_are_left_to_torch(monkeypatch: pytest.MonkeyPat
         make_call("gru", **large, dtype=torch.bfloat16),
     ]
     assert [backends.select(call.call(), "").name for call in kept] == ["cpu"] * len(kept)
-    monkeypatch.setattr(backends.cpu, "_multiplies_matrices", lambda: False)
+    monkeypatch.setattr(dispatch, "multiplies_matrices", lambda: False)
     assert backends.select(call.call(), "").name == "cpu"

@@ -164,7 +164,7 @@ def places(node, path=()):
         yield from places(inner, (*path, key))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_configuration_of_any_form_is_read_or_refused(tmp_path_factory, data):
     inner = {"module": "keras.layers", "class_name": "RNN", "config": {"cell": cell_config()}}
@@ -442,7 +442,7 @@ LISTED = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 25
 
 # torch's own word on a pickle that another protocol wrote.
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 @given(LISTED, st.floats(0, 1), st.booleans())
 def test_a_damaged_torch_file_is_read_or_refused(tmp_path_factory, changes, share, zipped):
     path = tmp_path_factory.getbasetemp() / "damaged.pt"
@@ -451,7 +451,7 @@ def test_a_damaged_torch_file_is_read_or_refused(tmp_path_factory, changes, shar
     read_or_refused(tg.convert.from_torch_file, path, changes, share)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 @given(LISTED, st.floats(0, 1))
 def test_a_damaged_keras_file_is_read_or_refused(tmp_path_factory, changes, share):
     arrays = gru_arrays(input_size=1, hidden_size=1)

@@ -13,6 +13,7 @@ from comparing import CELLS, LAYERS, tensors_in
 from tolerances import assert_close
 
 import tidegate as tg
+from tidegate import dispatch
 from tidegate.kernels import cpu
 
 pytestmark = needs.compiled_operators
@@ -283,9 +284,9 @@ def test_a_parametrization_is_computed_once(name):
 
 def test_what_torch_multiplies_faster_is_left_to_it(monkeypatch):
     layer, x = module("GRU", 6, 256, dtype=torch.bfloat16), randn(3, 256, 6, dtype=torch.bfloat16)
-    monkeypatch.setattr(cpu, "_multiplies_matrices", lambda: False)
+    monkeypatch.setattr(dispatch, "multiplies_matrices", lambda: False)
     on_the_cpu(lambda: layer(x))
-    monkeypatch.setattr(cpu, "_multiplies_matrices", lambda: True)
+    monkeypatch.setattr(dispatch, "multiplies_matrices", lambda: True)
     with tg.trace() as ran:
         layer(x)
     assert [one.backend for one in ran] == ["aten"]

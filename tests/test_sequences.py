@@ -15,9 +15,10 @@ from tolerances import assert_equal_f64
 from torch import Tensor
 
 import tidegate as tg
+from tidegate import sequences
 
 T, B, IN, H = 7, 4, 3, 5
-EXAMPLES = settings(derandomize=True, deadline=None, max_examples=15, database=None)
+EXAMPLES = settings(deadline=None, max_examples=15)
 NAN = float("nan")
 
 
@@ -305,3 +306,19 @@ def test_no_index_lands_on_a_default_device(name) -> None:
             found = run()
     for a, b in zip(found, right, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("sizes", [[3, 5, 2], [4], [0, 0], [0, 2]])
+def test_a_nested_tensor_is_padded_to_its_longest_row_and_no_further(sizes: list[int]) -> None:
+    rows = [torch.randn(size, 3) for size in sizes]
+    made_of_rows = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    unknowing = torch.nested.nested_tensor_from_jagged(made_of_rows.values(), made_of_rows.offsets())
+    layer = tg.GRU(3, 3)
+    for nested in (made_of_rows, unknowing):
+        assert sequences.from_nested(nested).data.shape == (max(sizes), len(sizes), 3)
+        output = layer(nested)[0]
+        assert torch.nested.to_padded_tensor(output, 0.0).shape == (len(sizes), max(sizes), 3)
+        for one, row in zip(output.unbind(), rows, strict=True):
+            if len(row):
+                torch.testing.assert_close(one, layer(row)[0])

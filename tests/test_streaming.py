@@ -195,6 +195,14 @@ def test_rows_of_any_strides() -> None:
     assert torch.equal(layer.stream(2).step(x), layer.stream(2).step(x.contiguous()))
     stream = layer.stream(state=torch.randn(2, 7, 1).transpose(1, 2).transpose(0, 1))
     stream.step(x)
+    state = torch.randn(7, 2, 1).transpose(0, 2)
+    expected = layer.stream(2, state.contiguous()).step(x)
+    with torch.inference_mode():
+        state = torch.randn(7, 2, 1).copy_(state.transpose(0, 2)).transpose(0, 2)
+        stream = layer.stream(2, state)
+        assert torch.equal(stream.step(x), expected)
+        stream.state = state
+        assert torch.equal(stream.step(x), expected)
 
 
 def test_the_weights_are_those_of_the_moment_until_refresh() -> None:

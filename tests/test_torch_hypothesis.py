@@ -127,14 +127,14 @@ def _compare(case: Case, backend: str | None) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(case=cases((torch.float64,)))
-@settings(derandomize=True, deadline=None, max_examples=100, database=None)
+@settings(deadline=None, max_examples=100)
 def test_float64_equals_torch(backend, case):
     _compare(case, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(case=cases(DTYPES[1:]))
-@settings(derandomize=True, deadline=None, max_examples=200, database=None)
+@settings(deadline=None, max_examples=200)
 def test_lower_dtypes_err_no_more_than_torch(backend, case):
     _compare(case, backend)
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/crew.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -25,6 +26,15 @@ int64_t now() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
 }
+
+// A forked child has the host's pool without its threads: to call them would wait for ever. So where a call had started
+// them before the fork, the child's calls run alone.
+std::atomic<bool> pool_runs{false};
+std::atomic<bool> pool_is_lost{false};
+
+[[maybe_unused]] const int forks_are_watched = pthread_atfork(nullptr, nullptr, [] {
+    if (pool_runs.load(std::memory_order_relaxed)) pool_is_lost.store(true, std::memory_order_relaxed);
+});
 
 std::atomic<int64_t> crowded_until{0};
 std::atomic<int64_t> late_at{0};
@@ -141,7 +151,8 @@ void set_parallel_for(ParallelFor function) { parallel_for = function; }
 
 void run_crew(int wanted, int64_t patience, Work work, void* context) {
     wanted = std::clamp(wanted, 1, max_crew);
-    if (wanted == 1 || (4 * patience < not_worth_a_wait && is_crowded())) {
+    if (wanted == 1 || pool_is_lost.load(std::memory_order_relaxed) ||
+        (4 * patience < not_worth_a_wait && is_crowded())) {
         Post post;
         Crew crew(&post, 0, 1);
         work(context, crew, &post);
@@ -152,6 +163,7 @@ void run_crew(int wanted, int64_t patience, Work work, void* context) {
     enrolment.patience = patience;
     enrolment.work = work;
     enrolment.context = context;
+    pool_runs.store(true, std::memory_order_relaxed);
     const int64_t began_at = now();
     parallel_for(wanted, enrol, &enrolment);
     const int64_t left_at = now(), done_at = enrolment.done_at.load(std::memory_order_relaxed);

@@ -76,8 +76,8 @@ def accelerate(model: M) -> M:
     tidegate's methods (`stream`, ...). A swapped module knows torch.nn's attributes alone: what its owner keeps on it
     as `clip` or `reverse` stays his. Classes that torch itself makes around an exact one, for parametrizations and
     fully_shard, count as the class inside.
-    `isinstance(module, torch.nn.GRU)` is False while a layer is swapped (torch.nn.RNNBase stays true), as for every
-    tidegate layer; it stays true for cells. Doing it twice is doing it once.
+    `isinstance(module, torch.nn.GRU)` stays true while a layer is swapped, as it is for every tidegate layer; its type
+    is tidegate's. Doing it twice is doing it once.
 
     Returns:
         `model` itself, of another class if it is a recurrent module itself.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tidegate import dispatch, reference
 from tidegate.call import Call, Layer, Layout, layer_by_layer
-from tidegate.checks import check, check_lengths
+from tidegate.checks import check, check_lengths, refuse_sparse
 from tidegate.errors import UnsupportedError
 from tidegate.fusion import backend as fused
 from tidegate.kernels import aten, cpu, triton
@@ -55,6 +55,7 @@ class Backend:
         prepare: `call -> run`, the weights laid out once, for streams: `run(layout)(input, *states) -> output`, the
             new states in the memory of the old ones, all or none.
         layout: what `prepare`'s result holds for, beside the call.
+        flops: of the operators that `prepare`'s result calls, how many floating-point operations a call of one takes.
         checks: what it refuses by itself as `checks.check` would, with a RuntimeError, so that a plain call need not be
             looked at twice: "all" calls, "steps" or "" for none.
         slower_reasons: why it leaves a call that it can run to another, if that one can and none is named; pure.
@@ -72,6 +73,7 @@ class Backend:
     saved_shape: Callable[..., tuple[int, ...]] = _nothing
     prepare: Callable[[Call], Callable[[Layout], Callable[..., Tensor]]] | None = None
     layout: Callable[[], str] = str
+    flops: Callable[[], Mapping[Any, Callable[..., int]]] = dict
     checks: str = ""
     slower_reasons: Callable[[Call], list[str]] = _no_reasons
     leaves_to: str = "aten"
@@ -97,6 +99,7 @@ CPU = Backend(
     saved_shape=cpu.saved_shape,
     prepare=cpu.prepare,
     layout=cpu.layout,
+    flops=cpu.flops,
     checks="all",
     slower_reasons=cpu.slower_reasons,
 )
@@ -304,6 +307,7 @@ def run_layer_backward(
         gradients: of output and final states, None for zeros.
     """
     _note(chosen, "backward", layer)
+    _refuse_sparse_gradients(layer, gradients)
     if chosen.composite is not None:
         with dispatch.recording():
             recorded, wanted = detached(layer, needs)
@@ -329,7 +333,18 @@ def run_backward(
     """`Backend.backward` of one that takes stacks."""
     _note(chosen, "backward", call)
     assert chosen.backward is not None
-    return chosen.backward(call, saved, gradients, needs, overwrite)
+    try:
+        return chosen.backward(call, saved, gradients, needs, overwrite)
+    except RuntimeError:
+        _refuse_sparse_gradients(call, gradients)
+        raise
+
+
+def _refuse_sparse_gradients(call: Call | Layer, gradients: Gradients) -> None:
+    names = ["grad_output", *(f"grad_{state}_n" for state in call.cell.states)]
+    if isinstance(call, Call) and call.is_step:
+        del names[0]  # of a step that opens its gate, the last has none
+    refuse_sparse(zip(names, gradients, strict=False))
 
 
 def find_faults(call: Call) -> None:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from tidegate import activations
+from tidegate import activations, dispatch
 from tidegate.call import Call, Layer, Layout
 from tidegate.cell import Cell, Options, Sizes, Weights, factor_of
 
@@ -27,7 +28,9 @@ def check(call: Call) -> None:
 
     Raises:
         ValueError: names each argument that disagrees, what was expected and what came.
+        NotImplementedError: a tensor is sparse, or of another layout than rows of numbers.
     """
+    refuse_sparse(_named_tensors(call))
     layout = _INPUTS[call.layout]
     if call.input.dim() != layout.count(",") + (not layout.endswith(",)")):
         raise ValueError(f"input: expected {layout}, got {call.input.dim()} dimensions")
@@ -36,9 +39,8 @@ def check(call: Call) -> None:
     sizes = _sizes(call.cell, call.weights_of(0))
     width = directions * sizes[call.cell.states["h"]]
     for k in range(call.layers * directions):
-        place = "" if call.layers * directions == 1 else f"_l{k // directions}" + "_reverse" * (k % directions)
         sizes["I"] = call.input.shape[-1] if k < directions else width
-        faults += _weight_faults(call.cell, call.weights_of(k), sizes, call.input, place)
+        faults += _weight_faults(call.cell, call.weights_of(k), sizes, call.input, _place(call, k))
     leading = () if call.is_step else (call.layers * directions,)
     batched = call.layout not in (Layout.UNBATCHED, Layout.UNBATCHED_STEP)
     leading, words = (*leading, *(call.batch,) * batched), "L*D, " * (not call.is_step) + "B, " * batched
@@ -52,8 +54,39 @@ def check(call: Call) -> None:
         raise ValueError("\n".join(faults))
 
 
+def refuse_sparse(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Of tensors with their names.
+
+    Raises:
+        NotImplementedError: as torch's operators do, but naming each.
+    """
+    faults = [
+        f"{name}: expected a dense tensor, got layout {tensor.layout}; {name}.to_dense() makes one"
+        for name, tensor in tensors
+        if tensor is not None and tensor.layout is not torch.strided
+    ]
+    if faults:
+        raise NotImplementedError("\n".join(faults))
+
+
+def _named_tensors(call: Call) -> list[tuple[str, Tensor | None]]:
+    found: list[tuple[str, Tensor | None]] = [("input", call.input)]
+    found += zip((f"{state}_0" for state in call.cell.states), call.states, strict=True)
+    for k in range(call.layers * call.directions):
+        found += [(name + _place(call, k), weight) for name, weight in call.weights_of(k).items()]
+    return found
+
+
+def _place(call: Call, k: int) -> str:
+    """What follows the names of cell k's weights, where there are several cells."""
+    directions = call.directions
+    return "" if call.layers * directions == 1 else f"_l{k // directions}" + "_reverse" * (k % directions)
+
+
 def check_layer(layer: Layer) -> None:
     """The same of one layer in one direction."""
+    states = zip((f"{state}_0" for state in layer.cell.states), layer.states, strict=True)
+    refuse_sparse([("input", layer.input), *states, *layer.weights.items()])
     if layer.input.dim() != 3:
         raise ValueError(f"input: expected (T, B, input_size), got {layer.input.dim()} dimensions")
     sizes = _sizes(layer.cell, layer.weights)
@@ -164,7 +197,7 @@ def check_lengths(lengths: Tensor | None, steps: int, name: str = "lengths") -> 
     if lengths is None or lengths.numel() == 0:
         return
     if lengths.device.type != "cpu":
-        torch.ops.aten._assert_async(((lengths >= 0) & (lengths <= steps)).all())
+        dispatch.assert_later(((lengths >= 0) & (lengths <= steps)).all())
         return
     low, high = (int(bound) for bound in torch.aminmax(lengths))
     if low < 0 or high > steps:

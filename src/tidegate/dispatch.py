@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What torch is doing around a call: plain eager mode, tracing, torch.func's levels, forward-mode differentiation.
 
-Every use of torch's private interfaces for this is in this file.
+Every use of torch's private interfaces is in this file, but for those of `nn/dynamic.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import _C, Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 # torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
@@ -55,6 +58,18 @@ def is_bare() -> bool:
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def flop_registries() -> list[dict[Any, Any]]:
+    """Where those look that count floating-point operations: those at work now, and those that will be made."""
+    if torch.compiler.is_compiling():
+        return []
+    module: Any = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return []
+    modes: list[Any] = _get_current_dispatch_mode_stack()
+    counters = [mode.counter for mode in modes if isinstance(mode, module._FlopCounterMode)]
+    return [module.flop_registry, *(counter.flop_registry for counter in counters)]
 
 
 def has_tangents(call: Any) -> bool:
@@ -100,6 +115,29 @@ def has_saved_tensor_hooks() -> bool:
     return _autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def is_symbolic(input: Any) -> bool:
+    """torch.fx is tracing: it hands stand-ins for tensors to whatever is no leaf of its graph."""
+    return not isinstance(input, Tensor) and isinstance(input, Proxy)
+
+
+def leaf(module: torch.nn.Module, input: Any, *arguments: Any, **named: Any) -> Any:
+    """The module as one node of the graph that is traced, as torch.nn's are: fx knows a leaf by where it is defined.
+
+    Raises:
+        TypeError: hooks saw the stand-ins and see the tensors again when the graph runs: what they change is doubled.
+    """
+    if module._forward_hooks:
+        raise TypeError(
+            f"torch.fx: expected no forward hooks on a {type(module).__name__}, got {len(module._forward_hooks)}; "
+            "tidegate.restore(model) before it is traced, or remove them"
+        )
+    tracer: Any = input.tracer
+    named = {name: value for name, value in named.items() if value is not None}
+    while arguments and arguments[-1] is None:
+        arguments = arguments[:-1]
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *arguments), named)
+
+
 def is_per_example(weights: Iterable[Tensor | None]) -> bool:
     """torch.func is asking for what plain operations batch and a kernel does not.
 
@@ -130,6 +168,18 @@ def recording() -> Generator[None]:
         torch.enable_grad(),
     ):
         yield
+
+
+def assert_later(condition: Tensor) -> None:
+    """Fail if a bool on a device is False, when it is known: nothing waits for it."""
+    torch.ops.aten._assert_async(condition)
+
+
+@functools.cache
+def multiplies_matrices() -> bool:
+    """Whether torch's operators use AMX, which multiplies bfloat16 matrices."""
+    torch_cpu: Any = torch.cpu
+    return torch_cpu._is_amx_tile_supported()
 
 
 def apply_plain(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate import backends, batching, dispatch, gradients, reference, signature
+from tidegate import backends, batching, dispatch, flops, gradients, reference, signature
 from tidegate.call import Call, Layer, layer_by_layer
 from tidegate.cell import CELLS, Cell
 from tidegate.checks import check_layer, check_lengths
@@ -91,6 +91,7 @@ def _in_other_modes(call: Call) -> tuple[Tensor, ...]:
     if scope.decomposes:
         return layer_by_layer(call, reference.forward)
     if dispatch.is_traced():
+        flops.offer()
         return layer_by_layer(call, _operator)
     backends.find_faults(call)
     if dispatch.is_transformed():
@@ -131,6 +132,7 @@ class _Operators:
             _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
             _LIBRARY.impl(operator, autograd, "Autograd")
             torch.library.register_fake(operator, shapes, lib=_LIBRARY)
+        flops.register(cell)
         torch.library.register_vmap(forward, batching.folded(cell), lib=_LIBRARY)
         torch.library.register_vmap(backward, batching.one_by_one(backward), lib=_LIBRARY)
 
@@ -151,6 +153,7 @@ class _Operators:
         return (output, *(state.new_empty(state.shape) for state in layer.states), layer.input.new_empty(shape))
 
     def forward_autograd(self, *arguments: Any) -> tuple[Tensor, ...]:
+        flops.offer()
         layer, (name, _) = signature.read(self.cell, arguments)
         if dispatch.has_tangents(layer):
             return (*_forward_mode(layer, backends.demanded(name)), layer.input.new_empty(0))
@@ -174,6 +177,7 @@ class _Operators:
         return self._every_gradient(layer, (None,) * len(layer.tensors), arguments[-1])
 
     def backward_autograd(self, *arguments: Any) -> tuple[Tensor, ...]:
+        flops.offer()
         layer, (_, _, _, *cotangents, needs) = signature.read(self.cell, arguments)
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         if dispatch.any_tangent(tensors):

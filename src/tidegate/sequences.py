@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
+from tidegate import dispatch
+
 Form = Callable[[Tensor], Any]
 
 
@@ -43,13 +45,26 @@ class Sequences(NamedTuple):
         return torch.zeros_like(steps).index_copy(0, self.packed_rows, dropped).view_as(output)
 
 
+def is_opaque(input: Any) -> bool:
+    """A compiler, unlike an exporter, cannot take how many rows there are from a tensor's value.
+
+    Rows that were packed in an order of their own have it in a shape.
+    """
+    if not isinstance(input, PackedSequence) or input.sorted_indices is not None:
+        return False
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def from_packed(input: PackedSequence) -> Sequences:
     """A PackedSequence, its rows in packed order: longest first."""
-    sizes = input.batch_sizes
-    steps, batch = sizes.shape[0], int(sizes[0])
-    live = torch.arange(batch, device=sizes.device) < sizes.unsqueeze(-1)  # (T, B)
-    lengths = live.sum(0)
-    rows = torch.nonzero(live.flatten()).squeeze(-1).to(input.data.device)
+    sizes, order = input.batch_sizes, input.sorted_indices
+    steps, total = sizes.shape[0], input.data.shape[0]
+    # A compiler cannot read a value, but it knows shapes.
+    batch: Any = sizes[0].item() if order is None or not torch.compiler.is_compiling() else order.shape[0]
+    lengths = (torch.arange(batch, device=sizes.device) < sizes.unsqueeze(-1)).sum(0)
+    step = torch.repeat_interleave(sizes, output_size=total)  # (N,)
+    row = torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[step]
+    rows = (step * batch + row).to(input.data.device)
     padded = input.data.new_zeros((steps * batch, *input.data.shape[1:])).index_copy(0, rows, input.data)
 
     def restore(output: Tensor) -> PackedSequence:
@@ -105,15 +120,20 @@ def from_nested(input: Any, any_features: bool = False) -> Sequences:
             "input: expected a nested tensor (B, T, input_size) of layout torch.jagged without holes; "
             "torch.nested.nested_tensor(rows, layout=torch.jagged) makes one"
         )
-    offsets = input.offsets()
+    offsets, total = input.offsets(), input.values().shape[0]
     lengths = offsets.diff()
+    if dispatch.is_plain() and offsets.is_cpu:
+        # A nested tensor that was not made of rows does not know the longest, and would be padded to all rows' steps.
+        longest = int(lengths.max()) if lengths.numel() else 0
+        input = torch.nested.nested_tensor_from_jagged(input.values(), offsets, max_seqlen=longest)
     padded = torch.nested.to_padded_tensor(input, 0.0).transpose(0, 1)
-    total = input.values().shape[0]
+    is_known = dispatch.is_plain() and (padded.shape[0] < total or padded.shape[1] == 1)
+    longest = padded.shape[0] if is_known else None
     row = torch.repeat_interleave(lengths, output_size=total)
     step = torch.arange(total, device=offsets.device) - offsets[row]
 
     def restore(output: Tensor) -> Tensor:
-        return torch.nested.nested_tensor_from_jagged(output[step, row], offsets)
+        return torch.nested.nested_tensor_from_jagged(output[step, row], offsets, max_seqlen=longest)
 
     return Sequences(padded, lengths, None, restore)
 

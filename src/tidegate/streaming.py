@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tidegate import backends, ops
+from tidegate import backends, flops, ops
 from tidegate.call import Call, Layout
 from tidegate.cell import States
 from tidegate.checks import check
@@ -76,6 +76,7 @@ _LAID: weakref.WeakKeyDictionary[torch.nn.Module, _Laid] = weakref.WeakKeyDictio
 
 def _lay_out(source: Source, dtype: torch.dtype | None) -> _Laid:
     """A module's weights as they are now, laid out by the backend that is to run them."""
+    flops.offer()
     module: Any = source.module
     with torch.inference_mode(False), torch.no_grad():
         found = module._weights()
@@ -419,7 +420,8 @@ class Stream(Sessions):
     def _set_states(self, states: Iterable[Tensor]) -> None:
         """The only place where the state is replaced, in one assignment. Streams outlive inference_mode blocks."""
         with torch.inference_mode(False), torch.no_grad():
-            self._states = tuple(s.clone() if s.is_inference() else s.contiguous() for s in states)
+            plain = torch.contiguous_format
+            self._states = tuple(s.clone(memory_format=plain) if s.is_inference() else s.contiguous() for s in states)
         self._input_shape = (self.rows, self._input_size) if self._batched else (self._input_size,)
         self._advance = self._run(Layout.STEP if self._batched else Layout.UNBATCHED_STEP)
 

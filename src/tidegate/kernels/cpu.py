@@ -8,15 +8,16 @@ for a GRU, i f g o c for an LSTM, none for an RNN. Letters as in call.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tidegate import kernels
+from tidegate import dispatch, kernels
 from tidegate.call import Call, Layout
 from tidegate.cell import GRU, LSTM, RNN, extensions
 
@@ -34,6 +35,10 @@ _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
         (GRU, {}, (3, 4)),
         (GRU, {"reset_after": False}, (4, 3)),
     )
+}
+
+_GATES = {
+    kind[0]: len(cell.gates) for cell in (RNN, LSTM, GRU) for (name, _), kind in _KINDS.items() if name == cell.name
 }
 
 Gradients = tuple["Tensor | None", ...]
@@ -151,18 +156,12 @@ def slower_reasons(call: Call) -> list[str]:
     """
     if call.cell is not GRU and call.layout >= Layout.STEP and call.records():
         return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
-    if call.input.dtype is not torch.bfloat16 or not _multiplies_matrices():
+    if call.input.dtype is not torch.bfloat16 or not dispatch.multiplies_matrices():
         return []
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
     if call.steps == 1 or call.batch * hidden_size * hidden_size < 2**least:
         return []
     return [f"torch's operators use AMX for bfloat16, and B*hidden_size**2 is 2**{least} or more"]
-
-
-@cache
-def _multiplies_matrices() -> bool:
-    torch_cpu: Any = torch.cpu
-    return torch_cpu._is_amx_tile_supported()
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
@@ -265,6 +264,20 @@ def prepare(call: Call) -> Callable[[Layout], Callable[..., Tensor]]:
     packed = _operator("pack")(forms[Layout.UNBATCHED_STEP], *call.weights[:4], rest)
     advance = _operator("advance")
     return [partial(advance, form + _REPLACES, packed) for form in forms].__getitem__
+
+
+def flops() -> Mapping[Any, Callable[..., int]]:
+    """Of what `prepare`'s result calls: for torch.utils.flop_counter."""
+    return {} if availability() else {operators().advance: _advance_flops}
+
+
+def _advance_flops(form: int, packed: Tensor, input: Tensor, h: Tensor, c: Tensor | None = None, **_: Any) -> int:
+    layers, h_size = h.shape[0], h.shape[2]
+    hidden_size, rows = h_size if c is None else c.shape[2], prod(input.shape[:-1])
+    gates = _GATES[form % _LAYOUT] * hidden_size
+    products = gates * (input.shape[-1] + h_size + (layers - 1) * 2 * h_size)
+    projection = layers * hidden_size * h_size if form & _PROJECTS else 0
+    return 2 * rows * (products + projection)
 
 
 def layout() -> str:

@@ -112,6 +112,8 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         Returns:
             the new state like hx.
         """
+        if dispatch.is_symbolic(input):
+            return dispatch.leaf(self, input, hx)
         states = self._step(input, hx)
         return states[0] if len(states) == 1 else tuple(states)
 
@@ -194,6 +196,8 @@ class _OneStateCell(RecurrentCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
+        if dispatch.is_symbolic(input):
+            return dispatch.leaf(self, input, hx)
         return self._step(input, hx)[0]
 
     if TYPE_CHECKING:
@@ -312,6 +316,8 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
+        if dispatch.is_symbolic(input):
+            return dispatch.leaf(self, input, hx)
         h, c = self._step(input, hx)
         return h, c
 

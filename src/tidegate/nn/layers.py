@@ -20,6 +20,7 @@ from tidegate import cell as kinds
 from tidegate import dispatch, ops, sequences
 from tidegate.call import Call, Direction, Layout
 from tidegate.nn import autocast
+from tidegate.nn.likeness import StandsFor
 from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_init, read_nonlinearity
 from tidegate.sequences import Sequences
 from tidegate.streaming import Source, Stream
@@ -30,7 +31,7 @@ _CHECKS = ("check_input", "check_forward_args", "get_expected_hidden_size", "che
 _OVERRIDABLE = (*_CHECKS, "permute_hidden")
 
 
-class RecurrentLayer(torch.nn.RNNBase, Extended):
+class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
     """Layers of one cell over sequences. What torch.nn's constructor takes and checks is checked by torch.nn's own; the
     parameters are those that the cell declares.
 
@@ -174,7 +175,12 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
         if isinstance(input, Tensor) and not input.is_nested:
             batch, layout, lengths, resets = None, self._layout(input), *self._rows(input, lengths, resets)
             data = input
+        elif dispatch.is_symbolic(input):
+            return dispatch.leaf(self, input, hx, lengths=lengths, resets=resets)
         else:
+            if sequences.is_opaque(input):
+                uncompiled: Any = torch.compiler.disable(self.forward)
+                return uncompiled(input, hx, lengths=lengths, resets=resets)
             batch = sequences.from_form(input, lengths, resets)
             data, lengths, resets, layout = batch.data, batch.lengths, batch.resets, Layout.TIME_MAJOR
         states = self._states(hx)
@@ -260,11 +266,11 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 states = tuple(state.unsqueeze(1) for state in states)
         self._check_input(data, batch_sizes)
         if self._overridden & {"check_forward_args", "check_input"}:
-            sizes = self._state_sizes(data, batch_sizes)
+            sizes = self._state_sizes(call, data, batch_sizes)
             given: Any = states if states[0] is not None else tuple(data.new_zeros(size) for size in sizes)
             self.check_forward_args(data, given[0] if len(given) == 1 else given, batch_sizes)
         if states[0] is not None:
-            self._check_states(data, states, batch_sizes)
+            self._check_states(states, self._state_sizes(call, data, batch_sizes))
         self._check_agreement(data, states)
         if packed is None and call.lengths is None and data.shape[1 if self.batch_first else 0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -284,14 +290,17 @@ class RecurrentLayer(torch.nn.RNNBase, Extended):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.size(-1)}"
             )
 
-    def _check_states(self, data: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None) -> None:
-        sizes = self._state_sizes(data, batch_sizes)
+    def _check_states(self, states: Sequence[Tensor], sizes: list[tuple[int, int, int]]) -> None:
         for k, (state, size) in enumerate(zip(states, sizes, strict=True)):
             name = "hidden" if len(states) == 1 else f"hidden[{k}]"
             self.check_hidden_size(state, size, f"Expected {name} size {{}}, got {{}}")
 
-    def _state_sizes(self, data: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int, int]]:
-        h = self.get_expected_hidden_size(data, batch_sizes)
+    def _state_sizes(self, call: Call, data: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int, int]]:
+        if batch_sizes is not None and "get_expected_hidden_size" not in self._overridden:
+            # torch.nn's reads a value of batch_sizes, which a compiler cannot.
+            h = (call.layers * call.directions, call.batch, self.proj_size or self.hidden_size)
+        else:
+            h = self.get_expected_hidden_size(data, batch_sizes)
         return [h, *[(h[0], h[1], self.hidden_size)] * (len(self.cell.states) - 1)]
 
     def _first_weight(self) -> Tensor:
@@ -413,6 +422,7 @@ class RNN(_OneStateLayer):
     """
 
     cell = kinds.RNN
+    _stands_for = torch.nn.RNN
     nonlinearity: str
     clip: float = 0.0
 
@@ -464,6 +474,7 @@ class LSTM(_TwoStateLayer):
     """
 
     cell = kinds.LSTM
+    _stands_for = torch.nn.LSTM
     activations: str = kinds.LSTM.options["activations"][1]
     clip: float = 0.0
     cell_clip: float = 0.0
@@ -517,6 +528,7 @@ class GRU(_OneStateLayer):
     """
 
     cell = kinds.GRU
+    _stands_for = torch.nn.GRU
     reset_after: bool = True
     activations: str = kinds.GRU.options["activations"][1]
     clip: float = 0.0
