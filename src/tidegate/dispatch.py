@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What torch is doing around a call: plain eager mode, tracing, torch.func's levels, forward-mode differentiation.
 
-Every use of torch's private interfaces is in this file, but for those of `nn/dynamic.py`.
+Every use of torch's private interfaces is in this file, but for the tracer's in `fusion/trace.py`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import _C, Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 # torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 # The key of the older vmap, which autograd batches gradients with; torch.func's is another.
@@ -90,14 +91,28 @@ def any_tangent(tensors: Iterable[Tensor | None]) -> bool:
 is_autocast: Callable[[], bool] = _C._is_any_autocast_enabled
 
 
-def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
-    """Within it no dispatch mode of a tracer sees what is done."""
-    return _disable_current_modes()
+def asked_once(function: F) -> F:
+    """What torch's compiler calls while it traces, and whose result it takes for a constant.
+
+    As `torch.compiler.assume_constant_result`, which would import the compiler here.
+    """
+    mark: Any = function
+    mark._dynamo_marked_constant = True
+    return function
+
+
+@contextlib.contextmanager
+def outside_of_tracing() -> Generator[None]:
+    """Within it no tracer and no transform sees what is done."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
 
 
 def has_module_hooks() -> bool:
     """Hooks that see the calls of all modules."""
-    return _has_any_global_hook()
+    return bool(_has_any_global_hook())
 
 
 def is_batched() -> bool:
@@ -117,7 +132,8 @@ def has_saved_tensor_hooks() -> bool:
 
 def is_symbolic(input: Any) -> bool:
     """torch.fx is tracing: it hands stand-ins for tensors to whatever is no leaf of its graph."""
-    return not isinstance(input, Tensor) and isinstance(input, Proxy)
+    fx = sys.modules.get("torch.fx")  # who traces has imported it
+    return fx is not None and not isinstance(input, Tensor) and isinstance(input, fx.Proxy)
 
 
 def leaf(module: torch.nn.Module, input: Any, *arguments: Any, **named: Any) -> Any:

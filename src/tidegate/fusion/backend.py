@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from tidegate.call import Call, Layer
 from tidegate.cell import Cell, Options
 from tidegate.fusion.plan import DTYPES, Described, Plan, planned
-from tidegate.fusion.trace import read
+from tidegate.fusion.reading import read
 from tidegate.kernels import cpu
 
 # What `gates_x` has of the input: the step does not read it.
@@ -38,9 +38,7 @@ class _Step(torch.nn.Module):
 _known: dict[tuple[Any, ...], Plan] = {}
 
 
-def _made(
-    cell: Cell, options: tuple[Any, ...], sizes: tuple[tuple[int, ...] | None, ...], dtype: torch.dtype
-) -> Plan:
+def _made(cell: Cell, options: tuple[Any, ...], sizes: tuple[tuple[int, ...] | None, ...], dtype: torch.dtype) -> Plan:
     step = _Step(cell, options, sizes)
     for name, buffer in step.named_buffers():
         step.register_buffer(name, buffer.to(dtype))

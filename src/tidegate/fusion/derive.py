@@ -9,7 +9,7 @@ the recurrence needs: the gradients of matrices are products over all steps afte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from tidegate.fusion.program import REDUCTIONS, Argument, Builder, Instruction, Operand, Program
@@ -62,7 +62,7 @@ def keeping(program: Program) -> Program:
     operands = [program.whole("s", k) for k in range(len(program.states))]
     operands += [program.whole("v", k) for k, made in enumerate(program.instructions) if made.matrix >= 0]
     more = tuple(operand for operand in operands if operand not in program.outputs)
-    return Program(**{**vars(program), "outputs": (*program.outputs, *more)})
+    return replace(program, outputs=(*program.outputs, *more))
 
 
 @cache
@@ -128,7 +128,7 @@ class _Derivation:
 
     def _value(self, argument: Argument) -> Argument:
         """An operand of the forward's, in the backward."""
-        if isinstance(argument, float):
+        if not isinstance(argument, Operand):
             return argument
         bank, index, offset, size = argument
         if bank == "p":
@@ -305,11 +305,11 @@ class _Derivation:
             if not isinstance(argument, Operand):
                 return argument
             if argument.bank == "x":
-                return argument._replace(bank="i", index=read.index(argument.index))
+                return argument._replace(bank="i", number=read.index(argument.number))
             if argument.bank == "k":
-                return argument._replace(bank="i", index=len(read) + argument.index)
+                return argument._replace(bank="i", number=len(read) + argument.number)
             if argument.bank == "i":
-                return argument._replace(index=len(read) + len(self.kept) - 1 - argument.index)
+                return argument._replace(number=len(read) + len(self.kept) - 1 - argument.number)
             return argument
 
         def numbered_operand(operand: Operand) -> Operand:

@@ -7,6 +7,7 @@ threads share, have memory of their own.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ def _with_copies(program: Program) -> Program:
 
     def moved(argument: Argument) -> Argument:
         if isinstance(argument, Operand) and argument.bank == "v":
-            return argument._replace(index=places[argument.index])
+            return argument._replace(number=places[argument.number])
         return argument
 
     for instruction in program.instructions:
@@ -56,11 +57,10 @@ def _with_copies(program: Program) -> Program:
         places.append(len(found) - 1)
 
     def result(operand: Operand) -> Operand:
-        return operand._replace(index=places[operand.index]) if operand.bank == "v" else operand
+        return operand._replace(number=places[operand.number]) if operand.bank == "v" else operand
 
     next_states, outputs = tuple(map(result, program.next_states)), tuple(map(result, program.outputs))
-    changed = {"instructions": tuple(found), "next_states": next_states, "outputs": outputs}
-    return Program(**{**vars(program), **changed})
+    return replace(program, instructions=tuple(found), next_states=next_states, outputs=outputs)
 
 
 def _lines(size: int) -> int:
@@ -88,10 +88,10 @@ class _Encoder:
         for k, instruction in enumerate(instructions):
             for operand in instruction.operands:
                 if isinstance(operand, Operand) and operand.bank == "v":
-                    last_read[operand.index] = k
+                    last_read[operand.number] = k
         for operand in (*self.program.next_states, *self.program.outputs):
             if operand.bank == "v":
-                last_read[operand.index] = end
+                last_read[operand.number] = end
         home = self._homes()
         for k, (into, _) in home.items():
             last_read[into] = max(last_read[into], last_read[k])
@@ -99,7 +99,7 @@ class _Encoder:
         ends_at: dict[int, list[int]] = {}
         free = _Free()
         products = 0
-        for k, instruction in enumerate(instructions):
+        for k in range(end):
             into = home[k][0] if k in home else k
             if places[into] < 0:
                 if instructions[into].matrix >= 0:
@@ -123,17 +123,17 @@ class _Encoder:
             at = 0
             for operand in instruction.operands:
                 size = operand.size if isinstance(operand, Operand) else 1
-                if isinstance(operand, Operand) and operand.bank == "v" and operand.index not in found:
-                    maker = self.program.instructions[operand.index]
+                if isinstance(operand, Operand) and operand.bank == "v" and operand.number not in found:
+                    maker = self.program.instructions[operand.number]
                     whole = operand.offset == 0 and operand.size == maker.size
                     if whole and maker.matrix < 0 and maker.operation != "concat":
-                        found[operand.index] = (k, at)
+                        found[operand.number] = (k, at)
                 at += size
         return found
 
     def _operand(self, argument: Argument) -> tuple[int, int, int]:
         program = self.program
-        if isinstance(argument, float):
+        if not isinstance(argument, Operand):
             key = repr(argument)
             known = list(map(repr, self.constants))
             if key not in known:
@@ -151,7 +151,7 @@ class _Encoder:
         return _FIRST_INPUT + len(program.inputs) + index, offset, size
 
     def _instruction(self, k: int, instruction: Instruction) -> list[int]:
-        bias = -1 if instruction.bias is None else instruction.bias.index
+        bias = -1 if instruction.bias is None else instruction.bias.number
         numbers = [OPERATIONS.index(instruction.operation), instruction.groups]
         numbers += self._operand(Operand("v", k, 0, instruction.size))
         numbers.append(len(instruction.operands))

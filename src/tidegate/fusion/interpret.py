@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportUnknownLambdaType=false
 """A program in torch's operations, for gradients that come many at once (`is_grads_batched`): no kernel takes those."""
 
 from __future__ import annotations

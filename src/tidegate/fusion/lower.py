@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# Torch.fx: a node's arguments are anything:
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 """A trace sorted by what depends on what, its loop lowered to a program.
 
 Parameters alone: once a call. The input: over all steps' rows at once, before the loop. The state: the loop. What the
@@ -246,7 +248,9 @@ class _Lowering:
                 raise NotTraceableError(f"the state has a tensor of {was.dtype}")
             if was.shape != now.shape or was.dtype != now.dtype:
                 before = f"{tuple(was.shape[1:])} {was.dtype}"
-                raise NotTraceableError(f"a state of {before} becomes one of {tuple(now.shape[1:])} {now.dtype}{where(new)}")
+                raise NotTraceableError(
+                    f"a state of {before} becomes one of {tuple(now.shape[1:])} {now.dtype}{where(new)}"
+                )
 
     def _ancestors(self, nodes: Iterable[Any]) -> set[fx.Node]:
         found: set[fx.Node] = set()
@@ -558,7 +562,8 @@ class _Lowering:
             rows_left = self.rows.has_rows(left)
             source, weight = (left, right) if rows_left else (right, left)
             source_layout = self.rows.layouts[source]  # pyright: ignore[reportArgumentType]
-            assert source_layout is not None and isinstance(source, fx.Node)
+            assert source_layout is not None
+            assert isinstance(source, fx.Node)
             if source_layout.dim == 0 and kind in (aten.bmm, aten.baddbmm):
                 raise KeyError(node.target)
             matrix = self._matrix(weight, rows_left)

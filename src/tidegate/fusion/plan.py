@@ -6,7 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from torch.utils import _pytree as pytree
 
 from tidegate import dispatch
 from tidegate.fusion import loop
-from tidegate.fusion.lower import Lowered, lower
-from tidegate.fusion.rows import product
-from tidegate.fusion.trace import SETS_ATTRIBUTES, Cell, NotTraceableError, Reading, computed, read, split_result, trace
+from tidegate.fusion.program import product
+from tidegate.fusion.reading import Reading, computed, read, split_result
 from tidegate.kernels import cpu
+
+if TYPE_CHECKING:
+    from tidegate.fusion.lower import Lowered
 
 
 class Plan(torch.nn.Module):
@@ -32,6 +34,7 @@ class Plan(torch.nn.Module):
         output: y_t's nest, with the places of its leaves.
         reasons: why it cannot be fused.
         compared: whether it was found to hold for a batch of one row.
+        is_final: no other sizes or settings will change it.
     """
 
     once: torch.nn.Module
@@ -40,7 +43,8 @@ class Plan(torch.nn.Module):
 
     def __init__(self, lowered: Lowered | None, output: Any, reasons: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.lowered, self.output, self.reasons, self.compared = lowered is not None, output, reasons, False
+        self.lowered, self.output, self.reasons = lowered is not None, output, reasons
+        self.compared = self.is_final = False
         if lowered is not None:
             self.once, self.before, self.after = lowered.once, lowered.before, lowered.after
             self.counts, self.once_for_before = lowered.counts, lowered.once_for_before
@@ -137,7 +141,7 @@ class Described(NamedTuple):
         return pytree.tree_unflatten(inputs, structures[0]), pytree.tree_unflatten(states, structures[1])
 
     def key(self) -> tuple[Any, ...]:
-        if all([place == 0 or (type(place) is tuple and not any(place)) for place in (self.input, self.state)]):
+        if all(place == 0 or (type(place) is tuple and not any(place)) for place in (self.input, self.state)):
             return self  # a tensor or a plain tuple of them
         structures = pytree.tree_structure(self.input), pytree.tree_structure(self.state)
         return (*structures, self.inputs, self.states, self.with_noise)
@@ -157,7 +161,7 @@ def planned(step: Callable[..., Any], settings: tuple[Any, ...], described: Desc
     if key not in known:
         made = _made(step, described)
         # What changes at each step would be traced anew each time.
-        known[_ALWAYS if SETS_ATTRIBUTES in made.reasons else key] = made
+        known[_ALWAYS if made.is_final else key] = made
         return made
     return known[key]
 
@@ -169,7 +173,7 @@ class _InGraphs:
 _in_graphs = _InGraphs()
 
 
-@torch._dynamo.assume_constant_result
+@dispatch.asked_once
 def _name_in_graphs(step: Callable[..., Any], *described: Any) -> str:
     """Make a plan while a compiler looks, which asks once."""
     with dispatch.outside_of_tracing():
@@ -182,11 +186,17 @@ def _name_in_graphs(step: Callable[..., Any], *described: Any) -> str:
 
 
 def _made(step: Callable[..., Any], described: Described) -> Plan:
+    # Imported where they are used: the first plan needs torch.fx, which importing tidegate does not.
+    from tidegate.fusion.lower import lower
+    from tidegate.fusion.trace import Cell, NotTraceableError, trace
+
     try:
         traced = trace(Cell(step, described.with_noise), *described.example())
         lowered = lower(traced)
     except NotTraceableError as error:
-        return Plan.impossible(str(error))
+        made = Plan.impossible(str(error))
+        made.is_final = error.whatever_the_sizes
+        return made
     places = pytree.tree_unflatten(list(range(traced.outputs)), traced.output)
     return Plan(lowered, places)
 
@@ -200,8 +210,7 @@ def _differs_for_one_row(made: Plan, step: Callable[..., Any], inputs: Any, stat
     one = [leaf[:1] for leaf in leaves]
     y, final = made.run(read(step).tensors, one, pytree.tree_leaves(state), None, None, False)
     x = pytree.tree_map(_first, inputs)
-    cell = Cell(step, with_noise)
-    expected_y, expected_state = split_result(cell.call(cell.tensors, x, state), state)
+    expected_y, expected_state = split_result(step(*((x[0], state, x[1]) if with_noise else (x, state))), state)
     expected = [*pytree.tree_leaves(expected_y), *pytree.tree_leaves(expected_state)]
     found = [*(leaf[0] for leaf in y), *final]
     # Wide enough for any rounding: what is looked for is another computation.
@@ -210,6 +219,10 @@ def _differs_for_one_row(made: Plan, step: Callable[..., Any], inputs: Any, stat
         a.shape == b.shape and torch.allclose(a.double(), b.double(), tolerance, tolerance, equal_nan=True)
         for a, b in zip(found, expected, strict=True)
     )
+
+
+def _zeros_of_a_step(leaf: Tensor) -> Tensor:
+    return leaf.new_zeros(leaf.shape[1:])
 
 
 def _zero(leaf: Any) -> int:
@@ -226,7 +239,7 @@ def _kinds(leaves: Sequence[Tensor], skipped: int) -> tuple[Kind, ...]:
 
 
 def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -> tuple[Plan, Sequence[Tensor]]:
-    """The plan of a cell over (T, B, ...) from a state (B, ...), with every reason against it; and what it reads beside.
+    """The plan of a cell over (T, B, ...) from a state (B, ...), with every reason against it; and what it reads.
 
     Args:
         with_noise: inputs are a pair of the input and the noise.
@@ -241,7 +254,7 @@ def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) ->
         if not isinstance(step, torch.nn.Module):
             return Plan.impossible("a compiler does not see what a function reads that is no module"), ()
         # A step whose results nobody reads: the compiler guards on all that decides what the step does.
-        x = pytree.tree_map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), inputs)
+        x = pytree.tree_map(_zeros_of_a_step, inputs)
         step(*((x[0], state, x[1]) if with_noise else (x, state)))
         made = getattr(_in_graphs, _name_in_graphs(step, *described))
         return made, [*step.parameters(), *step.buffers()]
@@ -266,7 +279,7 @@ def leaves_of(nest: Any) -> list[Any]:
     """The leaves of a nest: of the usual ones without a walk."""
     if type(nest) is Tensor:
         return [nest]
-    if type(nest) is tuple and all([type(leaf) is Tensor for leaf in nest]):  # pyright: ignore[reportUnknownVariableType]
+    if type(nest) is tuple and all(type(leaf) is Tensor for leaf in nest):  # pyright: ignore[reportUnknownVariableType]
         return [*nest]  # pyright: ignore[reportUnknownArgumentType]
     return pytree.tree_leaves(nest)
 
@@ -275,7 +288,7 @@ def _places(nest: Any) -> Any:
     """The nest with a 0 for each leaf."""
     if type(nest) is Tensor:
         return 0
-    if type(nest) is tuple and all([type(leaf) is Tensor for leaf in nest]):  # pyright: ignore[reportUnknownVariableType]
+    if type(nest) is tuple and all(type(leaf) is Tensor for leaf in nest):  # pyright: ignore[reportUnknownVariableType]
         return (0,) * len(nest)  # pyright: ignore[reportUnknownArgumentType]
     return pytree.tree_map(_zero, nest)
 
@@ -283,7 +296,7 @@ def _places(nest: Any) -> Any:
 def _reasons_against(tensors: Sequence[Any], states: Sequence[Any]) -> list[str]:
     """Why no cell could be run fused on these."""
     reasons: list[str] = []
-    if not all([isinstance(leaf, Tensor) and leaf.is_cpu for leaf in tensors]):
+    if not all(isinstance(leaf, Tensor) and leaf.is_cpu for leaf in tensors):
         return ["the input or the state is not on the CPU"]
     if len({leaf.dtype for leaf in states}) != 1 or states[0].dtype not in DTYPES:
         reasons.append("the state's tensors are not of one dtype, float32, float64, bfloat16 or float16")
@@ -332,7 +345,7 @@ def run(
         final = states
     if past is not None:
         outputs = [_zero_at(past, output) for output in outputs]
-    y = outputs[0] if made.output == 0 else pytree.tree_map(lambda place: outputs[place], made.output)
+    y = outputs[0] if made.output == 0 else pytree.tree_map(outputs.__getitem__, made.output)
     return (), (y, _like(state, final))
 
 
@@ -340,7 +353,7 @@ def _like(nest: Any, leaves: Sequence[Tensor]) -> Any:
     """The leaves in the nest's structure."""
     if type(nest) is Tensor:
         return leaves[0]
-    if type(nest) is tuple and all([type(leaf) is Tensor for leaf in nest]):  # pyright: ignore[reportUnknownVariableType]
+    if type(nest) is tuple and all(type(leaf) is Tensor for leaf in nest):  # pyright: ignore[reportUnknownVariableType]
         return tuple(leaves)
     return pytree.tree_unflatten(list(leaves), pytree.tree_structure(nest))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A program: one step of a recurrence as a flat list of instructions over rows of numbers.
 
-Every value is a row of `size` numbers for each row of the batch; the features of a tensor (B, ...) lie in it in order. A
-step reads the entering states, the step's inputs, and the vectors and matrices that all rows share; it gives the next
+Every value is a row of `size` numbers for each row of the batch; the features of a tensor (B, ...) lie in it in order.
+A step reads the entering states, the step's inputs, and the vectors and matrices that all rows share; it gives the next
 states and the step's outputs.
 
 `str(program)` is the readable form, which the registered operator carries; `Program.parse` reads it back:
@@ -21,7 +21,7 @@ states and the step's outputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
@@ -47,17 +47,26 @@ MOVES = ("gather", "scatter", "concat")
 OPERATIONS = (*ELEMENTWISE, *REDUCTIONS, *MOVES, "product", "product_transposed")
 
 
+def product(sizes: Sequence[int]) -> int:
+    """math.prod, which torch's compiler does not know."""
+    result = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
 class Operand(NamedTuple):
     """Some neighbouring numbers of a row.
 
     Attributes:
-        bank: "v" for an instruction's result, "s" for an entering state, "i" for an input, "p" for a vector of parameters.
-        index: which one.
+        bank: "v" for an instruction's result, "s" for an entering state, "i" for an input, "p" for a
+            vector of parameters.
+        number: which one.
         offset, size: which numbers of it.
     """
 
     bank: str
-    index: int
+    number: int
     offset: int
     size: int
 
@@ -141,10 +150,10 @@ class Program:
         return Operand(bank, index, 0, self.size_of(bank, index))
 
     def _name(self, argument: Argument) -> str:
-        if isinstance(argument, float):
+        if not isinstance(argument, Operand):
             return repr(argument)
-        name = f"{argument.bank}{argument.index}"
-        if (argument.offset, argument.size) == (0, self.size_of(argument.bank, argument.index)):
+        name = f"{argument.bank}{argument.number}"
+        if (argument.offset, argument.size) == (0, self.size_of(argument.bank, argument.number)):
             return name
         return f"{name}[{argument.offset}:{argument.offset + argument.size}]"
 
@@ -222,32 +231,40 @@ def _parsed(text: str) -> Program:
             size = int(declared[{"s": "state", "i": "input", "p": "vector"}[bank]][index])
         return Operand(bank, index, int(first or 0), int(end or size) - int(first or 0))
 
-    for line in text.splitlines():
-        try:
-            head, _, tail = line.partition(" ")
-            if head in declared:
-                declared[head] = [item.split()[1] for item in tail.split(", ")]
-            elif head in results:
-                named = [operand(word) for word in tail.split(", ")] if tail else []
-                results[head] = tuple(item for item in named if isinstance(item, Operand))
-            elif head == "through":
-                through_resets = int(tail.split()[1])
-            else:
-                size, _, right = tail.partition(" = ")
-                instructions.append(_instruction(int(size), right.split(), operand))
-        except (ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"program: cannot read the line {line!r}") from error
+    def read(line: str) -> None:
+        nonlocal through_resets
+        head, _, tail = line.partition(" ")
+        if head in declared:
+            declared[head] = [item.split()[1] for item in tail.split(", ")]
+        elif head in results:
+            named = [operand(word) for word in tail.split(", ")] if tail else []
+            results[head] = tuple(item for item in named if isinstance(item, Operand))
+        elif head == "through":
+            through_resets = int(tail.split()[1])
+        else:
+            size, _, right = tail.partition(" = ")
+            instructions.append(_instruction(int(size), right.split(), operand))
+
+    line = ""
+    try:
+        for line in text.splitlines():
+            read(line)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"program: cannot read the line {line!r}") from error
     matrices = tuple(Matrix(*map(int, shape.split("x"))) for shape in declared["matrix"])
-    sizes = (tuple(map(int, declared[word])) for word in ("state", "input", "vector"))
-    return Program(*sizes, matrices, tuple(instructions), results["next"], results["output"], through_resets)
+    states, inputs, vectors = (tuple(map(int, declared[word])) for word in ("state", "input", "vector"))
+    return Program(
+        states, inputs, vectors, matrices, tuple(instructions), results["next"], results["output"], through_resets
+    )
 
 
-def _instruction(size: int, words: list[str], operand: object) -> Instruction:
-    assert callable(operand)
+def _instruction(size: int, words: list[str], operand: Callable[[str], Argument]) -> Instruction:
     operation, *rest = words
     if operation not in OPERATIONS:
         raise ValueError(operation)
-    matrix, groups, indices, bias, operands = -1, 1, (), None, []
+    matrix, groups, bias = -1, 1, None
+    indices: tuple[int, ...] = ()
+    operands: list[Argument] = []
     while rest:
         word = rest.pop(0)
         if word == "groups":
@@ -255,12 +272,17 @@ def _instruction(size: int, words: list[str], operand: object) -> Instruction:
         elif word == "at":
             indices = _indices(rest.pop(0))
         elif word == "+":
-            bias = operand(rest.pop(0))
+            found = operand(rest.pop(0))
+            bias = found if isinstance(found, Operand) else None
         elif word[0] == "m":
             matrix = int(word[1:])
         else:
             operands.append(operand(word))
     return Instruction(operation, size, tuple(operands), groups, indices, matrix, bias)
+
+
+def _are_neighbours(left: Operand, right: Operand) -> bool:
+    return left[:2] == right[:2] and left.offset + left.size == right.offset
 
 
 @dataclass
@@ -296,8 +318,8 @@ class Builder:
         if operand.size == groups:
             return operand
         if operation == "sum" and operand.bank == "v":
-            made = self.instructions[operand.index]
-            if made.operation == "mul" and operand == self.whole(operand.index) and self._are_whole(made):
+            made = self.instructions[operand.number]
+            if made.operation == "mul" and operand == self.whole(operand.number) and self._are_whole(made):
                 return self.add(Instruction("dot", groups, made.operands, groups))
         return self.add(Instruction(operation, groups, (operand,), groups))
 
@@ -321,11 +343,10 @@ class Builder:
         merged: list[Argument] = []
         for operand in operands:
             last = merged[-1] if merged else None
-            if isinstance(last, Operand) and isinstance(operand, Operand) and last[:2] == operand[:2]:
-                if last.offset + last.size == operand.offset:
-                    merged[-1] = last._replace(size=last.size + operand.size)
-                    continue
-            merged.append(operand)
+            if isinstance(last, Operand) and isinstance(operand, Operand) and _are_neighbours(last, operand):
+                merged[-1] = last._replace(size=last.size + operand.size)
+            else:
+                merged.append(operand)
         if len(merged) == 1 and isinstance(merged[0], Operand):
             return merged[0]
         size = sum(operand.size if isinstance(operand, Operand) else 1 for operand in merged)
@@ -342,7 +363,7 @@ class Builder:
             return moved_operand(argument) if isinstance(argument, Operand) else argument
 
         def moved_operand(operand: Operand) -> Operand:
-            return operand._replace(index=places[operand.index]) if operand.bank == "v" else operand
+            return operand._replace(number=places[operand.number]) if operand.bank == "v" else operand
 
         kept = tuple(
             instruction._replace(operands=tuple(map(moved, instruction.operands)))
@@ -366,16 +387,16 @@ class Builder:
         read = [operand for k in needed for operand in self.instructions[k].operands]
         for operand in (*read, *results):
             if isinstance(operand, Operand) and operand.bank == "v":
-                uses[operand.index] = uses.get(operand.index, 0) + 1
+                uses[operand.number] = uses.get(operand.number, 0) + 1
         for k in sorted(needed):
             instruction = self.instructions[k]
             if instruction.operation != "add":
                 continue
             for place in (0, 1):
                 product, other = instruction.operands[place], instruction.operands[1 - place]
-                if not isinstance(product, Operand) or product.bank != "v" or uses[product.index] != 1:
+                if not isinstance(product, Operand) or product.bank != "v" or uses[product.number] != 1:
                     continue
-                made = self.instructions[product.index]
+                made = self.instructions[product.number]
                 alike = made.size == product.size == instruction.size and made.groups in (1, instruction.groups)
                 if made.operation == "mul" and alike and self._fits(made, instruction, other):
                     groups = max(made.groups, instruction.groups)
@@ -391,13 +412,12 @@ class Builder:
 
     def _needed(self, results: Sequence[Operand]) -> set[int]:
         found: set[int] = set()
-        waiting = [operand.index for operand in results if operand.bank == "v"]
+        waiting = [operand.number for operand in results if operand.bank == "v"]
         while waiting:
             k = waiting.pop()
             if k in found:
                 continue
             found.add(k)
-            for operand in self.instructions[k].operands:
-                if isinstance(operand, Operand) and operand.bank == "v":
-                    waiting.append(operand.index)
+            operands = self.instructions[k].operands
+            waiting += [operand.number for operand in operands if isinstance(operand, Operand) and operand.bank == "v"]
         return found

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# Torch.fx: a node's arguments are anything:
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 """Where the rows of the batch are in each value of a trace, and whether an operation keeps them apart.
 
 A value's features, all its sizes but the rows', are a row of numbers in order. Where rows and features share a size,
@@ -14,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from tidegate.fusion.trace import NotTraceableError, Trace, is_in_place, where
+from tidegate.fusion.program import product
+from tidegate.fusion.trace import NotTraceableError, Trace, where
 
 aten: Any = torch.ops.aten
 
@@ -33,8 +36,7 @@ MOVING = {
 REDUCING = {
     getattr(aten, name)
     for name in ("sum", "mean", "amax", "amin", "prod", "max", "min", "any", "all", "argmax", "argmin", "cumsum")
-}
-REDUCING |= {aten._softmax, aten._log_softmax, aten.logsumexp, aten.var, aten.var_mean, aten.std, aten.sort, aten.topk}
+} | {aten._softmax, aten._log_softmax, aten.logsumexp, aten.var, aten.var_mean, aten.std, aten.sort, aten.topk}
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
 CONVERTING = {aten._to_copy, aten.to, aten.type_as}
 RANDOM = (
@@ -51,14 +53,6 @@ class Layout(NamedTuple):
 
     def features(self, shape: Sequence[int]) -> int:
         return self.shared * product([size for k, size in enumerate(shape) if k != self.dim])
-
-
-def product(sizes: Sequence[int]) -> int:
-    """math.prod, which torch's compiler does not know."""
-    result = 1
-    for size in sizes:
-        result = result * size
-    return result
 
 
 def packet(node: fx.Node) -> Any:
@@ -210,9 +204,7 @@ class Rows:
             return only_first and layout is not None and layout == (0, 1)
         if kind is aten.embedding:
             return not self.has_rows(first)
-        if kind in (aten.full_like, aten.zeros_like, aten.ones_like, aten.empty_like):
-            return True
-        return False
+        return kind in (aten.full_like, aten.zeros_like, aten.ones_like, aten.empty_like)
 
     def _product_keeps_apart(self, node: fx.Node, kind: Any) -> bool:
         left, right = node.args[-2:] if kind in (aten.mm, aten.bmm) else node.args[1:3]

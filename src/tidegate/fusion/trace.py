@@ -7,19 +7,16 @@ import operator
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from tidegate import dispatch
+from tidegate.fusion.reading import FUNCTIONS, captured, computed, read, split_result
 from tidegate.scope import scope
 
 # The numbers of rows that a step is traced with: a size that is a multiple of the first stands for rows, unless some
@@ -27,14 +24,20 @@ from tidegate.scope import scope
 _ROWS = (10007, 1000003, 100000007)
 _OTHER_ROWS = 2
 
-SETS_ATTRIBUTES = "the step sets attributes of its own"
-
 _TORCH = Path(torch.__file__).parent
 _OURS = Path(__file__).parents[1]
 
 
 class NotTraceableError(Exception):
-    """The step is no graph over rows; the text says why."""
+    """The step is no graph over rows; the text says why.
+
+    Args:
+        whatever_the_sizes: no other sizes or settings would change that.
+    """
+
+    def __init__(self, reason: str, whatever_the_sizes: bool = False) -> None:
+        super().__init__(reason)
+        self.whatever_the_sizes = whatever_the_sizes
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Trace:
     """A step as operations.
 
     Attributes:
-        graph: its placeholders are the tensors that the cell reads, then the leaves of x_t, then those of the state; its
+        graph: its placeholders are the tensors that the cell reads, then the leaves of x_t, then the state's; its
             outputs the leaves of y_t, then those of the new state. Each node's `meta["val"]` has a size, with `rows`
             rows.
         counts: of each of the three kinds of placeholders.
@@ -52,7 +55,7 @@ class Trace:
     """
 
     graph: fx.Graph
-    mode: FakeTensorMode
+    mode: Any
     rows: int
     counts: tuple[int, int, int]
     output: pytree.TreeSpec
@@ -80,14 +83,11 @@ def _modules_called(step: Callable[..., Any]) -> Iterator[tuple[str, torch.nn.Mo
     """The modules that are no parts of a step's own, but of a function that it calls."""
     functions: list[Any] = [step]
     if isinstance(step, torch.nn.Module):
-        functions = [f for module in step.modules() for f in vars(module).values() if isinstance(f, _FUNCTIONS)]
+        functions = [f for module in step.modules() for f in vars(module).values() if isinstance(f, FUNCTIONS)]
     for k, function in enumerate(functions):
         for name, value in captured(function).items():
             if isinstance(value, torch.nn.Module):
                 yield f"{name}_{k}", value
-
-
-_FUNCTIONS = (FunctionType, MethodType, partial)
 
 
 def _as_forward(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,100 +122,6 @@ class Cell:
         return torch.func.functional_call(self.holder, named, given)
 
 
-def captured(step: Callable[..., Any]) -> dict[str, Any]:
-    """What a function that is no module reads beside its arguments: closure, globals, a method's self, partial's."""
-    found: dict[str, Any] = {}
-    if isinstance(step, partial):
-        found = {f"argument_{k}": value for k, value in enumerate(step.args)} | dict(step.keywords)
-        return found | captured(step.func)
-    if isinstance(step, MethodType):
-        return {"self": step.__self__} | captured(step.__func__)
-    if isinstance(step, FunctionType):
-        code = step.__code__
-        for name, cell in zip(code.co_freevars, step.__closure__ or (), strict=True):
-            found[name] = cell.cell_contents
-        found |= {name: step.__globals__[name] for name in code.co_names if name in step.__globals__}
-        found |= {f"default_{k}": value for k, value in enumerate(step.__defaults__ or ())}
-    return found
-
-
-class Reading(NamedTuple):
-    """What a step reads beside its arguments, as it is now.
-
-    Attributes:
-        tensors: parameters and buffers, in the order of `Cell.tensors`.
-        settings: what its operations may depend on beside its tensors: compared to know whether a trace still holds.
-        has_hooks: somebody is to be told of each call of a module in it.
-    """
-
-    tensors: list[Tensor]
-    settings: tuple[Any, ...]
-    has_hooks: bool
-
-
-_OF_MODULES = frozenset(torch.nn.Module().__dict__) - {"training"}
-
-
-def read(step: Callable[..., Any]) -> Reading:
-    """Look at a step once: this is done at each call."""
-    parameters: dict[int, Tensor] = {}
-    buffers: dict[int, Tensor] = {}
-    settings: list[Any] = []
-    has_hooks = dispatch.has_module_hooks()
-    modules: list[torch.nn.Module] = []
-    if isinstance(step, torch.nn.Module):
-        modules.append(step)
-    else:
-        found = captured(step)
-        settings.append(tuple([(name, _snapshot(value, 2)) for name, value in found.items()]))
-        modules += [value for value in found.values() if isinstance(value, torch.nn.Module)]
-    seen: set[int] = set()
-    while modules:
-        module = modules.pop(0)
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        values: dict[str, Any] = module.__dict__
-        for tensor in values["_parameters"].values():
-            if tensor is not None:
-                parameters.setdefault(id(tensor), tensor)
-        for tensor in values["_buffers"].values():
-            if tensor is not None:
-                buffers.setdefault(id(tensor), tensor)
-        if values["_forward_hooks"] or values["_forward_pre_hooks"] or values["_backward_hooks"]:
-            has_hooks = True
-        has_hooks = has_hooks or bool(values["_backward_pre_hooks"])
-        settings.append(type(module))
-        inside = [part for part in values["_modules"].values() if part is not None]
-        for name, value in values.items():
-            if name not in _OF_MODULES:
-                settings.append((name, _snapshot(value, 2)))
-                if isinstance(value, _FUNCTIONS):
-                    inside += [part for part in captured(value).values() if isinstance(part, torch.nn.Module)]
-        modules = inside + modules
-    return Reading([*parameters.values(), *buffers.values()], tuple(settings), has_hooks)
-
-
-def _snapshot(value: Any, depth: int) -> Any:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return value
-    if isinstance(value, Tensor):
-        # Read anew at each call, but for the number that `item` made of it.
-        return (id(value), value.shape, value.dtype, value._version if value.numel() == 1 else None)
-    if isinstance(value, torch.nn.Module):
-        return read(value).settings if depth else id(value)
-    if depth and isinstance(value, _FUNCTIONS):
-        found = captured(value)
-        return (id(value), *((name, _snapshot(item, depth - 1)) for name, item in found.items()))
-    if depth and isinstance(value, (list, tuple, set, frozenset)):
-        return (type(value), tuple(_snapshot(item, depth - 1) for item in value))  # pyright: ignore[reportUnknownVariableType]
-    if depth and isinstance(value, dict):
-        return tuple((name, _snapshot(item, depth - 1)) for name, item in value.items())  # pyright: ignore[reportUnknownVariableType]
-    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, ModuleType)):
-        return (id(value), _snapshot(vars(value), depth - 1))
-    return id(value)
-
-
 def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
     """The step over x_t and a state like these.
 
@@ -237,7 +143,7 @@ def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
             first = _trace_with(cell, tensors, inputs, state, rows)
             second = _trace_with(cell, tensors, inputs, state, _OTHER_ROWS)
         if read(cell.step).settings != before:
-            raise NotTraceableError(SETS_ATTRIBUTES)
+            raise NotTraceableError("the step sets attributes of its own", whatever_the_sizes=True)
     finally:
         restore()
     _compare(first, second)
@@ -261,6 +167,8 @@ def _restorer(cell: Cell) -> Callable[[], None]:
 
 
 def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, rows: int) -> Trace:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     input_leaves, input_spec = pytree.tree_flatten(inputs)
     state_leaves, state_spec = pytree.tree_flatten(state)
@@ -304,8 +212,12 @@ def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, 
 
 
 def _graph(step: Callable[..., Any], values: Sequence[Tensor]) -> fx.Graph:
+    # Imported where they are used: they take longer than all the rest.
+    from torch._decomp import core_aten_decompositions
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     functional: Any = torch.func.functionalize(step, remove="mutations")
-    decompositions = core_aten_decompositions()
+    decompositions: Any = core_aten_decompositions()
     tracer = make_fx(functional, decompositions, _allow_non_fake_inputs=True, record_stack_traces=True)
     return tracer(*values).graph
 
@@ -314,30 +226,6 @@ def is_in_place(target: Any) -> bool:
     """Whether an operation changes an argument."""
     schema = getattr(target, "_schema", None)
     return schema is not None and schema.is_mutable
-
-
-def computed(dtype: torch.dtype) -> torch.dtype:
-    """In what a value of this dtype is computed: halves as float32."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def split_result(result: Any, state: Any) -> tuple[Any, Any]:
-    """A cell's result as (y_t, state), by the structure of the state that it was given.
-
-    It is a state if it has that structure, whose first tensor is then y_t; else a pair whose second, or else whose
-    first, has it.
-    """
-    structure = pytree.tree_structure(state)
-    if pytree.tree_structure(result) == structure:
-        return pytree.tree_leaves(result)[0], result
-    if isinstance(result, tuple) and len(result) == 2:
-        if pytree.tree_structure(result[1]) == structure:
-            return result
-        if pytree.tree_structure(result[0]) == structure:
-            return result[1], result[0]
-    raise ValueError(
-        f"cell: expected (y_t, state) or state with the structure {structure}, got {type(result).__name__}"
-    )
 
 
 def _in_words(error: Exception) -> str:

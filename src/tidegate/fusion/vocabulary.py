@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# They are what `Emit` says:
+# pyright: reportUnknownLambdaType=false
 """torch's operations as instructions: one entry each."""
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from tidegate import dispatch, fusion
 from tidegate.call import Layer
 from tidegate.cell import Cell, Options, States
 from tidegate.errors import UnsupportedError
-from tidegate.fusion.trace import split_result
+from tidegate.fusion.reading import split_result
 from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell, run_sequence
 
 Nest: TypeAlias = Any  # what a nest is cannot be said in types
