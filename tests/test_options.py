@@ -26,11 +26,12 @@ EXTENDED = [
 
 
 @pytest.mark.parametrize("make", EXTENDED)
-def test_every_kernel_refuses_what_only_the_reference_runs(make):
-    reasons = tg.explain(make(), torch.randn(5, 2, 3)).calls[0].reasons
+def test_every_kernel_refuses_what_only_the_cells_step_says(make):
+    found = tg.explain(make(), torch.randn(5, 2, 3))
     for backend in backends.BACKENDS:
-        beyond = any("beyond torch.nn's equations" in reason for reason in reasons[backend.name])
-        assert beyond == (backend.name != "reference"), backend.name
+        beyond = any("beyond torch.nn's equations" in reason for reason in found.calls[0].reasons[backend.name])
+        assert beyond == (backend.name not in ("fused", "reference")), backend.name
+    assert found.backend == ("reference" if backends.FUSED.availability() else "fused")
 
 
 @pytest.mark.parametrize("make", EXTENDED)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
@@ -18,12 +19,13 @@ from torch import _C, Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]  # pyright: ignore
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # torch's stubs leave this module out.
 _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 # The key of the older vmap, which autograd batches gradients with; torch.func's is another.
@@ -101,13 +103,23 @@ def asked_once(function: F) -> F:
     return function
 
 
-@contextlib.contextmanager
-def outside_of_tracing() -> Generator[None]:
-    """Within it no tracer and no transform sees what is done."""
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+def outside_of_tracing(function: Callable[[], T]) -> T:
+    """Call a function where no tracer, transform or mode sees what it does: all of these belong to a thread."""
+    results: list[T] = []
+    errors: list[BaseException] = []
 
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
-        yield
+    def work() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="tidegate")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def has_module_hooks() -> bool:

@@ -35,6 +35,7 @@ class Plan(torch.nn.Module):
         reasons: why it cannot be fused.
         compared: whether it was found to hold for a batch of one row.
         is_final: no other sizes or settings will change it.
+        numbers: those of the cell's attributes that a compiled graph was made with.
     """
 
     once: torch.nn.Module
@@ -45,6 +46,7 @@ class Plan(torch.nn.Module):
         super().__init__()
         self.lowered, self.output, self.reasons = lowered is not None, output, reasons
         self.compared = self.is_final = False
+        self.numbers: list[float] = []
         if lowered is not None:
             self.once, self.before, self.after = lowered.once, lowered.before, lowered.after
             self.counts, self.once_for_before = lowered.counts, lowered.once_for_before
@@ -166,6 +168,10 @@ def planned(step: Callable[..., Any], settings: tuple[Any, ...], described: Desc
     return known[key]
 
 
+def _numbers(step: Any) -> list[float]:
+    return [value for module in step.modules() for value in module.__dict__.values() if isinstance(value, float)]
+
+
 class _InGraphs:
     """The plans that compiled graphs hold, each an attribute: that is what torch's compiler can find again."""
 
@@ -176,10 +182,10 @@ _in_graphs = _InGraphs()
 @dispatch.asked_once
 def _name_in_graphs(step: Callable[..., Any], *described: Any) -> str:
     """Make a plan while a compiler looks, which asks once."""
-    with dispatch.outside_of_tracing():
-        reading = read(step)
-        reasons = _reasons_of(reading)
-        made = Plan.impossible(*reasons) if reasons else planned(step, reading.settings, Described(*described))
+    reading = read(step)
+    reasons = _reasons_of(reading)
+    made = Plan.impossible(*reasons) if reasons else planned(step, reading.settings, Described(*described))
+    made.numbers = _numbers(step)
     name = f"plan_{id(made)}"
     setattr(_in_graphs, name, made)
     return name
@@ -190,15 +196,17 @@ def _made(step: Callable[..., Any], described: Described) -> Plan:
     from tidegate.fusion.lower import lower
     from tidegate.fusion.trace import Cell, NotTraceableError, trace
 
-    try:
-        traced = trace(Cell(step, described.with_noise), *described.example())
-        lowered = lower(traced)
-    except NotTraceableError as error:
-        made = Plan.impossible(str(error))
-        made.is_final = error.whatever_the_sizes
-        return made
-    places = pytree.tree_unflatten(list(range(traced.outputs)), traced.output)
-    return Plan(lowered, places)
+    def make() -> Plan:
+        try:
+            traced = trace(Cell(step, described.with_noise), *described.example())
+            lowered = lower(traced)
+        except NotTraceableError as error:
+            made = Plan.impossible(str(error))
+            made.is_final = error.whatever_the_sizes
+            return made
+        return Plan(lowered, pytree.tree_unflatten(list(range(traced.outputs)), traced.output))
+
+    return dispatch.outside_of_tracing(make)
 
 
 @torch.no_grad()
@@ -257,6 +265,10 @@ def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) ->
         x = pytree.tree_map(_zeros_of_a_step, inputs)
         step(*((x[0], state, x[1]) if with_noise else (x, state)))
         made = getattr(_in_graphs, _name_in_graphs(step, *described))
+        # Of numbers alone the compiler takes it that they may change: those in a plan may not.
+        for number, planned_with in zip(_numbers(step), made.numbers, strict=True):
+            if number != planned_with:
+                raise AssertionError("a number of the cell is another while it is compiled")
         return made, [*step.parameters(), *step.buffers()]
     reading = read(step)
     reasons = _reasons_of(reading)

@@ -139,9 +139,8 @@ def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
         raise NotTraceableError(f"a size of {max(sizes)} is beyond what is traced")
     before, restore = read(cell.step).settings, _restorer(cell)
     try:
-        with dispatch.outside_of_tracing():
-            first = _trace_with(cell, tensors, inputs, state, rows)
-            second = _trace_with(cell, tensors, inputs, state, _OTHER_ROWS)
+        first = _trace_with(cell, tensors, inputs, state, rows)
+        second = _trace_with(cell, tensors, inputs, state, _OTHER_ROWS)
         if read(cell.step).settings != before:
             raise NotTraceableError("the step sets attributes of its own", whatever_the_sizes=True)
     finally:
