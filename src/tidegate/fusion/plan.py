@@ -17,7 +17,17 @@ from torch.utils import _pytree as pytree
 from tidegate import dispatch
 from tidegate.fusion import loop
 from tidegate.fusion.lower import Lowered, lower
-from tidegate.fusion.trace import SETS_ATTRIBUTES, Cell, NotTraceableError, computed, has_hooks, settings, split_result, tensors_of, trace
+from tidegate.fusion.trace import (
+    SETS_ATTRIBUTES,
+    Cell,
+    NotTraceableError,
+    computed,
+    has_hooks,
+    settings,
+    split_result,
+    tensors_of,
+    trace,
+)
 from tidegate.kernels import cpu
 
 
@@ -89,6 +99,10 @@ def _given_back(value: Tensor, dtype: torch.dtype) -> Tensor:
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 
 _ALWAYS = "whatever the sizes"
+
+_SINGLE_STEP = "a single step is quicker in the cell's own operations"
+_HOOKS = "the cell has hooks, which see each of its steps"
+_TRANSFORMS = "torch.func's transforms, or forward-mode differentiation, run the cell's own operations"
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -169,9 +183,9 @@ def reasons_against(step: Callable[..., Any], inputs: Any, state: Any) -> list[s
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
         reasons.append("the state's tensors are not of one dtype, float32, float64, bfloat16 or float16")
     if has_hooks(step):
-        reasons.append("the cell has hooks, which see each of its steps")
+        reasons.append(_HOOKS)
     if dispatch.is_transformed() or dispatch.any_tangent(tensors):
-        reasons.append("torch.func's transforms, or forward-mode differentiation, run the cell's own operations")
+        reasons.append(_TRANSFORMS)
     if dispatch.is_autocast():
         reasons.append("autocast is on")
     return reasons
@@ -198,7 +212,7 @@ def run(
     reasons = reasons_against(step, inputs, state)
     leaves = pytree.tree_leaves(inputs)
     if not reasons and not always and leaves[0].shape[0] == 1:
-        reasons = ["a single step is quicker in the cell's own operations"]
+        reasons = [_SINGLE_STEP]
     if reasons:
         return reasons, None
     given = inputs if noise is None else (inputs, noise)
@@ -224,9 +238,14 @@ def _zero_at(past: Tensor, tensor: Tensor) -> Tensor:
     return tensor.masked_fill(past.view(*past.shape, *(1,) * (tensor.dim() - 2)), 0)
 
 
-def explain(step: Callable[..., Any], inputs: Any, state: Any, noise: Any) -> Plan:
+def explain(step: Callable[..., Any], inputs: Any, state: Any, noise: Any, always: bool = False) -> Plan:
     """The plan that `run` would take, and every reason against it."""
-    given = inputs if noise is None else (inputs, noise)
-    made = plan(step, given, state, noise is not None)
-    reasons = (*reasons_against(step, inputs, state), *made.reasons)
-    return replace(made, reasons=reasons)
+    reasons = reasons_against(step, inputs, state)
+    leaves = [*pytree.tree_leaves(inputs), *pytree.tree_leaves(state)]
+    if not always and leaves[0].shape[0] == 1:
+        reasons.append(_SINGLE_STEP)
+    # Hooks would see the tracing; what is no tensor cannot be traced.
+    if _HOOKS in reasons or _TRANSFORMS in reasons or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return Plan(None, "", None, tuple(reasons))
+    made = plan(step, inputs if noise is None else (inputs, noise), state, noise is not None)
+    return replace(made, reasons=(*reasons, *made.reasons))
