@@ -57,6 +57,7 @@ def build_contenders(subject: Subject, mode: str, compiled: bool) -> dict[str, C
         "fused": build_call(partial(fused, subject.cell), subject, mode),
     }
     if compiled:
+        torch.compiler.reset()  # it stops to compile a function that it met in several shapes and modes
         calls["compiled loop"] = build_call(partial(loop, torch.compile(subject.cell)), subject, mode)
     return calls
 
