@@ -192,3 +192,18 @@ def test_a_trace_shows_a_fused_run() -> None:
     with tg.trace() as ran:
         tg.dynamic_rnn(Sorting(), data())
     assert ran == []
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x, h: torch.where(h.abs().amax(-1, keepdim=True) > 1, h * 0.5, h) + x,
+        lambda x, h: torch.stack((torch.tanh(x), h), 1).sum(1),
+        lambda x, h: torch.tanh(x - h.amax(-1, keepdim=True)),
+        lambda x, h: torch.tanh(x + h).to(x.dtype),
+        lambda x, h: torch.nn.functional.rms_norm(x + h, (I,)),
+    ],
+)
+def test_the_remedies_of_the_page_are_fused(step: Any) -> None:
+    found = tg.explain(tg.dynamic_rnn, step, data(), initial_state=torch.zeros(B, I))
+    assert found.backend == "fused", str(found)
