@@ -45,7 +45,8 @@ def draw_cells(results: list[CellResult], subtitle: str, path: Path) -> Path:
         ]
         handles.append(Line2D([], [], color=TORCH_COLOUR, linewidth=2, label="Python loop = 1"))
         figure.legend(handles=handles, loc="outside lower left", ncols=3 if len(kinds) == 1 else len(handles))
-        figure.suptitle(f"Times as fast as the cell in a Python loop\n{subtitle}", x=0.01, ha="left", fontsize=11)
+        title = "Times as fast as the cell in a Python loop; in training also the peak memory as a share of the loop's"
+        figure.suptitle(f"{title}\n{subtitle}", x=0.01, ha="left", fontsize=11)
         return save(figure, path)
 
 
@@ -64,7 +65,7 @@ def _draw_kind(axes: Axes, results: list[CellResult]) -> None:
                     mark.set_markeredgewidth(2)
                 else:  # dark marks would be lost on the bar
                     mark.set_markeredgecolor("white")
-        share = "" if result.memory is None else f", {result.memory:.0%} of memory"
+        share = "" if result.memory is None else f", {result.memory:.0%} memory"
         axes.text(
             1.01,
             row,
