@@ -54,12 +54,12 @@ def _draw_kind(axes: Axes, results: list[CellResult]) -> None:
     rows = range(len(results))
     fused = [result.over("loop") or 1.0 for result in results]
     axes.barh(rows, [ratio - 1 for ratio in fused], left=1, color=TIDEGATE_COLOUR, height=0.62)
-    most = max(fused)
+    most, least = max(fused), min(fused)
     for row, (result, ratio) in enumerate(zip(results, fused, strict=True)):
         for name, (marker, colour, _) in _MARKS.items():
             if name in result.seconds:
                 other = result.seconds["loop"] / result.seconds[name]
-                most = max(most, other)
+                most, least = max(most, other), min(least, other)
                 mark = axes.plot(other, row, marker, color=colour, markersize=13 if marker == "|" else 7)[0]
                 if marker == "|":
                     mark.set_markeredgewidth(2)
@@ -78,7 +78,7 @@ def _draw_kind(axes: Axes, results: list[CellResult]) -> None:
         )
     axes.axvline(1, color=TORCH_COLOUR, linewidth=2)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(0.7, max(2.0, 1.4 * most))
+    axes.set_xlim(min(0.7, 0.8 * least), max(2.0, 1.4 * most))
     axes.xaxis.set_major_locator(LogLocator(base=2))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())

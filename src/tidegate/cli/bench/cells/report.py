@@ -24,7 +24,7 @@ def print_cells(console: Console, results: list[CellResult]) -> None:
         others = [name for name in OTHERS if any(name in result.seconds for result in members)]
         with_memory = any(result.peak_bytes for result in members)
         table.add_column("shape", no_wrap=True)
-        for name in ("fused", *(f"over {name}" for name in others), *(["peak MB"] * with_memory)):
+        for name in ("fused", *(f"over {name.removesuffix(' loop')}" for name in others), *(["peak MB"] * with_memory)):
             table.add_column(name, justify="right")
         for result in members:
             ratios = [result.over(name) for name in others]
