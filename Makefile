@@ -59,10 +59,11 @@ test-native:  ## Build the kernels without torch and run their own test; CXX=cla
 	cmake --build build/native-$(notdir $(CXX))
 	cd build/native-$(notdir $(CXX)) && ctest --output-on-failure
 
-# Of the last three only cells are used: not what the packages around them depend on.
+# Of the last four only cells are used: not what the packages around them depend on.
 test-peers: install  ## Run the tests against Keras, Flax, ONNX runtimes and others' cells; installs them into .venv.
 	$(BIN)/python -m pip install --quiet $(TORCH) keras flax jax jaxlib 'torchrl>=0.14'
-	$(BIN)/python -m pip install --quiet --no-deps 'ncps>=1.0.1' 'xlstm>=2.0.6' 'minGRU-pytorch>=0.2.1'
+	$(BIN)/python -m pip install --quiet --no-deps 'ncps>=1.0.1' 'xlstm>=2.0.6' 'minGRU-pytorch>=0.2.1' \
+		'torchrecurrent>=0.2.5'
 	$(BIN)/python -m pytest tests/peers --numprocesses 0
 
 # resemblyzer asks for webrtcvad, which has to be compiled and needs pkg_resources: the fork with wheels stands in.

@@ -151,27 +151,31 @@ public:
     void run() {
         const LoopWork work = this->work();
         const Sharing sharing = share_loop(work, p_.threads);
-        const int64_t rows = ceil_div(p_.rows.batch, sharing.teams);
+        // The pool may start fewer threads than planned, whose teams then have more rows: what a team has is laid out
+        // when that is known.
+        const int64_t planned = sharing.threads * ceil_div(p_.rows.batch, sharing.teams);
+        const int64_t fewer = p_.rows.batch + sharing.teams, places = planned > fewer ? planned : fewer;
         // Private to a thread: scratch, both versions of the states, a table of pointers; of a team: both versions of
         // the products' results.
-        const int64_t scratch_size = rows * program_.scratch_size, states_size = 2 * rows * program_.state_size;
-        const int64_t own = scratch_size + states_size, common = 2 * rows * program_.products_size;
-        const Buffer<A> memory(sharing.threads * own + sharing.teams * common, p_.poison);
-        const Buffer<const A*> tables(sharing.threads * rows * banks_, false);
+        const int64_t own = program_.scratch_size + 2 * program_.state_size, common = 2 * program_.products_size;
+        const Buffer<A> memory(places * own, p_.poison), results(places * common, p_.poison);
+        const Buffer<const A*> tables(places * banks_, false);
         const Buffer<int64_t> strides(sharing.threads * banks_, false);
         const Buffer<LiveRow> lists(sharing.threads * p_.rows.batch, false);
         auto body = [&](Crew& all, Team& team) {
             pack(all);
             all.wait();
             if (all.dismissed()) return;
+            const int64_t rows = ceil_div(p_.rows.batch, team.count);
             Share share(p_.rows, team, lists + all.rank() * p_.rows.batch);
-            A* const mine = memory + all.rank() * own;
+            A* const mine = memory + all.rank() * rows * own;
+            A* const my_states = mine + rows * program_.scratch_size;
+            A* const ours = results + team.index * rows * common;
             Thread thread{.crew = team.crew,
                           .share = share,
                           .scratch_rows = mine,
-                          .state_rows = {mine + scratch_size, mine + scratch_size + states_size / 2},
-                          .product_rows = {memory + sharing.threads * own + team.index * common,
-                                           memory + sharing.threads * own + team.index * common + common / 2},
+                          .state_rows = {my_states, my_states + rows * program_.state_size},
+                          .product_rows = {ours, ours + rows * program_.products_size},
                           .table = tables + all.rank() * rows * banks_,
                           .strides = strides + all.rank() * banks_,
                           .are_even = true};

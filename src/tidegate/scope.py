@@ -18,7 +18,7 @@ class Ran(NamedTuple):
     """One entry of a trace: a call that a backend ran, or its gradient.
 
     Attributes:
-        backend: its name.
+        backend: its name; "fused" for a cell's whole sequence as one loop, whose backward is not noted.
         what: "forward" or "backward".
         call: the call in a line.
         operators: how many of tidegate's compiled operators it took.
@@ -34,7 +34,8 @@ class _Scope(threading.local):
     """Attributes:
     named: the backend that the user named, or "" for the first that fits.
     trace: where to note what runs; None for nowhere.
-    observer: what is handed every call instead of a backend, and answers it; None for none.
+    observer: what is handed every call, or cell over a sequence, instead of what would run it, and answers it; None for
+        none.
     decomposes: calls become the reference's plain operations, for a tracer that is to see what is inside.
     """
 

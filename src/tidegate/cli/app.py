@@ -102,12 +102,39 @@ def bench(
             "--input", metavar="MODULE:ATTRIBUTE", help="The --model's example input, or a function that returns it."
         ),
     ] = None,
+    cell: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="Repeatable. Time a cell over a sequence instead, fused and in a loop: your own, made by "
+            "factory(input_size, hidden_size), or one of tidegate.cells by name, such as LayerNormLSTM.",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice unless given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes, few rounds: about a minute.")] = False,
-    peers: Annotated[bool, typer.Option(help="Also time onnxruntime, openvino and jax where installed.")] = True,
+    peers: Annotated[
+        bool, typer.Option(help="Also time onnxruntime, openvino and jax where installed; of a --cell torch.compile.")
+    ] = True,
     out: Annotated[Path, typer.Option(file_okay=False, help="Where JSON files and pictures go.")] = Path("out/bench"),
 ) -> None:
-    """Time this machine against torch.nn and other runtimes, or your model before and after `tidegate.accelerate`."""
+    """Time this machine against torch.nn and other runtimes, your model before and after `tidegate.accelerate`, or any
+    cell over a sequence."""
+    if cell:
+        given = {"--kind": kind, "--layers": layers > 1, "--bidirectional": bidirectional, "--steps": steps}
+        given |= {"--model": model, "--input": example}
+        unused = [name for name, value in given.items() if value]
+        cell_modes = tuple(item.value for item in mode or (Mode.infer, Mode.train))
+        return _bench_cells(
+            tuple(cell),
+            cell_modes,
+            unused,
+            shape or [],
+            dtype.value,
+            threads=threads,
+            quick=quick,
+            peers=peers,
+            out=out,
+        )
     modes = tuple(item.value for item in mode or (Mode if model is None else (Mode.infer,)))
     if model is not None or example is not None:
         given = {"--kind": kind, "--shape": shape, "--layers": layers > 1, "--bidirectional": bidirectional}
@@ -152,6 +179,41 @@ def _bench_model(
         raise _stop(f"--model: the model says what runs; leave out {', '.join(unused)}", 2)
     try:
         run_model_bench(ModelPlan(model, example, modes, threads, quick), out)
+    except ModelError as error:
+        if error.__cause__ is not None:  # the user's own code: only its traceback says where
+            typer.echo("".join(traceback.format_exception(error.__cause__)), err=True)
+        raise _stop(str(error), 2) from None
+    except BenchError as error:
+        raise _stop(str(error), 1) from None
+
+
+def _bench_cells(
+    cells: tuple[str, ...],
+    modes: tuple[str, ...],
+    unused: list[str],
+    shapes: list[str],
+    dtype: str,
+    *,
+    threads: int | None,
+    quick: bool,
+    peers: bool,
+    out: Path,
+) -> None:
+    """`unused`: options that were given and do not go with --cell."""
+    from tidegate.cli.bench import BenchError
+    from tidegate.cli.bench.cells import CellPlan, run_cell_bench
+    from tidegate.cli.bench.model import ModelError
+    from tidegate.cli.bench.shapes import parse_shape
+
+    unused += [f"--mode {mode}" for mode in modes if mode not in ("infer", "train")]
+    if unused:
+        raise _stop(f"--cell: the cell says what runs; leave out {', '.join(unused)}", 2)
+    try:
+        parsed = tuple(parse_shape(text) for text in shapes)
+    except ValueError as error:
+        raise _stop(str(error), 2) from None
+    try:
+        run_cell_bench(CellPlan(cells, modes, parsed, dtype, threads, quick, peers), out)
     except ModelError as error:
         if error.__cause__ is not None:  # the user's own code: only its traceback says where
             typer.echo("".join(traceback.format_exception(error.__cause__)), err=True)

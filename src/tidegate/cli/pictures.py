@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 TIDEGATE_COLOUR = "#0b7285"
 TORCH_COLOUR = "#e8590c"
 PEER_COLOURS = {"onnxruntime": "#7048e8", "openvino": "#2b8a3e", "jax": "#495057"}
+COMPILED_COLOUR = "#c2255c"
 INK = "#212529"
 
 _LOOK: dict[str, Any] = {

@@ -6,6 +6,6 @@
 puts them together, once for each cell, structure and size.
 """
 
-from tidegate.fusion.plan import plan, run
+from tidegate.fusion.plan import explain, run
 
-__all__ = ["plan", "run"]
+__all__ = ["explain", "run"]

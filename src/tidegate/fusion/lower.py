@@ -141,7 +141,7 @@ class _Part:
         assert not stop(node), node
         for source in node.all_input_nodes:
             self.copy(source, stop)
-        if node.op == "get_attr":
+        if node.op == "get_attr" and not hasattr(self.root, str(node.target)):
             self.root.register_buffer(str(node.target), None)
             setattr(self.root, str(node.target), _constant(self.trace, node))
         copied = self.graph.node_copy(node, lambda source: self.known[source])
@@ -459,6 +459,8 @@ class _Lowering:
             return self.values[node.args[0]][node.args[1]]  # pyright: ignore
         if kind in CONVERTING:
             return self._converted(node)
+        if kind is aten.detach:
+            return self.builder.emit("constant", self._row(node.args[0]))
         if kind in MOVING:
             return self._moved(node)
         if kind in PRODUCTS:

@@ -20,6 +20,7 @@ from tidegate.kernels import cpu
 
 if TYPE_CHECKING:
     from tidegate.fusion.lower import Lowered
+    from tidegate.fusion.trace import Cell
 
 
 class Plan(torch.nn.Module):
@@ -51,6 +52,11 @@ class Plan(torch.nn.Module):
             self.once, self.before, self.after = lowered.once, lowered.before, lowered.after
             self.counts, self.once_for_before = lowered.counts, lowered.once_for_before
             self.program = loop.Looped.of(lowered.program)
+
+    @property
+    def text(self) -> str:
+        """The program's readable form; "" if there is none."""
+        return self.program.text if self.lowered else ""
 
     @staticmethod
     def impossible(*reasons: str) -> Plan:
@@ -114,6 +120,8 @@ def _given_back(value: Tensor, dtype: torch.dtype) -> Tensor:
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 
 _ALWAYS = "whatever the sizes"
+
+_SINGLE_STEP = "a single step is quicker in the cell's own operations"
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -198,13 +206,20 @@ def _made(step: Callable[..., Any], described: Described) -> Plan:
 
     def make() -> Plan:
         try:
-            traced = trace(Cell(step, described.with_noise), *described.example())
+            cell = Cell(step, described.with_noise)
+            traced = trace(cell, *described.example())
             lowered = lower(traced)
+            plan = Plan(lowered, pytree.tree_unflatten(list(range(traced.outputs)), traced.output))
+            if _differs(plan, cell, described):
+                return Plan.impossible("its results or gradients are not what its operations say")
         except NotTraceableError as error:
             made = Plan.impossible(str(error))
             made.is_final = error.whatever_the_sizes
             return made
-        return Plan(lowered, pytree.tree_unflatten(list(range(traced.outputs)), traced.output))
+        except Exception as error:
+            # A cell can always be run step by step: whatever is not foreseen here must not keep it from that.
+            return Plan.impossible(f"it could not be fused: {type(error).__name__}: {error}")
+        return plan
 
     return dispatch.outside_of_tracing(make)
 
@@ -220,13 +235,70 @@ def _differs_for_one_row(made: Plan, step: Callable[..., Any], inputs: Any, stat
     x = pytree.tree_map(_first, inputs)
     expected_y, expected_state = split_result(step(*((x[0], state, x[1]) if with_noise else (x, state))), state)
     expected = [*pytree.tree_leaves(expected_y), *pytree.tree_leaves(expected_state)]
-    found = [*(leaf[0] for leaf in y), *final]
-    # Wide enough for any rounding: what is looked for is another computation.
-    tolerance = 1e-6 if found[-1].dtype is torch.float64 else 1e-2
-    return not all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), tolerance, tolerance, equal_nan=True)
-        for a, b in zip(found, expected, strict=True)
-    )
+    return not _are_close([*(leaf[0] for leaf in y), *final], expected)
+
+
+def _are_close(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
+    """Wide enough for any rounding: what is looked for is another computation. None is zero."""
+    for a, b in zip(found, expected, strict=True):
+        if a is None or b is None:
+            if any(one is not None and bool((one != 0).any()) for one in (a, b)):
+                return False
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        tolerance = 1e-6 if a.dtype is torch.float64 else 2e-3 if a.dtype is torch.float32 else 0.1
+        finite = b[b.isfinite()].abs()
+        scale = float(finite.max()) if finite.numel() else 0.0
+        if not torch.allclose(a.double(), b.double(), 0, tolerance * max(scale, 1e-3), equal_nan=True):
+            return False
+    return True
+
+
+def _differs(made: Plan, cell: Cell, described: Described) -> bool:
+    """Whether a random step's results or gradients are other than the cell's own.
+
+    What the operations of a graph do not say: `detach`, `no_grad`, hooks on tensors, what asks whether autograd records.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(sizes: tuple[int, ...], dtype: torch.dtype, records: bool) -> Tensor:
+        value = torch.randn((3, *sizes), generator=generator)
+        if dtype.is_floating_point:
+            return value.to(dtype).requires_grad_(records)
+        # Of integers zeros, which are indices into whatever they may be.
+        return value > 0 if dtype is torch.bool else torch.zeros((3, *sizes), dtype=dtype)
+
+    def results(own: list[Tensor], x: list[Tensor], state: list[Tensor], plan: bool) -> list[Tensor]:
+        if plan:
+            y, final = made.run(own, [leaf.unsqueeze(0) for leaf in x], state, None, None, False)
+            return [*(leaf[0] for leaf in y), *final]
+        entering = pytree.tree_unflatten(state, structures[1])
+        y, leaving = split_result(cell.call(own, pytree.tree_unflatten(x, structures[0]), entering), entering)
+        return [*pytree.tree_leaves(y), *pytree.tree_leaves(leaving)]
+
+    structures = pytree.tree_structure(described.input), pytree.tree_structure(described.state)
+    found: list[list[Tensor | None]] = []
+    x = [random(sizes, dtype, True) for sizes, dtype in described.inputs]
+    state = [random(sizes, dtype, True) for sizes, dtype in described.states]
+    own = [_own_twin(tensor) for tensor in cell.tensors]
+    wanted = [tensor for tensor in (*x, *state, *own) if tensor.requires_grad]
+    for plan in (False, True):
+        outcome = results(own, x, state, plan)
+        recorded = [leaf for leaf in outcome if leaf.requires_grad]
+        loss = sum((leaf.float() * torch.linspace(0.5, 1.5, leaf.numel()).view(leaf.shape)).sum() for leaf in recorded)
+        gradients: Any = ()
+        if isinstance(loss, Tensor):
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        found.append([*(leaf.detach() for leaf in outcome), *gradients])
+    return len(found[0]) != len(found[1]) or not _are_close(found[1], found[0])
+
+
+def _own_twin(tensor: Tensor) -> Tensor:
+    """A parameter or buffer with the same values, on the CPU, apart from it."""
+    if tensor.device.type == "meta":
+        return torch.ones(tensor.shape, dtype=tensor.dtype) * 0.1
+    return tensor.detach().cpu().clone().requires_grad_(tensor.requires_grad)
 
 
 def _zeros_of_a_step(leaf: Tensor) -> Tensor:
@@ -255,7 +327,8 @@ def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) ->
     input_leaves, state_leaves = leaves_of(inputs), leaves_of(state)
     reasons = _reasons_against([*input_leaves, *state_leaves], state_leaves)
     if reasons:
-        return Plan.impossible(*reasons), ()
+        more = [] if torch.compiler.is_dynamo_compiling() else _reasons_of(read(step))
+        return Plan.impossible(*reasons, *more), ()
     places = _places(inputs), _places(state)
     described = Described(places[0], _kinds(input_leaves, 2), places[1], _kinds(state_leaves, 1), with_noise)
     if torch.compiler.is_dynamo_compiling():
@@ -342,7 +415,7 @@ def run(
     """
     steps = leaves_of(inputs)[0].shape[0]
     if steps == 1 and not always:
-        return ("a single step is quicker in the cell's own operations",), None
+        return (_SINGLE_STEP,), None
     given = inputs if noise is None else (inputs, noise)
     made, tensors = plan(step, given, state, noise is not None)
     if not made.lowered:
@@ -372,3 +445,12 @@ def _like(nest: Any, leaves: Sequence[Tensor]) -> Any:
 
 def _zero_at(past: Tensor, tensor: Tensor) -> Tensor:
     return tensor.masked_fill(past.view(*past.shape, *(1,) * (tensor.dim() - 2)), 0)
+
+
+def explain(step: Callable[..., Any], inputs: Any, state: Any, noise: Any, always: bool = False) -> tuple[list[str], str]:
+    """Every reason why `run` would not run a cell, and its program in its readable form, "" if there is none."""
+    made, _ = plan(step, inputs if noise is None else (inputs, noise), state, noise is not None)
+    reasons = list(made.reasons)
+    if leaves_of(inputs)[0].shape[0] == 1 and not always:
+        reasons.append(_SINGLE_STEP)
+    return reasons, made.text

@@ -39,14 +39,16 @@ class Reading(NamedTuple):
     """What a step reads beside its arguments, as it is now.
 
     Attributes:
-        tensors: parameters and buffers, in the order of `Cell.tensors`.
+        tensors: the parameters and buffers of its modules.
         settings: what its operations may depend on beside its tensors: compared to know whether a trace still holds.
         has_hooks: somebody is to be told of each call of a module in it.
+        others: modules that are no parts of the step, but of what it holds or calls.
     """
 
     tensors: list[Tensor]
     settings: tuple[Any, ...]
     has_hooks: bool
+    others: list[torch.nn.Module]
 
 
 _OF_MODULES = frozenset(torch.nn.Module().__dict__) - {"training"}
@@ -58,18 +60,14 @@ def read(step: Callable[..., Any]) -> Reading:
     buffers: dict[int, Tensor] = {}
     settings: list[Any] = []
     has_hooks = dispatch.has_module_hooks()
-    modules: list[torch.nn.Module] = []
-    if isinstance(step, torch.nn.Module):
-        modules.append(step)
-    else:
-        found = captured(step)
-        settings.append(tuple([(name, _snapshot(value, 2)) for name, value in found.items()]))
-        modules += [value for value in found.values() if isinstance(value, torch.nn.Module)]
+    met: list[torch.nn.Module] = []  # by what is held or called
+    others: list[torch.nn.Module] = []
     seen: set[int] = set()
-    while modules:
-        module = modules.pop(0)
+
+    def look(module: torch.nn.Module) -> None:
+        nonlocal has_hooks
         if id(module) in seen:
-            continue
+            return
         seen.add(id(module))
         values: dict[str, Any] = module.__dict__
         for tensor in values["_parameters"].values():
@@ -78,37 +76,50 @@ def read(step: Callable[..., Any]) -> Reading:
         for tensor in values["_buffers"].values():
             if tensor is not None:
                 buffers.setdefault(id(tensor), tensor)
-        if values["_forward_hooks"] or values["_forward_pre_hooks"] or values["_backward_hooks"]:
+        if values["_forward_hooks"] or values["_forward_pre_hooks"]:
             has_hooks = True
-        has_hooks = has_hooks or bool(values["_backward_pre_hooks"])
+        if values["_backward_hooks"] or values["_backward_pre_hooks"]:
+            has_hooks = True
         settings.append(type(module))
-        inside = [part for part in values["_modules"].values() if part is not None]
         for name, value in values.items():
             if name not in _OF_MODULES:
-                settings.append((name, _snapshot(value, 2)))
-                if isinstance(value, FUNCTIONS):
-                    inside += [part for part in captured(value).values() if isinstance(part, torch.nn.Module)]
-        modules = inside + modules
-    return Reading([*parameters.values(), *buffers.values()], tuple(settings), has_hooks)
+                settings.append((name, _snapshot(value, 2, met)))
+        for part in values["_modules"].values():
+            if part is not None:
+                look(part)
+
+    if isinstance(step, torch.nn.Module):
+        look(step)
+    else:
+        settings += [(name, _snapshot(value, 2, met)) for name, value in captured(step).items()]
+    while met:
+        module = met.pop(0)
+        if id(module) not in seen:
+            others.append(module)
+            look(module)
+    return Reading([*parameters.values(), *buffers.values()], tuple(settings), has_hooks, others)
 
 
-def _snapshot(value: Any, depth: int) -> Any:
+def _snapshot(value: Any, depth: int, met: list[torch.nn.Module]) -> Any:
+    """What can be compared later to know whether a value has changed; the modules in it are put into `met`."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         return value
     if isinstance(value, Tensor):
         # Read anew at each call, but for the number that `item` made of it.
         return (id(value), value.shape, value.dtype, value._version if value.numel() == 1 else None)
     if isinstance(value, torch.nn.Module):
-        return read(value).settings if depth else id(value)
-    if depth and isinstance(value, FUNCTIONS):
-        found = captured(value)
-        return (id(value), *((name, _snapshot(item, depth - 1)) for name, item in found.items()))
-    if depth and isinstance(value, (list, tuple, set, frozenset)):
-        return (type(value), tuple(_snapshot(item, depth - 1) for item in value))  # pyright: ignore[reportUnknownVariableType]
-    if depth and isinstance(value, dict):
-        return tuple((name, _snapshot(item, depth - 1)) for name, item in value.items())  # pyright: ignore[reportUnknownVariableType]
-    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, ModuleType)):
-        return (id(value), _snapshot(vars(value), depth - 1))
+        met.append(value)
+        return id(value)
+    if depth == 0:
+        return id(value)
+    if isinstance(value, FUNCTIONS):
+        return (id(value), *((name, _snapshot(item, depth - 1, met)) for name, item in captured(value).items()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return (type(value), tuple([_snapshot(item, depth - 1, met) for item in value]))  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, dict):
+        return tuple([(name, _snapshot(item, depth - 1, met)) for name, item in value.items()])  # pyright: ignore[reportUnknownVariableType]
+    if hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType)):
+        return (id(value), _snapshot(vars(value), depth - 1, met))
     return id(value)
 
 

@@ -141,6 +141,8 @@ class Rows:
         value = values_of(node)
         if node.op == "placeholder" or not isinstance(value, (list, tuple)):
             self.layouts[node] = layout_of(value, self.trace.rows, node)
+        if node.op == "get_attr" and self.layouts[node] is not None:
+            raise NotTraceableError("it makes a tensor of values that left torch")
         if node.op == "call_function":
             self._check(node)
 
@@ -186,7 +188,8 @@ class Rows:
             self.moves[node] = moved(self, node)
             return self.moves[node] is not None
         if kind in REDUCING:
-            dims = node.args[1] if len(node.args) > 1 else -1 if kind in (aten.sort, aten.topk) else None
+            place = 2 if kind is aten.topk else 1
+            dims = node.args[place] if len(node.args) > place else -1 if kind in (aten.sort, aten.topk) else None
             layout = self.layouts.get(first) if isinstance(first, fx.Node) else None
             if layout is None or dims is None or not isinstance(dims, (int, list, tuple)) or dims == []:
                 return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from tidegate import dispatch
-from tidegate.fusion.reading import FUNCTIONS, captured, computed, read, split_result
+from tidegate.fusion.reading import captured, computed, read, split_result
 from tidegate.scope import scope
 
 # The numbers of rows that a step is traced with: a size that is a multiple of the first stands for rows, unless some
@@ -72,22 +72,11 @@ class _Holder(torch.nn.Module):
             self.cell = step
         else:
             self.step_of = _as_forward(step)
-        for name, module in _modules_called(step):
-            self.add_module(name, module)
+        for k, module in enumerate(read(step).others):
+            self.add_module(f"other_{k}", module)
 
     def forward(self, *given: Any) -> Any:
         return (self.step_of or self.cell)(*given)
-
-
-def _modules_called(step: Callable[..., Any]) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The modules that are no parts of a step's own, but of a function that it calls."""
-    functions: list[Any] = [step]
-    if isinstance(step, torch.nn.Module):
-        functions = [f for module in step.modules() for f in vars(module).values() if isinstance(f, FUNCTIONS)]
-    for k, function in enumerate(functions):
-        for name, value in captured(function).items():
-            if isinstance(value, torch.nn.Module):
-                yield f"{name}_{k}", value
 
 
 def _as_forward(step: Callable[..., Any]) -> Callable[..., Any]:

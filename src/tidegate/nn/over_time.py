@@ -21,6 +21,7 @@ from tidegate.cell import Cell, Options, States
 from tidegate.errors import UnsupportedError
 from tidegate.fusion.reading import split_result
 from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell, run_sequence
+from tidegate.scope import Ran, scope
 
 Nest: TypeAlias = Any  # what a nest is cannot be said in types
 AnyCell: TypeAlias = Callable[..., Any]
@@ -97,15 +98,28 @@ def run(
         states, structure = pytree.tree_flatten(state)
         output, *finals = whole._sequence(inputs, tuple(states), lengths, resets, reverse)
         return output, pytree.tree_unflatten(finals, structure)
+    if scope.observer is not None:
+        return scope.observer(CellRun(cell, inputs, state, fuse))
     if fuse is not False:
         noise = draw_noise(cell, inputs, state)
         reasons, result = fusion.run(cell, inputs, state, noise, lengths, resets, reverse, fuse is True)
         if result is not None:
+            if scope.trace is not None:
+                scope.trace.append(Ran("fused", "forward", describe(cell, inputs, state), 1))
             return result
         if fuse:
             raise UnsupportedError(f"cell: a {name_of(cell)} runs step by step: {'; '.join(reasons)}")
         return _loop(cell, inputs, state, noise, lengths, resets, reverse)
     return _loop(cell, inputs, state, draw_noise(cell, inputs, state), lengths, resets, reverse)
+
+
+class CellRun(NamedTuple):
+    """A cell over a sequence, as `run` was given it: what `scope.observer` is handed in place of a call."""
+
+    cell: AnyCell
+    inputs: Nest
+    state: Nest
+    fuse: bool | None
 
 
 class TorchCell(NamedTuple):
@@ -312,6 +326,16 @@ def name_of(cell: AnyCell) -> str:
     return type(cell).__name__
 
 
+def describe(cell: AnyCell, inputs: Nest, state: Nest) -> str:
+    """A cell over a sequence in one line: LayerNormLSTMCell(T=50, B=8, float32, cpu)."""
+    function = getattr(cell, "function", cell)
+    name = getattr(function, "__qualname__", type(cell).__name__)
+    first: Tensor = pytree.tree_leaves(inputs)[0]
+    like: Tensor = pytree.tree_leaves(state)[0] if pytree.tree_leaves(state) else first
+    steps, batch = first.shape[:2]
+    return f"{name}(T={steps}, B={batch}, {str(like.dtype).removeprefix('torch.')}, {first.device})"
+
+
 def _loop(
     cell: AnyCell,
     inputs: Nest,
@@ -328,7 +352,7 @@ def _loop(
         # Padding may hold anything, and 0 * NaN is NaN in a weight's gradient.
         inputs = mapped(partial(_zero_where, ~valid), inputs)
     if steps == 0:
-        return _without_steps(cell, inputs, state, noise), state
+        return outputs_without_steps(cell, inputs, state, noise), state
     fresh = fresh_steps(resets, valid, reverse)
     outputs: list[Nest] = []
     for t in reversed(range(steps)) if reverse else range(steps):
@@ -341,7 +365,7 @@ def _loop(
     return stacked if valid is None else mapped(partial(_zero_where, ~valid), stacked), state
 
 
-def _without_steps(cell: AnyCell, inputs: Nest, state: Nest, noise: Nest | None) -> Nest:
+def outputs_without_steps(cell: AnyCell, inputs: Nest, state: Nest, noise: Nest | None) -> Nest:
     """Outputs of T = 0."""
     given = (inputs,) if noise is None else (inputs, noise)
     zeros = mapped(lambda leaf: leaf.new_zeros(leaf.shape[1:]), given)

@@ -23,8 +23,10 @@ def oracle_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def find_difference(expected: Sequence[Tensor], found: Sequence[Any], dtype: torch.dtype) -> str | None:
-    """What is wrong with `found`, computed in `dtype`, or None."""
+def find_difference(
+    expected: Sequence[Tensor], found: Sequence[Any], dtype: torch.dtype, whose: str = "torch.nn"
+) -> str | None:
+    """What is wrong with `found`, computed in `dtype`, or None. `whose` the expected results are."""
     if len(expected) != len(found):
         return f"expected {len(expected)} results, got {len(found)}"
     allowed = TOLERANCES[dtype]
@@ -33,7 +35,7 @@ def find_difference(expected: Sequence[Tensor], found: Sequence[Any], dtype: tor
             return f"result {position}: expected {tuple(wanted.shape)}, got {tuple(got.shape)}"
         apart = relative_difference(wanted, got.view(wanted.shape))
         if not apart <= allowed:  # NaN is no agreement either
-            return f"result {position} is {apart:.1e} away from torch.nn's, more than {allowed:.0e}"
+            return f"result {position} is {apart:.1e} away from {whose}'s, more than {allowed:.0e}"
     return None
 
 

@@ -34,7 +34,11 @@ def can_measure() -> bool:
 def peak_of_training_step(contender: str, case: Case, threads: int) -> int:
     """Bytes. Meant for a process that does nothing else."""
     torch.set_num_threads(threads)
-    call = build_call(build_module(contender, case), case)
+    return peak_of(build_call(build_module(contender, case), case))
+
+
+def peak_of(call: Call) -> int:
+    """Bytes of one of its calls after the first."""
     call()
     return median_low(_rise(call) for _ in range(_READINGS))
 

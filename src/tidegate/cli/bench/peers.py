@@ -19,7 +19,8 @@ from tidegate.cli.bench.shapes import Case
 
 Arrays = dict[str, Any]
 PeerCall = Callable[[], list[Any]]
-"""Runs once; returns NumPy arrays: the output (T, B, D*H); in training then the gradients of layer 0's two weights."""
+"""Runs once; returns NumPy arrays: the output (T, B, D*H); in training then the gradients of layer 0's two weights, of
+a cell over a sequence those of all."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,10 @@ def _build_jax(case: Case, weights: Arrays, input: Any, threads: int) -> PeerCal
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     jax: Any = import_module("jax")
     np: Any = import_module("numpy")
-    from tidegate.cli.bench.jax_layers import forward
+    from tidegate.cli.bench import jax_cells, jax_layers
 
+    forward = jax_cells.forward if case.kind in jax_cells.STEPS else jax_layers.forward
+    trained = tuple(weights) if case.kind in jax_cells.STEPS else ("weight_ih_l0", "weight_hh_l0")
     parameters = {name: jax.numpy.asarray(array) for name, array in weights.items()}
     x = jax.numpy.asarray(input)
     run = jax.jit(partial(forward, case))
@@ -122,7 +125,7 @@ def _build_jax(case: Case, weights: Arrays, input: Any, threads: int) -> PeerCal
 
     def train() -> list[Any]:
         (gradients, _), output = jax.block_until_ready(step(parameters, x))
-        return [np.asarray(output), *(np.asarray(gradients[f"{name}_l0"]) for name in ("weight_ih", "weight_hh"))]
+        return [np.asarray(output), *(np.asarray(gradients[name]) for name in trained)]
 
     return train if case.mode == "train" else infer
 

@@ -55,7 +55,7 @@ def load_subject(model_name: str, input_name: str | None) -> Subject:
     Raises:
         ModelError: a name leads nowhere or to something else, or the user's code raises.
     """
-    found = _find("--model", model_name)
+    found = find_named("--model", model_name)
     built = found if isinstance(found, Module) else _call("--model", model_name, found)
     example: Any = None
     if isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], Module):
@@ -65,7 +65,7 @@ def load_subject(model_name: str, input_name: str | None) -> Subject:
             f"--model: {model_name} returned {type(built).__name__}: expected a torch.nn.Module, or (model, input)"
         )
     if input_name is not None:
-        example = _find("--input", input_name)
+        example = find_named("--input", input_name)
         if inspect.isroutine(example) or inspect.isclass(example):
             example = _call("--input", input_name, example)
     if example is None:
@@ -80,7 +80,12 @@ def load_subject(model_name: str, input_name: str | None) -> Subject:
     return Subject(model_name, built, (example,), {})
 
 
-def _find(option: str, name: str) -> Any:
+def find_named(option: str, name: str) -> Any:
+    """What `name`, module:attribute, stands for, given as `option`.
+
+    Raises:
+        ModelError: it leads nowhere, or importing it raises.
+    """
     home, colon, path = name.partition(":")
     if not (home and colon and path):
         raise ModelError(f"{option}: expected module:attribute, such as my_model:build, got {name!r}")
@@ -94,9 +99,9 @@ def _find(option: str, name: str) -> Any:
             raise ModelError(
                 f"{option}: there is no module {error.name!r}, neither in the current directory nor installed"
             ) from None
-        raise ModelError(f"{option}: importing {home} raised {_one_line(error)}") from error
+        raise ModelError(f"{option}: importing {home} raised {one_line(error)}") from error
     except Exception as error:
-        raise ModelError(f"{option}: importing {home} raised {_one_line(error)}") from error
+        raise ModelError(f"{option}: importing {home} raised {one_line(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             close = get_close_matches(part, dir(found), n=1)
@@ -113,7 +118,7 @@ def _call(option: str, name: str, factory: Any) -> Any:
     try:
         return factory()
     except Exception as error:
-        raise ModelError(f"{option}: {name}() raised {_one_line(error)}") from error
+        raise ModelError(f"{option}: {name}() raised {one_line(error)}") from error
 
 
 def _check_needs_nothing(option: str, name: str, factory: Callable[..., Any]) -> None:
@@ -127,5 +132,6 @@ def _check_needs_nothing(option: str, name: str, factory: Callable[..., Any]) ->
         raise ModelError(f"{option}: {name} must be callable without arguments: {error}") from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error's type and its text's first line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

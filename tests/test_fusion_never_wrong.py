@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that are more than their operations: fused or not, results and gradients are the loop's, and nothing raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import needs
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tidegate as tg
+
+pytestmark = needs.compiled_operators
+
+T, B, H = 5, 3, 4
+
+
+class Step(torch.nn.Module):
+    """A step that is given its cell; `held` and `itself` are how modules of packages keep what is theirs."""
+
+    state_size = H
+
+    def __init__(self, function: Callable[[Step, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(H, H, dtype=torch.float64))
+        self.function = function
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.function(self, x, h)
+
+
+def without_gradient(cell: Step, x: Tensor, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        mask = torch.sigmoid(h @ cell.w)
+    return torch.tanh(x + h @ cell.w) * mask
+
+
+def with_a_hook(cell: Step, x: Tensor, h: Tensor) -> Tensor:
+    y = torch.tanh(x + h @ cell.w)
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient * 0.5)
+    return y
+
+
+def by_grad_mode(cell: Step, x: Tensor, h: Tensor) -> Tensor:
+    return torch.tanh(x + h @ cell.w) * (2.0 if torch.is_grad_enabled() else 1.0)
+
+
+def through_numpy(cell: Step, x: Tensor, h: Tensor) -> Tensor:
+    return torch.tanh(x @ cell.w + torch.from_numpy(np.tanh(h.detach().numpy())))
+
+
+def held_twice(cell: Step, x: Tensor, h: Tensor) -> Tensor:
+    held = cell.__dict__.setdefault("held", {"w": cell.w})
+    return torch.tanh(x * held["w"].sum(0) + h @ held["w"])
+
+
+def holding_itself(cell: Step, x: Tensor, h: Tensor) -> Tensor:
+    return torch.tanh(x + h @ cell.__dict__["itself"][0].w)
+
+
+STEPS: dict[str, Callable[[Step, Tensor, Tensor], Tensor]] = {
+    "detach": lambda cell, x, h: torch.tanh(x + h.detach() @ cell.w),
+    "data": lambda cell, x, h: torch.tanh(x + h @ cell.w) + h.data,
+    "straight through": lambda cell, x, h: torch.tanh(x + ((h > 0).to(h) + h - h.detach()) @ cell.w),
+    "no_grad": without_gradient,
+    "a hook": with_a_hook,
+    "grad mode": by_grad_mode,
+    "numpy": through_numpy,
+    "prod": lambda cell, x, h: torch.tanh(x + h @ cell.w) * h.prod(-1, keepdim=True),
+    "argmax": lambda cell, x, h: torch.tanh(x + h @ cell.w) * h.argmax(-1, keepdim=True),
+    "held twice": held_twice,
+    "holding itself": holding_itself,
+}
+
+
+def results(function: Callable[[Step, Tensor, Tensor], Tensor], fuse: bool | None) -> list[Tensor]:
+    torch.manual_seed(0)
+    cell = Step(function)
+    if function is held_twice:
+        cell.__dict__["held"] = {"w": cell.w}
+    if function is holding_itself:
+        cell.__dict__["itself"] = [cell]
+    x = torch.randn(B, T, H, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(B, H, dtype=torch.float64, requires_grad=True)
+    y, final = tg.dynamic_rnn(cell, x, initial_state=h, fuse=fuse)
+    loss = (y * torch.linspace(0.5, 1.5, H, dtype=torch.float64)).sum() + final.sum()
+    wanted: list[Any] = [x, h, cell.w]
+    return [y, final, *torch.autograd.grad(loss, wanted, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_is_more_than_its_operations_is_not_fused_wrongly(name: str) -> None:
+    for found, expected in zip(results(STEPS[name], None), results(STEPS[name], False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.xfail(strict=True, reason="torch.stack(states) is traced as a concatenation over rows")
+def test_states_may_be_stacked_in_front_of_their_rows() -> None:
+    def step(x: Tensor, h: Tensor) -> Tensor:
+        return torch.stack((torch.tanh(x), h)).sum(0)
+
+    found = tg.explain(tg.dynamic_rnn, step, torch.randn(B, T, H), initial_state=torch.zeros(B, H))
+    assert found.backend == "fused"
+
+
+@pytest.mark.xfail(strict=True, reason="it names a line of torch's tracer, or none")
+@pytest.mark.parametrize("what", ["batch norm", "a buffer"])
+def test_a_reason_names_the_users_line(what: str) -> None:
+    class Cell(torch.nn.Module):
+        state_size = H
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(H)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            if what == "batch norm":
+                return self.norm(x + h)
+            self.count += 1
+            return x + h * self.count
+
+    (reason,) = tg.explain(Cell(), torch.randn(B, T, H)).calls[0].reasons["fused"]
+    assert "test_fusion_never_wrong.py:" in reason
