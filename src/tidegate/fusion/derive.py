@@ -58,11 +58,33 @@ class Backward:
 
 @cache
 def keeping(program: Program) -> Program:
-    """The program with what its backward needs among its outputs: the entering states and the products' results."""
-    operands = [program.whole("s", k) for k in range(len(program.states))]
-    operands += [program.whole("v", k) for k, made in enumerate(program.instructions) if made.matrix >= 0]
-    more = tuple(operand for operand in operands if operand not in program.outputs)
+    """The program with what its backward needs among its outputs: the entering states and the products' results.
+
+    Where a product is only added to something else of its size, the sum is kept in its place: so neither of the two is.
+    """
+    more = tuple(operand for operand in _kept(program) if operand not in program.outputs)
     return replace(program, outputs=(*program.outputs, *more))
+
+
+def _kept(program: Program) -> dict[Operand, None]:
+    readers: dict[int, list[int]] = {}
+    for k, instruction in enumerate(program.instructions):
+        for operand in instruction.operands:
+            if isinstance(operand, Operand) and operand.bank == "v":
+                readers.setdefault(operand.number, []).append(k)
+    read_later = {operand.number for operand in (*program.next_states, *program.outputs) if operand.bank == "v"}
+
+    def kept(k: int) -> int:
+        by = readers.get(k, [])
+        if len(by) != 1 or k in read_later:
+            return k
+        sum_of = program.instructions[by[0]]
+        alike = sum_of.operation == "add" and sum_of.size == program.instructions[k].size
+        return kept(by[0]) if alike and program.whole("v", k) in sum_of.operands else k
+
+    operands = [program.whole("s", k) for k in range(len(program.states))]
+    operands += [program.whole("v", kept(k)) for k, made in enumerate(program.instructions) if made.matrix >= 0]
+    return dict.fromkeys(operands)
 
 
 @cache
@@ -79,6 +101,7 @@ class _Derivation:
         self.gradients: dict[tuple[str, int], list[tuple[int, Operand]]] = {}
         self.inputs: dict[int, Operand] = {}
         self.kept: dict[int, Operand] = {}
+        self.keepable = _kept(program)
         self.again: dict[int, Operand] = {}
         self.products: list[tuple[Instruction, Operand]] = []
 
@@ -138,7 +161,7 @@ class _Derivation:
                 self.inputs[index] = Operand("x", index, 0, self.program.inputs[index])
             return self.inputs[index].part(offset, size)
         whole = self.program.whole(bank, index)
-        if bank == "s" or self.program.instructions[index].matrix >= 0:
+        if whole in self.keepable:
             place = self.program.outputs.index(whole)
             if place not in self.kept:
                 self.kept[place] = Operand("k", len(self.kept), 0, whole.size)

@@ -18,7 +18,7 @@ from tidegate.fusion.program import Program
 from tidegate.kernels import cpu
 
 if TYPE_CHECKING:
-    from tidegate.fusion.derive import Backward, MatrixGradient
+    from tidegate.fusion.derive import Backward, MatrixGradient, Wanted
 
 _LIBRARY = torch.library.Library("tidegate", "FRAGMENT")
 _LIBRARY.define(
@@ -157,75 +157,85 @@ class _Loop(torch.autograd.Function):
             results = _run(program, *kinds, *rest)
         else:
             results = dispatch.below_autograd(_operator, program, *kinds, *rest)
+        from tidegate.fusion.derive import derive
+
+        known = Program.parse(program)
         ctx.program, ctx.rest = program, rest[2:]
         ctx.needs = ctx.needs_input_grad[2:]
-        ctx.save_for_backward(*tensors, *rest[:2], *results[: len(Program.parse(program).outputs)])
+        # Saved is only what the backward reads.
+        back = derive(known, _wanted(known, ctx.needs, (True,) * len(known.outputs)))
+        ends = _Tensors(known).ends
+        read = [tensor if k >= ends[1] or k in back.inputs else None for k, tensor in enumerate(tensors)]
+        kept = [result if k in back.kept else None for k, result in enumerate(results[: len(known.outputs)])]
+        ctx.save_for_backward(*read, *rest[:2], *kept)
+        ctx.like = results[-1].new_empty(0)
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        program = Program.parse(ctx.program)
         saved, count = ctx.saved_tensors, len(ctx.needs)
         tensors, lengths, resets, outputs = saved[:count], saved[count], saved[count + 1], saved[count + 2 :]
-        found = _gradients(program, tensors, lengths, resets, outputs, ctx.rest, gradients, ctx.needs)
+        found = _gradients(ctx, tensors, lengths, resets, outputs, gradients)
         return (None, None, *found)
 
 
+def _wanted(program: Program, needs: Sequence[bool], of_outputs: tuple[bool, ...]) -> Wanted:
+    from tidegate.fusion.derive import Wanted
+
+    inputs, _, vectors, matrices = _Tensors(program).split(needs)
+    return Wanted(tuple(inputs), tuple(vectors), tuple(matrices), of_outputs)
+
+
 def _gradients(
-    program: Program,
-    tensors: Sequence[Tensor],
+    ctx: Any,
+    tensors: Sequence[Any],
     lengths: Tensor | None,
     resets: Tensor | None,
-    outputs: Sequence[Tensor],
-    rest: tuple[Any, ...],
+    outputs: Sequence[Any],
     gradients: Sequence[Tensor | None],
-    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of a call's tensors: a run of the program's backward, then the matrices' products."""
     # Imported where they are used: with them, importing tidegate would take a fifth longer.
-    from tidegate.fusion.derive import Wanted, derive
+    from tidegate.fusion.derive import derive
     from tidegate.fusion.interpret import interpret
 
-    steps, batch, reverse = rest
+    program, needs, like = Program.parse(ctx.program), ctx.needs, ctx.like
+    steps, batch, reverse = ctx.rest
     split = _Tensors(program).split
-    inputs, states, vectors, matrices = split(tensors)
+    inputs, _, vectors, matrices = split(tensors)
     need_inputs, need_states, need_vectors, need_matrices = split(needs)
     count = len(program.outputs)
     of_outputs = gradients[:count]
-    has_gradient = tuple(gradient is not None for gradient in of_outputs)
-    back = derive(program, Wanted(tuple(need_inputs), tuple(need_vectors), tuple(need_matrices), has_gradient))
+    back = derive(program, _wanted(program, needs, tuple([gradient is not None for gradient in of_outputs])))
     final = [
-        state.new_zeros(state.shape) if gradient is None else gradient
-        for state, gradient in zip(states, gradients[count:], strict=True)
+        like.new_zeros((batch, size)) if gradient is None else gradient
+        for size, gradient in zip(program.states, gradients[count:], strict=True)
     ]
-    sums = [states[0].new_zeros((batch, vectors[k].shape[0])) for k in back.vector_gradients]
+    sums = [like.new_zeros((batch, program.vectors[k])) for k in back.vector_gradients]
     read = [inputs[k] for k in back.inputs] + [outputs[k] for k in back.kept]
     read += [gradient for gradient in of_outputs if gradient is not None]
     # The state that enters a row's first step is not cut on the way back into it; what a reset there cuts is below.
     marks = resets
     if resets is not None and reverse:
         marks = torch.cat([torch.zeros_like(resets[:1]), resets[1:]])
-    tensors_of_it = (read, [*final, *sums], vectors, matrices, lengths, marks, steps, batch, not reverse)
-    if dispatch.is_batched():
-        found = interpret(back.program, *tensors_of_it)
-    else:
-        found = run(_looped(back.program), *tensors_of_it)
+    given = (read, [*final, *sums], vectors, matrices, lengths, marks, steps, batch, not reverse)
+    found = interpret(back.program, *given) if dispatch.is_batched() else run(_looped(back.program), *given)
     made, ended = found[: len(back.program.outputs)], found[len(back.program.outputs) :]
-    of_states = ended[: len(states)]
-    if resets is not None and not reverse and steps:
+    of_states = ended[: len(program.states)]
+    if resets is not None and not reverse:
         cut = resets[0].unsqueeze(-1)
         if lengths is not None:
             cut = cut & (lengths.to(cut.device) > 0).unsqueeze(-1)
-        cuttable = len(states) - program.through_resets
+        cuttable = len(program.states) - program.through_resets
         of_states = [g.masked_fill(cut, 0) if k < cuttable else g for k, g in enumerate(of_states)]
     result: list[Tensor | None] = []
     places = iter(back.input_gradients)
-    for tensor, need in zip(inputs, need_inputs, strict=True):
+    for size, need in zip(program.inputs, need_inputs, strict=True):
         place = next(places) if need else -1
-        result.append(None if not need else tensor.new_zeros(tensor.shape) if place < 0 else made[place])
+        result.append(None if not need else like.new_zeros((steps, batch, size)) if place < 0 else made[place])
     result += [gradient if need else None for gradient, need in zip(of_states, need_states, strict=True)]
-    of_vectors = dict(zip(back.vector_gradients, (total.sum(0) for total in ended[len(states) :]), strict=True))
+    of_vectors = dict(zip(back.vector_gradients, (total.sum(0) for total in ended[len(program.states) :]), strict=True))
     for k, (vector, need) in enumerate(zip(vectors, need_vectors, strict=True)):
         result.append(of_vectors.get(k, torch.zeros_like(vector)) if need else None)
     for k, (matrix, need) in enumerate(zip(matrices, need_matrices, strict=True)):

@@ -20,7 +20,6 @@ from tidegate.kernels import cpu
 
 if TYPE_CHECKING:
     from tidegate.fusion.lower import Lowered
-    from tidegate.fusion.trace import Cell
 
 
 class Plan(torch.nn.Module):
@@ -34,7 +33,7 @@ class Plan(torch.nn.Module):
         program: the loop.
         output: y_t's nest, with the places of its leaves.
         reasons: why it cannot be fused.
-        compared: whether it was found to hold for a batch of one row.
+        compared, compared_one_row: whether it was held against the cell's own step.
         is_final: no other sizes or settings will change it.
         numbers: those of the cell's attributes that a compiled graph was made with.
     """
@@ -46,7 +45,7 @@ class Plan(torch.nn.Module):
     def __init__(self, lowered: Lowered | None, output: Any, reasons: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.lowered, self.output, self.reasons = lowered is not None, output, reasons
-        self.compared = self.is_final = False
+        self.compared = self.compared_one_row = self.is_final = False
         self.numbers: list[float] = []
         if lowered is not None:
             self.once, self.before, self.after = lowered.once, lowered.before, lowered.after
@@ -172,8 +171,14 @@ def planned(step: Callable[..., Any], settings: tuple[Any, ...], described: Desc
         made = _made(step, described)
         # What changes at each step would be traced anew each time.
         known[_ALWAYS if made.is_final else key] = made
-        return made
-    return known[key]
+    else:
+        made = known[key]
+    # Not while torch.export looks: it has its own way to call modules, for all threads.
+    if made.lowered and not made.compared and (dispatch.is_plain() or torch.compiler.is_dynamo_compiling()):
+        made.compared = True
+        if dispatch.outside_of_tracing(partial(_differs, made, step, described)):
+            made = known[key] = Plan.impossible("its results or gradients are not what its operations say")
+    return made
 
 
 def _numbers(step: Any) -> list[float]:
@@ -206,12 +211,8 @@ def _made(step: Callable[..., Any], described: Described) -> Plan:
 
     def make() -> Plan:
         try:
-            cell = Cell(step, described.with_noise)
-            traced = trace(cell, *described.example())
-            lowered = lower(traced)
-            plan = Plan(lowered, pytree.tree_unflatten(list(range(traced.outputs)), traced.output))
-            if _differs(plan, cell, described):
-                return Plan.impossible("its results or gradients are not what its operations say")
+            traced = trace(Cell(step, described.with_noise), *described.example())
+            return Plan(lower(traced), pytree.tree_unflatten(list(range(traced.outputs)), traced.output))
         except NotTraceableError as error:
             made = Plan.impossible(str(error))
             made.is_final = error.whatever_the_sizes
@@ -219,7 +220,6 @@ def _made(step: Callable[..., Any], described: Described) -> Plan:
         except Exception as error:
             # A cell can always be run step by step: whatever is not foreseen here must not keep it from that.
             return Plan.impossible(f"it could not be fused: {type(error).__name__}: {error}")
-        return plan
 
     return dispatch.outside_of_tracing(make)
 
@@ -248,19 +248,22 @@ def _are_close(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         tolerance = 1e-6 if a.dtype is torch.float64 else 2e-3 if a.dtype is torch.float32 else 0.1
+        a, b = a.double(), b.double()
         finite = b[b.isfinite()].abs()
         scale = float(finite.max()) if finite.numel() else 0.0
-        if not torch.allclose(a.double(), b.double(), 0, tolerance * max(scale, 1e-3), equal_nan=True):
+        if not torch.allclose(a, b, 0, tolerance * max(scale, 1e-3), equal_nan=True):
             return False
     return True
 
 
-def _differs(made: Plan, cell: Cell, described: Described) -> bool:
-    """Whether a random step's results or gradients are other than the cell's own.
+def _differs(made: Plan, step: Callable[..., Any], described: Described) -> bool:
+    """Whether a random step's results or gradients are other than the cell's own, or raise.
 
-    What the operations of a graph do not say: `detach`, `no_grad`, hooks on tensors, what asks whether autograd records.
+    What the operations of a graph do not say: `no_grad`, hooks on tensors, whatever asks whether autograd records.
     """
-    generator = torch.Generator().manual_seed(0)
+    from tidegate.fusion.trace import Cell
+
+    cell, generator = Cell(step, described.with_noise), torch.Generator().manual_seed(0)
 
     def random(sizes: tuple[int, ...], dtype: torch.dtype, records: bool) -> Tensor:
         value = torch.randn((3, *sizes), generator=generator)
@@ -284,7 +287,10 @@ def _differs(made: Plan, cell: Cell, described: Described) -> bool:
     own = [_own_twin(tensor) for tensor in cell.tensors]
     wanted = [tensor for tensor in (*x, *state, *own) if tensor.requires_grad]
     for plan in (False, True):
-        outcome = results(own, x, state, plan)
+        try:
+            outcome = results(own, x, state, plan)
+        except Exception:
+            return True
         recorded = [leaf for leaf in outcome if leaf.requires_grad]
         loss = sum((leaf.float() * torch.linspace(0.5, 1.5, leaf.numel()).view(leaf.shape)).sum() for leaf in recorded)
         gradients: Any = ()
@@ -352,8 +358,8 @@ def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) ->
     if state_leaves[0].shape[0] != 1:
         return planned(step, reading.settings, described), reading.tensors
     made = planned(step, reading.settings, described, "one row")
-    if made.lowered and not made.compared:
-        made.compared = True
+    if made.lowered and not made.compared_one_row:
+        made.compared_one_row = True
         if _differs_for_one_row(made, step, inputs, state, with_noise):
             made = Plan.impossible("of one row the step gives other numbers than of several")
             _plans[step] = {key: made if key[1] == "one row" else other for key, other in _plans[step].items()}
@@ -447,10 +453,15 @@ def _zero_at(past: Tensor, tensor: Tensor) -> Tensor:
     return tensor.masked_fill(past.view(*past.shape, *(1,) * (tensor.dim() - 2)), 0)
 
 
-def explain(step: Callable[..., Any], inputs: Any, state: Any, noise: Any, always: bool = False) -> tuple[list[str], str]:
+def explain(
+    step: Callable[..., Any], inputs: Any, state: Any, noise: Any, always: bool = False
+) -> tuple[list[str], str]:
     """Every reason why `run` would not run a cell, and its program in its readable form, "" if there is none."""
-    made, _ = plan(step, inputs if noise is None else (inputs, noise), state, noise is not None)
-    reasons = list(made.reasons)
-    if leaves_of(inputs)[0].shape[0] == 1 and not always:
+    given = inputs if noise is None else (inputs, noise)
+    leaves, states = leaves_of(given), leaves_of(state)
+    reasons = _reasons_against([*leaves, *states], states)
+    if isinstance(leaves[0], Tensor) and leaves[0].shape[0] == 1 and not always:
         reasons.append(_SINGLE_STEP)
-    return reasons, made.text
+    with torch.autocast("cpu", enabled=False):
+        made, _ = plan(step, given, state, noise is not None)
+    return list(dict.fromkeys([*reasons, *made.reasons])), made.text

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from tidegate import dispatch
 from tidegate.fusion.reading import captured, computed, read, split_result
 from tidegate.scope import scope
 
