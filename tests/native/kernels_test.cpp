@@ -73,6 +73,7 @@ int main(int count, char** names) {
         force_isa(isa);
         check_activations();
         check_long_sums();
+        check_programs();
         for (int64_t i = 0; i < kind_count; ++i)
             for (const bool projects : {false, true})
                 if (const Kind kind = static_cast<Kind>(i); !projects || facts(kind).may_project)

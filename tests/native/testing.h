@@ -96,4 +96,5 @@ void check_together(const Shape& shape, tidegate::Kind kind, tidegate::Type type
                     tidegate::Together together, bool has_lengths, int most_threads);
 void check_long_sums();
 void check_workspace();
+void check_programs();
 void check_activations();
