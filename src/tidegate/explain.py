@@ -40,7 +40,7 @@ class CallExplanation:
     program: str = ""
 
     def __str__(self) -> str:
-        if "fused" in self.reasons:
+        if self.reasons.keys() == {"fused"}:  # a cell over a sequence
             details = [f"not fused: {reason}" for reason in self.reasons["fused"]]
         else:
             details = [f"{name}: {'; '.join(found)}" for name, found in self.reasons.items() if found]

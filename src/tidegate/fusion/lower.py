@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from tidegate.fusion import vocabulary
+from tidegate.fusion.parts import Part, blocks, input_rows, output_rows, vector
 from tidegate.fusion.program import Argument, Builder, Instruction, Matrix, Operand, Program
 from tidegate.fusion.rows import (
     CONVERTING,
@@ -116,91 +117,6 @@ def _new(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     values = mapped(args, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
     node.meta["val"] = target(*values)
     return node
-
-
-class _Part:
-    """A piece of the trace as a module of its own, over any number of rows."""
-
-    def __init__(self, trace: Trace, first: str | None) -> None:
-        self.trace = trace
-        self.graph = fx.Graph()
-        self.root = torch.nn.Module()
-        self.rows: fx.Node | None = self.graph.placeholder(first) if first else None
-        self.known: dict[fx.Node, fx.Node] = {}
-        self.results: list[fx.Node] = []
-
-    def take(self, node: fx.Node) -> fx.Node:
-        """An argument of the module that stands for a node of the trace."""
-        self.known[node] = self.graph.placeholder(node.name)
-        return self.known[node]
-
-    def copy(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> fx.Node:
-        """The node and what it needs, but for nodes at which to stop: those are taken as arguments beforehand."""
-        if node in self.known:
-            return self.known[node]
-        assert not stop(node), node
-        for source in node.all_input_nodes:
-            self.copy(source, stop)
-        if node.op == "get_attr" and not hasattr(self.root, str(node.target)):
-            self.root.register_buffer(str(node.target), None)
-            setattr(self.root, str(node.target), _constant(self.trace, node))
-        copied = self.graph.node_copy(node, lambda source: self.known[source])
-        copied.args = tuple(self._resized(copied, argument) for argument in copied.args)
-        copied.kwargs = {name: self._resized(copied, argument) for name, argument in copied.kwargs.items()}
-        self.known[node] = copied
-        return copied
-
-    def _resized(self, node: fx.Node, argument: Any) -> Any:
-        if isinstance(argument, (list, tuple)):
-            return [self._resized(node, item) for item in argument]  # pyright: ignore[reportUnknownVariableType]
-        traced = self.trace.rows
-        is_rows = isinstance(argument, int) and not isinstance(argument, bool) and argument and argument % traced == 0
-        if not is_rows:
-            return argument
-        times = argument // traced
-        if self.rows is None:
-            return times
-        if times == 1:
-            return self.rows
-        with self.graph.inserting_before(node):
-            return self.graph.call_function(operator.mul, (self.rows, times))
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> fx.Node:
-        return self.graph.call_function(function, arguments)
-
-    def module(self) -> fx.GraphModule:
-        self.graph.output(tuple(self.results))
-        return fx.GraphModule(self.root, self.graph)
-
-
-def _constant(trace: Trace, node: fx.Node) -> Any:
-    found: Any = trace.graph.owning_module
-    for name in str(node.target).split("."):
-        found = getattr(found, name)
-    return found
-
-
-def _vector(value: Tensor, shape: Sequence[int], dim: int, shared: int) -> Tensor:
-    """A tensor of parameters, spread over a value with rows, as the features of a row."""
-    if value.dim() == 1 and shared == 1 and tuple(shape) == (1, value.shape[0]):
-        return value
-    return as_rows(value.expand(shape), Layout(dim, shared), 1).flatten()
-
-
-def _blocks(value: Tensor, transposed: bool) -> Tensor:
-    """A matrix of a product as (blocks, rows, columns)."""
-    value = value.transpose(-1, -2) if transposed else value
-    return value if value.dim() == 3 else value.unsqueeze(0)
-
-
-def _input(value: Tensor, layout: tuple[int, int], rows: int, dtype: torch.dtype) -> Tensor:
-    result = as_rows(value, Layout(*layout), rows)
-    return result if result.dtype == dtype else result.to(dtype)
-
-
-def _output(value: Tensor, layout: tuple[int, int], shape: Sequence[int], rows: int, is_truth: bool) -> Tensor:
-    result = from_rows(value, Layout(*layout), shape, rows)
-    return result != 0 if is_truth else result
 
 
 class _Lowering:
@@ -332,38 +248,38 @@ class _Lowering:
         once_for_before = [node for node in of_before if is_once(node)]
         once_for_after = [node for node in handed if is_once(node)]
 
-        once = _Part(self.trace, None)
+        once = Part(self.trace, None)
         for node in self.rows.own:
             once.take(node)
         never: Callable[[fx.Node], bool] = lambda node: False  # noqa: E731
         for node, shape, layout in self.vectors:
-            once.results.append(once.call(_vector, once.copy(node, never), shape, layout.dim, layout.shared))
+            once.results.append(once.call(vector, once.copy(node, never), shape, layout.dim, layout.shared))
         for node, transposed in self.matrices:
-            once.results.append(once.call(_blocks, once.copy(node, never), transposed))
+            once.results.append(once.call(blocks, once.copy(node, never), transposed))
         for node in (*once_for_before, *once_for_after):
             once.results.append(once.copy(node, never))
         self.once_for_before = len(once_for_before)
 
-        before = _Part(self.trace, "rows")
+        before = Part(self.trace, "rows")
         for node in (*self.rows.inputs, *once_for_before):
             before.take(node)
         dtype = values_of(self.rows.states[0]).dtype if self.rows.states else torch.get_default_dtype()
         for node in self.inputs:
             layout = self.rows.layouts[node]
             assert layout is not None
-            before.results.append(before.call(_input, before.copy(node, never), tuple(layout), before.rows, dtype))
+            before.results.append(before.call(input_rows, before.copy(node, never), tuple(layout), before.rows, dtype))
         for node in handed:
             if not is_once(node):
                 before.results.append(before.copy(node, never))
 
-        rest = _Part(self.trace, "rows")
+        rest = Part(self.trace, "rows")
         for node in (*self.looped, *(node for node in handed if not is_once(node)), *once_for_after):
             rest.take(node)
         for node in self.looped:
             layout, shape = self.rows.layouts[node], tuple(values_of(node).shape)
             is_truth = values_of(node).dtype is torch.bool
             assert layout is not None
-            rest.known[node] = rest.call(_output, rest.known[node], tuple(layout), shape, rest.rows, is_truth)
+            rest.known[node] = rest.call(output_rows, rest.known[node], tuple(layout), shape, rest.rows, is_truth)
         for node in self.outputs:
             rest.results.append(rest.copy(node, never))
         return once.module(), before.module(), rest.module()
