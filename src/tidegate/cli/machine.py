@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tidegate.kernels import cpu
+
 OPTIONAL_PACKAGES = ("numpy", "typer", "rich", "matplotlib", "triton", "onnx", "onnxruntime", "openvino", "jax")
 
 
@@ -45,6 +47,7 @@ def describe_machine() -> dict[str, str | int]:
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction set (torch)": torch.backends.cpu.get_cpu_capability(),
+        "instruction set (tidegate)": ", ".join(cpu.availability()) or cpu.operators().isa(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
