@@ -206,15 +206,15 @@ class Sessions:
 
     def _zeros(self, rows: int) -> Iterable[Tensor]:
         """The zero state of so many rows."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of stream has its own
 
     def _read_state(self, state: Any, rows: int | None, name: str = "state") -> Iterable[Tensor]:
         """A copy of what the user gave, checked. `rows` None: any number."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of stream has its own
 
     def _set_states(self, states: Iterable[Tensor]) -> None:
         """The only place where the state is replaced, in one assignment."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of stream has its own
 
     def _over_features(self, mask: Tensor, state: Tensor) -> Tensor:
         return mask.view(-1, *(1,) * (state.dim() - 1 - self._row_dim))

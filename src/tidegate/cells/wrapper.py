@@ -66,7 +66,7 @@ class Wrapper(torch.nn.Module):
         return None
 
     def _step(self, input: Nest, state: Nest, own: Nest | None, inner: Nest | None) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # each wrapper has its own
 
     def _call(self, input: Nest, state: Nest, inner: Nest | None) -> Any:
         """The cell's step."""

@@ -90,7 +90,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     try:
         with safe_open(os.fspath(path), "pt") as file:
             text = (file.metadata() or {}).get("tidegate", "null")
-            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
         description = json.loads(text)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ConversionError(f"{source}: no safetensors file of a layer, or damaged: {error}") from error

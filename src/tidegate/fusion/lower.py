@@ -242,7 +242,10 @@ class _Lowering:
         of_after = boundary([node for node in self.outputs if isinstance(node, fx.Node)], is_inside_after)
         # What is needed after the loop and does not come out of it.
         handed = [node for node in of_after if node not in self.rows.reads_state]
-        inside_before: Callable[[fx.Node], bool] = lambda node: is_before(node) and node not in self.rows.inputs  # noqa: E731
+
+        def inside_before(node: fx.Node) -> bool:
+            return is_before(node) and node not in self.rows.inputs
+
         wanted_before = [*self.inputs, *(node for node in handed if is_before(node))]
         of_before = [node for node in boundary(wanted_before, inside_before) if node not in self.rows.inputs]
         once_for_before = [node for node in of_before if is_once(node)]
@@ -251,13 +254,12 @@ class _Lowering:
         once = Part(self.trace, None)
         for node in self.rows.own:
             once.take(node)
-        never: Callable[[fx.Node], bool] = lambda node: False  # noqa: E731
         for node, shape, layout in self.vectors:
-            once.results.append(once.call(vector, once.copy(node, never), shape, layout.dim, layout.shared))
+            once.results.append(once.call(vector, once.copy(node), shape, layout.dim, layout.shared))
         for node, transposed in self.matrices:
-            once.results.append(once.call(blocks, once.copy(node, never), transposed))
+            once.results.append(once.call(blocks, once.copy(node), transposed))
         for node in (*once_for_before, *once_for_after):
-            once.results.append(once.copy(node, never))
+            once.results.append(once.copy(node))
         self.once_for_before = len(once_for_before)
 
         before = Part(self.trace, "rows")
@@ -267,10 +269,10 @@ class _Lowering:
         for node in self.inputs:
             layout = self.rows.layouts[node]
             assert layout is not None
-            before.results.append(before.call(input_rows, before.copy(node, never), tuple(layout), before.rows, dtype))
+            before.results.append(before.call(input_rows, before.copy(node), tuple(layout), before.rows, dtype))
         for node in handed:
             if not is_once(node):
-                before.results.append(before.copy(node, never))
+                before.results.append(before.copy(node))
 
         rest = Part(self.trace, "rows")
         for node in (*self.looped, *(node for node in handed if not is_once(node)), *once_for_after):
@@ -281,7 +283,7 @@ class _Lowering:
             assert layout is not None
             rest.known[node] = rest.call(output_rows, rest.known[node], tuple(layout), shape, rest.rows, is_truth)
         for node in self.outputs:
-            rest.results.append(rest.copy(node, never))
+            rest.results.append(rest.copy(node))
         return once.module(), before.module(), rest.module()
 
     def _place(self, node: fx.Node) -> int:

@@ -32,13 +32,12 @@ class Part:
         self.known[node] = self.graph.placeholder(node.name)
         return self.known[node]
 
-    def copy(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> fx.Node:
-        """The node and what it needs, but for nodes at which to stop: those are taken as arguments beforehand."""
+    def copy(self, node: fx.Node) -> fx.Node:
+        """The node and what it needs, but for nodes that were taken as arguments."""
         if node in self.known:
             return self.known[node]
-        assert not stop(node), node
         for source in node.all_input_nodes:
-            self.copy(source, stop)
+            self.copy(source)
         if node.op == "get_attr" and not hasattr(self.root, str(node.target)):
             self.root.register_buffer(str(node.target), None)
             setattr(self.root, str(node.target), _constant(self.trace, node))

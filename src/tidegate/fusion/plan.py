@@ -176,8 +176,9 @@ def planned(step: Callable[..., Any], settings: tuple[Any, ...], described: Desc
     # Not while torch.export looks: it has its own way to call modules, for all threads.
     if made.lowered and not made.compared and (dispatch.is_plain() or torch.compiler.is_dynamo_compiling()):
         made.compared = True
-        if dispatch.outside_of_tracing(partial(_differs, made, step, described)):
-            made = known[key] = Plan.impossible("its results or gradients are not what its operations say")
+        difference = dispatch.outside_of_tracing(partial(_difference, made, step, described))
+        if difference:
+            made = known[key] = Plan.impossible(difference)
     return made
 
 
@@ -256,8 +257,8 @@ def _are_close(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]
     return True
 
 
-def _differs(made: Plan, step: Callable[..., Any], described: Described) -> bool:
-    """Whether a random step's results or gradients are other than the cell's own, or raise.
+def _difference(made: Plan, step: Callable[..., Any], described: Described) -> str:
+    """What is other in a random step's results or gradients than in the cell's own; "" for nothing.
 
     What the operations of a graph do not say: `no_grad`, hooks on tensors, whatever asks whether autograd records.
     """
@@ -289,15 +290,18 @@ def _differs(made: Plan, step: Callable[..., Any], described: Described) -> bool
     for plan in (False, True):
         try:
             outcome = results(own, x, state, plan)
-        except Exception:
-            return True
+        except Exception as error:
+            # Of a cell that cannot do a step on random numbers nothing can be said.
+            return f"a step on random numbers raised {type(error).__name__}: {error}"
         recorded = [leaf for leaf in outcome if leaf.requires_grad]
         loss = sum((leaf.float() * torch.linspace(0.5, 1.5, leaf.numel()).view(leaf.shape)).sum() for leaf in recorded)
         gradients: Any = ()
         if isinstance(loss, Tensor):
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         found.append([*(leaf.detach() for leaf in outcome), *gradients])
-    return len(found[0]) != len(found[1]) or not _are_close(found[1], found[0])
+    if len(found[0]) == len(found[1]) and _are_close(found[1], found[0]):
+        return ""
+    return "its results or gradients are not what its operations say"
 
 
 def _own_twin(tensor: Tensor) -> Tensor:

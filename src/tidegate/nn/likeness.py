@@ -44,7 +44,7 @@ class StandsFor:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle would compare the class that it is to make with `__class__`, if it made it by `__newobj__`.
         made, *rest = super().__reduce_ex__(protocol)
-        return (object.__new__ if made is copyreg.__newobj__ else made, *rest)  # type: ignore[attr-defined]
+        return (object.__new__ if made is copyreg.__newobj__ else made, *rest)  # type: ignore[attr-defined]  (typeshed lacks it)
 
 
 def _wants_type(frame: FrameType | None) -> bool:
