@@ -32,6 +32,7 @@ T, B, I, H = 7, 3, 5, 8  # noqa: E741
 
 
 def close(ours, theirs, floor=1e-6):
+    """float32, sums in another order: at most 4e-7 was seen of outputs, 2e-6 of gradients, which add up all steps."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=floor)
 
 
@@ -42,7 +43,7 @@ def same(ours, theirs, x, ours_parameters=(), theirs_parameters=(), floor=1e-6):
     found = torch.autograd.grad((ours * weights).sum(), [x, *ours_parameters])
     expected = torch.autograd.grad((theirs * weights).sum(), [x, *theirs_parameters])
     for a, b in zip(found, expected, strict=True):
-        close(a, b.view_as(a), 20 * floor)
+        close(a, b.view_as(a), 5 * floor)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +125,7 @@ def test_min_rnns_are_the_parallel_form(theirs, ours):
     x, h = torch.randn(B, T, I, requires_grad=True), torch.rand(B, I) + 0.5
     output, _ = tg.dynamic_rnn(ours, x, initial_state=h)
     given = h if isinstance(theirs, minGRU) else h - 0.5  # their minLSTM puts it through g
-    same(output, theirs(x, given.unsqueeze(1)), x, floor=3e-6)
+    same(output, theirs(x, given.unsqueeze(1)), x)
 
 
 def gates_of(kernel, order):

@@ -71,7 +71,7 @@ def seconds(cell, x, state, fuse):
 
 
 def check(name, cell, x, state, capsys, tolerance=1e-9):
-    """And print the speed-up over 100 steps, in inference."""
+    """And print the speed-up over 100 steps, in inference. 1e-9 is what is promised of any cell, whatever its sums."""
     for found, expected in zip(results(cell, x, state, True), results(cell, x, state, False), strict=True):
         scale = max(1.0, float(expected.detach().abs().max()))
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)
