@@ -2,7 +2,6 @@
 """tidegate: fast, complete recurrent layers for PyTorch."""
 
 from importlib import import_module as _import_module
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from tidegate import convert
     from tidegate.convert import from_flax, from_keras, from_onnx, from_tf1, to_onnx
 
-__version__ = _version("tidegate")
+__version__ = "0.1.0"
 
 __all__ = [
     "GRU",
