@@ -73,17 +73,19 @@ test-fuzz: install  ## Draw cases and judge them by torch.nn and written-out equ
 	$(BIN)/python -m pytest tests/fuzz --fuzz-minutes $(MINUTES) --fuzz-cases $(CASES) $(SEED:%=--fuzz-seed %)
 	$(BIN)/python -m pytest $(HYPOTHESIS) --hypothesis-profile fuzz $(SEED:%=--hypothesis-seed %)
 
+JOBS := $(shell getconf _NPROCESSORS_ONLN)
+
 # A folder for each compiler: CMake keeps to the one that it began with.
 test-native:  ## Build the kernels without torch and run their own test; CXX=clang++ takes another compiler.
 	cmake -S . -B build/native-$(notdir $(CXX)) -DTIDEGATE_NATIVE_TEST=ON -DCMAKE_CXX_COMPILER=$(CXX)
-	cmake --build build/native-$(notdir $(CXX))
+	cmake --build build/native-$(notdir $(CXX)) --parallel $(JOBS)
 	cd build/native-$(notdir $(CXX)) && ctest --output-on-failure
 
 # Races and memory, on one instruction set: these builds take long.
 sanitize:  ## Run the kernels' own test under the thread and the address sanitizer.
 	for sanitizer in thread address; do \
 		cmake -S . -B build/$$sanitizer -DTIDEGATE_NATIVE_TEST=ON -DTIDEGATE_SANITIZE=$$sanitizer -DTIDEGATE_ISAS=native \
-		&& cmake --build build/$$sanitizer && build/$$sanitizer/kernels_test || exit 1; \
+		&& cmake --build build/$$sanitizer --parallel $(JOBS) && build/$$sanitizer/kernels_test || exit 1; \
 	done
 
 # Of the last four only cells are used: not what the packages around them depend on.
@@ -145,6 +147,11 @@ test-install: wheel sdist  ## Install the wheel and the sources into fresh envir
 	$(BIN)/python -m pytest --numprocesses 0 tests/install --torch '$(TORCH)'
 
 test-all: lint test test-slow test-native test-install test-peers test-clients test-recipes sanitize  ## Run all there is.
+
+docs: install  ## Build the documentation as a site, into build/site: a link that leads nowhere is an error.
+	$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 clean:  ## Remove what the targets made.
 	rm -rf $(VENV) build dist out

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of docs/performance.md that `tidegate bench` does not print, each by its name.
 
-    PYTHONPATH=src python benchmarks/small_figures.py directions      # a bidirectional layer, and its directions in turn
-    PYTHONPATH=src python benchmarks/small_figures.py recorded-cell   # a cell's step that records gradients
-    PYTHONPATH=src python benchmarks/small_figures.py crowded         # beside a process that takes one of the cores
+    PYTHONPATH=src python benchmarks/small_figures.py NAME
 
+directions: a bidirectional layer, and its directions one after the other. recorded-cell: a cell's step that records
+gradients. crowded: beside a process that takes one of the cores.
 Every pair is timed in turn, in one process; a figure is the median of the rounds.
 """
 
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -64,9 +65,10 @@ def recorded_cell() -> None:
     """A cell's step with its gradients' graph, over torch.nn's."""
     for kind in ("GRUCell", "LSTMCell", "RNNCell"):
         for size in (16, 64, 128, 256):
-            x = torch.randn(8, size)
+            x, h = torch.randn(8, size), torch.zeros(8, size)
+            state = (h, h) if kind == "LSTMCell" else h
             ours, theirs = getattr(tg, kind)(size, size), getattr(torch.nn, kind)(size, size)
-            mine, other = in_turn(lambda x=x, cell=ours: cell(x), lambda x=x, cell=theirs: cell(x))
+            mine, other = in_turn(partial(ours, x, state), partial(theirs, x, state))
             print(f"{kind} {size}: {mine * 1e6:.1f} us, torch.nn {other * 1e6:.1f} us, {mine / other:.2f}")
 
 
