@@ -5,9 +5,11 @@
 #   PYTHON  the interpreter .venv is made from (3.10 or later)
 #   TORCH   what pip installs as torch, before anything else: a later, ranged torch would bring gigabytes of CUDA
 #           packages. Where your registry's torch is a CUDA build and you want the CPU's, add PyTorch's CPU index here.
+#   TRITON  the compiler of the GPU kernels that goes with it
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.*; sys_platform == 'linux' and platform_machine == 'x86_64'
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
@@ -26,7 +28,7 @@ install: $(VENV)/.installed  ## Make .venv ready for development.
 # and the editable install finds them ready. Not compiling Python's files saves ten seconds of torch's install.
 define INSTALL
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) scikit-build-core cmake ninja
+	$(PIP) scikit-build-core hatch-fancy-pypi-readme cmake ninja
 	$(PIP) --no-compile $(TORCH) & torch=$$!; \
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel . ; built=$$?; \
 	wait $$torch && exit $$built
@@ -36,7 +38,7 @@ endef
 $(VENV)/.installed: export TIDEGATE_ISAS := $(or $(ISAS),all)
 $(VENV)/.installed: $(SOURCES)
 	@echo "Making $(VENV): torch, tidegate with its kernels for $(TIDEGATE_ISAS), and the tools"
-	$(INSTALL) '.[dev]'
+	$(INSTALL) '.[dev]' "$(TRITON)"
 	@touch $@
 
 $(VENV)/.for-demo: export TIDEGATE_ISAS := $(or $(ISAS),native)
@@ -127,13 +129,16 @@ CROSS := CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(ARCH) 
 BUILD_WHEEL := $(if $(filter-out $(HOST),$(ARCH)),_PYTHON_HOST_PLATFORM=linux-$(ARCH) $(CROSS)) TIDEGATE_ISAS=all \
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps
 WHEEL = dist/*_$(ARCH).whl
+REPAIR = PATH=$(abspath $(BIN)):$$PATH auditwheel repair --plat manylinux_2_28_$(ARCH) --only-plat \
+	--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl && $(BIN)/auditwheel show $(WHEEL)
+# auditwheel judges this machine's wheels alone; what it would look for is compared by hand.
+RENAME = $(BIN)/python tests/install/newest_symbols.py build/wheel/*.whl && mkdir -p dist && \
+	$(BIN)/python -m wheel tags --platform-tag manylinux_2_28_$(ARCH) --remove build/wheel/*.whl && mv build/wheel/*.whl dist
 
 wheel: install  ## Build the wheel that an index takes, for every instruction set, into dist/; see it checked. ARCH=
 	rm -rf build/wheel $(WHEEL)
 	$(BUILD_WHEEL) --wheel-dir build/wheel .
-	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --plat manylinux_2_28_$(ARCH) --only-plat \
-		--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
-	$(BIN)/auditwheel show $(WHEEL)
+	$(if $(filter $(HOST),$(ARCH)),$(REPAIR),$(RENAME))
 	$(BIN)/check-wheel-contents $(WHEEL)
 	$(BIN)/twine check --strict $(WHEEL)
 	@ls -l $(WHEEL)

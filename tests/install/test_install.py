@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -32,6 +33,15 @@ def test_the_wheel_holds_the_kernels_and_nothing_of_torch(wheel: Path) -> None:
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     library = zipfile.ZipFile(wheel).read("tidegate/kernels/tidegate_cpu.so")
     assert str(Path(__file__).parents[2]).encode() not in library
+
+
+def test_an_index_is_shown_no_link_into_the_repository(wheel: Path) -> None:
+    contents = zipfile.ZipFile(wheel)
+    (name,) = (name for name in contents.namelist() if name.endswith("dist-info/METADATA"))
+    metadata = contents.read(name).decode()
+    assert "## Ten lines of use" in metadata
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", metadata) == []
+    assert "License-Expression: Apache-2.0 AND CC-BY-4.0 AND BSD-3-Clause" in metadata
 
 
 def test_the_wheel_without_a_compiler_has_the_kernels(fresh: Environment, wheel: Path) -> None:
