@@ -23,18 +23,23 @@ extern "C" {
 char __libc_single_threaded = false;
 }
 
-// GLIBC_2.29: a pow that does without the older one's handling of errors by errno. The linker sends pow here.
-#if defined(__x86_64__)
-#define TIDEGATE_FIRST_GLIBC "GLIBC_2.2.5"
-#elif defined(__aarch64__)
-#define TIDEGATE_FIRST_GLIBC "GLIBC_2.17"
-#endif
-#if defined(TIDEGATE_FIRST_GLIBC)
-extern "C" {
-__attribute__((visibility("default"))) double first_pow(double base, double exponent);
-__asm__(".symver first_pow,pow@" TIDEGATE_FIRST_GLIBC);
-double __wrap_pow(double base, double exponent) { return first_pow(base, exponent); }
-}
 #endif
 
+// GLIBC_2.29: a pow that does without the older one's handling of errors by errno. The linker sends every pow here
+// (CMakeLists.txt), and where the older one is not known, back.
+#if defined(__linux__)
+#if defined(__GLIBC__) && defined(__x86_64__)
+#define TIDEGATE_POW "pow@GLIBC_2.2.5"
+#elif defined(__GLIBC__) && defined(__aarch64__)
+#define TIDEGATE_POW "pow@GLIBC_2.17"
+#endif
+extern "C" {
+#if defined(TIDEGATE_POW)
+__attribute__((visibility("default"))) double older_pow(double base, double exponent);
+__asm__(".symver older_pow," TIDEGATE_POW);
+#else
+double older_pow(double base, double exponent) __asm__("__real_pow");
+#endif
+double __wrap_pow(double base, double exponent) { return older_pow(base, exponent); }
+}
 #endif
