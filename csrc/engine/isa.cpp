@@ -27,7 +27,7 @@ const Kernels& find(const std::string& name, const char* source) {
         known += kernels->name;
     }
     throw std::runtime_error(std::string(source) + ": '" + name +
-                             "' is no instruction set that this CPU has and this build holds; there are: " + known);
+                             "' is no instruction set that this CPU has; of this build's it has " + known);
 }
 
 const Kernels& default_kernels() {
