@@ -18,7 +18,7 @@ import torch
 import tidegate as tg
 from tidegate.kernels.triton import launch, plan
 
-SEQUENCE = ("resident", "streamed", "persistent")
+SEQUENCE = ("held", "resident", "streamed", "persistent")
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Shape:
     hidden_size: int
     targets: tuple[float, float] = (1.0, 1.0)
     steps: int = 256
+    layers: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.cell} {self.dtype} B{self.batch} H{self.hidden_size}"
+        name = f"{self.cell} {self.dtype} B{self.batch} H{self.hidden_size}"
+        return name + f" T{self.steps}" * (self.steps != 256) + f" L{self.layers}" * (self.layers != 1)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -56,6 +58,14 @@ SHAPES = [
     Shape("GRU", "float32", 64, 512),
     Shape("RNN", "bfloat16", 16, 256),
     Shape("RNN", "bfloat16", 64, 512),
+    # Where cuDNN keeps weights, too; short sequences; stacks.
+    *(Shape(cell, dtype, 16, 128) for cell in ("GRU", "LSTM", "RNN") for dtype in ("tf32", "float16")),
+    *(Shape("GRU", "tf32", 16, size) for size in (64, 192)),
+    *(Shape("GRU", "bfloat16", 16, 256, steps=steps) for steps in (8, 32, 1024)),
+    *(Shape("LSTM", "bfloat16", 16, 256, steps=steps) for steps in (8, 32)),
+    Shape("GRU", "bfloat16", 16, 256, layers=4),
+    Shape("LSTM", "bfloat16", 64, 512, layers=2),
+    Shape("LSTM", "float16", 16, 512, layers=2),
 ]
 TINY = [Shape("GRU", "float32", 2, 5, (5, 3), 2), Shape("LSTM", "tf32", 2, 5, (1, 1), 2)]
 RAGGED = (SHAPES[0], SHAPES[2])
@@ -63,15 +73,15 @@ RAGGED = (SHAPES[0], SHAPES[2])
 
 def use_tf32(shape: Shape) -> None:
     precision = "tf32" if shape.dtype == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.rnn.fp32_precision = precision
 
 
 def modules(shape: Shape, device: torch.device) -> tuple[Any, Any, torch.Tensor]:
     """torch.nn's layer, ours with its weights, and the input (T, B, H)."""
     torch.manual_seed(0)
-    theirs = getattr(torch.nn, shape.cell)(shape.hidden_size, shape.hidden_size).to(device, shape.torch_dtype)
-    ours = getattr(tg, shape.cell)(shape.hidden_size, shape.hidden_size).to(device, shape.torch_dtype)
+    sizes = (shape.hidden_size, shape.hidden_size, shape.layers)
+    theirs = getattr(torch.nn, shape.cell)(*sizes).to(device, shape.torch_dtype)
+    ours = getattr(tg, shape.cell)(*sizes).to(device, shape.torch_dtype)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(shape.steps, shape.batch, shape.hidden_size, device=device).to(shape.torch_dtype)
     return theirs, ours, x.requires_grad_()
@@ -80,8 +90,12 @@ def modules(shape: Shape, device: torch.device) -> tuple[Any, Any, torch.Tensor]
 def runnable(shape: Shape, device: plan.Device) -> list[str]:
     gates = {"RNN": 1, "LSTM": 4, "GRU": 3}[shape.cell]
     kind = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}[shape.cell]
-    size = plan.Size(kind, gates, shape.steps, shape.batch, shape.hidden_size, shape.torch_dtype, False)
-    return [kernel for kernel in SEQUENCE if not plan.reasons(kernel, size, device)]
+    precision = "tf32" if shape.dtype == "tf32" else "ieee"
+    size = plan.Size(kind, gates, shape.steps, shape.batch, shape.hidden_size, shape.torch_dtype, precision, False)
+    kernels = [kernel for kernel in SEQUENCE if not plan.reasons(kernel, size, device)]
+    if shape.hidden_size > 256 and "persistent" in kernels:
+        kernels.remove("streamed")  # one program for all of the weights: seconds
+    return kernels
 
 
 def inference(module: Any, x: torch.Tensor, **form: Any) -> Callable[[], None]:
