@@ -58,6 +58,7 @@ class Cell:
         plain: the values of options, beside the defaults, that every kernel of this cell knows.
         names: the parameters' names.
         axes: name to the factor and the letter of each of its sizes: 4 and "H" of "4*H".
+        recurrent: the first parameter that is always there with H or a number of them rows, not weight_ih: "" if none.
         read_options: the values of the options, of a module that has them as attributes: quicker than one by one.
     """
 
@@ -71,6 +72,7 @@ class Cell:
     plain: tuple[tuple[str, Any], ...] = ()
     names: tuple[str, ...] = field(init=False)
     axes: dict[str, tuple[tuple[int, str], ...]] = field(init=False)
+    recurrent: str = field(init=False)
     read_options: Callable[[Any], tuple[Any, ...]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class Cell:
         object.__setattr__(self, "names", tuple(self.parameters))
         axes = {name: tuple(map(_factor_of, parameter.shape)) for name, parameter in self.parameters.items()}
         object.__setattr__(self, "axes", axes)
+        rows_of_h = (n for n in axes if axes[n][0][1] == "H" and n != "weight_ih" and not self.parameters[n].when)
+        object.__setattr__(self, "recurrent", next(rows_of_h, ""))
         object.__setattr__(self, "read_options", _attribute_reader(tuple(self.options)))
 
     @property
@@ -101,6 +105,13 @@ class Cell:
         for letter in absent:
             found[letter] = found.get("H", 0)
         return found
+
+    def hidden_size(self, weights: Weights) -> int:
+        """H, as `sizes` finds it."""
+        weight = weights[self.recurrent] if self.recurrent else None
+        if weight is None or weight.dim() != len(self.axes[self.recurrent]):
+            return self.sizes(weights)["H"]
+        return weight.shape[0] // self.axes[self.recurrent][0][0]
 
     def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
         """The sizes of a parameter."""

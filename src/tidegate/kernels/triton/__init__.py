@@ -93,9 +93,10 @@ def unsupported_reasons(call: Call) -> list[str]:
         elif tensor.dtype is not dtype or tensor.device != input.device:
             reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, unlike input")
     # Offsets within a step and within a weight are 32-bit.
-    if max(2, call.steps) * call.batch * call.hidden_size >= 2**31:
+    hidden_size = call.hidden_size
+    if max(2, call.steps) * call.batch * hidden_size >= 2**31:
         reasons.append("T*B*hidden_size is 2**31 or more")
-    if len(call.cell.gates) * call.hidden_size**2 >= 2**31:
+    if len(call.cell.gates) * hidden_size**2 >= 2**31:
         reasons.append("weight_hh has 2**31 entries or more")
     return reasons
 

@@ -6,6 +6,7 @@ Both come with torch's builds for CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from pathlib import Path
@@ -121,7 +122,7 @@ def _launch(
     sums = len(call.cell.gates) if name == "forward" else 1
     shared = 2 * warps * sums * 16 * (units + 8) * 4
     index = call.input.device.index
-    with torch.cuda.device(index):
+    with contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
         function = _loaded(name, definitions, shared, index)
         values = (*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), steps, batch)
         types = (*(ctypes.c_void_p for _ in tensors), ctypes.c_int, ctypes.c_int)
