@@ -106,13 +106,10 @@ def slower_reasons(call: Call) -> list[str]:
     what a user calls, host and all: benchmarks/results. Never raises."""
     from tidegate.kernels.triton import launch
 
-    size = plan.size_of(call)
     if call.is_step:
         return ["one step is two products and a pointwise kernel, in torch, too"]
-    held = plan.reasons("held", size, launch.device_on(call.input.device))
-    if held:
-        return [f"the kernel that beats cuDNN cannot run it: {reason}" for reason in held]
-    return plan.slower_reasons(size, call.layers * call.directions, launch.device_on(call.input.device))
+    device = launch.device_on(call.input.device)
+    return [*plan.slower_reasons(plan.size_of(call), call.layers * call.directions, device)]
 
 
 def saved_shape(call: Layer) -> tuple[int, ...]:

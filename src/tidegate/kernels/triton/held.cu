@@ -126,8 +126,9 @@ __device__ __forceinline__ bool is_unset(uint4 words) {
 
 // One of the two rows of a tile that a thread reads for the product.
 struct Source {
-  const u32* row;  // of its elements; null if it enters as zeros
+  const u32* row;  // of its elements; null if there is none
   bool awaited;    // others write it while this kernel runs
+  bool cut;        // it counts as zeros: known later than where it lies
 };
 
 __device__ __forceinline__ const u32* at(const u32* row, int element) { return row + element / WORD; }
@@ -156,12 +157,10 @@ __device__ __forceinline__ void await(uint4 (&a)[COUNT][2], const Source (&sourc
     if (!__any_sync(0xffffffffu, missing)) break;
     if (looks == SPINS) asm volatile("trap;");
   }
-  if (DTYPE == TF32) {
 #pragma unroll
-    for (int k = 0; k < COUNT; ++k) {
+  for (int k = 0; k < COUNT; ++k) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) a[k][j] = factors(a[k][j]);
-    }
+    for (int j = 0; j < 2; ++j) a[k][j] = HAS_RESETS && sources[j].cut ? zero : factors(a[k][j]);
   }
 }
 
@@ -361,9 +360,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
       for (int j = 0; j < 2; ++j) {
         int row = first_row + 16 * tile + lane / 4 + 8 * j, valid = rows.valid(row);
         bool begins = t_before < 0 || t_before >= valid;
-        bool enters = t < valid && !rows.fresh(t, row, valid);
+        bool enters = t < valid;
         const u32* from = begins ? h_0 + (i64)row * (H / WORD) : out + ((i64)t_before * B + row) * (H / WORD);
-        sources[j] = {enters ? from : nullptr, enters && !begins};
+        sources[j] = {enters ? from : nullptr, enters && !begins, rows.fresh(t, row, valid)};
       }
       uint4 a[SHARE][2];
       await<SHARE>(a, sources, element);
@@ -516,9 +515,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           int row = first_row + 16 * tile + lane / 4 + 8 * j, valid = rows.valid(row);
-          bool leaves = t_done < valid && !rows.fresh(t_done, row, valid);
+          bool leaves = t_done < valid;
           const u32* from = dgates + ((i64)t_done * B + row) * (COLUMNS * H / WORD);
-          sources[j] = {leaves ? from : nullptr, leaves};
+          sources[j] = {leaves ? from : nullptr, leaves, rows.fresh(t_done, row, valid)};
         }
         float4 sums[PANELS] = {};
 #pragma unroll

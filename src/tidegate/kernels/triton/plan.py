@@ -51,6 +51,7 @@ class Config:
 
 _HELD_REGISTERS = 192  # a thread, for weights and the exchange
 _WORTH_STEPS = 16
+_CUDNN_HOLDS = {True: 256, False: 128}  # the largest hidden_size of its kernel of this kind, of an RNN and else
 _HELD_SMALL = 128  # hidden_size; above it a program has twice the units
 
 
@@ -288,18 +289,26 @@ def _held(size: Size, device: Device) -> Config | None:
     return None
 
 
-def slower_reasons(size: Size, cells: int, device: Device) -> list[str]:
-    """Why cuDNN runs a call of so many layers times directions faster than the held kernel."""
-    found: list[str] = []
+@functools.lru_cache(maxsize=1024)
+def slower_reasons(size: Size, cells: int, device: Device) -> tuple[str, ...]:
+    """Why cuDNN runs a call of so many layers times directions faster than the held kernel: benchmarks/results."""
+    found = [f"the kernel that beats cuDNN cannot run it: {reason}" for reason in reasons("held", size, device)]
+    if found:
+        return tuple(found)
     if size.steps < _WORTH_STEPS:
-        found.append(f"fewer than {_WORTH_STEPS} steps do not pay for their start")
-    wide = size.hidden_size % 128 == 0 and size.hidden_size <= 1024
-    if size.kind == "lstm" and size.dtype is torch.float16 and cells == 1 and wide and size.plain:
-        found.append("cuDNN has a kernel of this kind for a float16 LSTM whose hidden_size is a multiple of 128")
+        found.append(f"fewer than {_WORTH_STEPS} steps do not pay for the start")
+    is_rnn = size.kind.startswith("rnn")
+    least = _CUDNN_HOLDS[is_rnn]
+    if size.dtype is not torch.bfloat16 and size.plain and size.hidden_size <= least:
+        found.append(f"cuDNN holds the weights, too, in {size.dtype} up to hidden_size {least}")
+    few = size.batch % 8 == 0 and size.batch <= 32
+    whole = size.hidden_size % 128 == 0 and cells == 1 and size.plain
+    if size.dtype is torch.float16 and (size.kind == "lstm" or is_rnn) and few and whole:
+        found.append("cuDNN holds the weights, too, in one float16 LSTM or RNN with a batch of 8 to 32")
     config = _held(size, device)
     if config is not None and config.block_b > 64:
         found.append("more than 64 rows share a program")
-    return found
+    return tuple(found)
 
 
 def _shared_out(size: Size, device: Device) -> tuple[int, int] | None:
