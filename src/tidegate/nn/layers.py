@@ -75,8 +75,9 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
     ) -> None:
         reverse, init = read_flag("reverse", reverse), read_init(init)
         # On the meta device: torch.nn's checks and attributes, without its parameters.
+        mode = self.cell.name.upper()
         super().__init__(
-            self.cell.name.upper() if self.cell.name in ("lstm", "gru") else "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            mode if mode in _MODES else "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device="meta",
         )  # fmt: skip
         self.mode = self.cell.name.upper()

@@ -18,6 +18,8 @@ from torch import Tensor
 from tidegate.call import Layer
 from tidegate.kernels.triton import plan
 
+Definitions = tuple[tuple[str, "str | int"], ...]
+
 _CELLS = {"rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU", "lstm": "LSTM", "gru": "GRU"}
 _DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "TF32"}
 
@@ -34,8 +36,16 @@ def _checked(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def definitions(size: plan.Size, config: plan.Config, flags: Definitions) -> Definitions:
+    """What held.cu is compiled with. flags: KEPT, SKIP, HAS_BIAS, HAS_LENGTHS, HAS_RESETS and REVERSE."""
+    return (
+        ("CELL", _CELLS[size.kind]), ("DTYPE", _DTYPES[size.dtype]), ("H", size.hidden_size), ("UNITS", config.block_n),
+        ("TILES", config.block_b // 16), ("WARPS", config.num_warps), ("SPINS", plan.SPINS), *flags,
+    )  # fmt: skip
+
+
 @functools.cache
-def _compiled(definitions: tuple[tuple[str, str | int], ...], capability: tuple[int, int]) -> bytes:
+def compiled(definitions: Definitions, capability: tuple[int, int]) -> bytes:
     from cuda.bindings import nvrtc  # pyright: ignore
 
     source = (Path(__file__).parent / "held.cu").read_bytes()
@@ -53,11 +63,11 @@ def _compiled(definitions: tuple[tuple[str, str | int], ...], capability: tuple[
 
 
 @functools.cache
-def _loaded(name: str, definitions: tuple[tuple[str, str | int], ...], shared: int, device: int) -> Any:
+def _loaded(name: str, definitions: Definitions, shared: int, device: int) -> Any:
     """A kernel in the context of a device, the current one, that may take so many bytes of shared memory."""
     from cuda.bindings import driver  # pyright: ignore
 
-    module = _checked(driver.cuModuleLoadData(_compiled(definitions, torch.cuda.get_device_capability(device))))
+    module = _checked(driver.cuModuleLoadData(compiled(definitions, torch.cuda.get_device_capability(device))))
     function = _checked(driver.cuModuleGetFunction(module, name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, attribute, shared))
@@ -103,7 +113,7 @@ def _unset(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _launch(
-    name: str, call: Layer, config: plan.Config, tensors: tuple[Tensor | None, ...], flags: tuple[tuple[str, int], ...]
+    name: str, call: Layer, config: plan.Config, tensors: tuple[Tensor | None, ...], flags: Definitions
 ) -> None:
     """Launch "forward" or "backward" on the current stream.
 
@@ -112,18 +122,18 @@ def _launch(
     from cuda.bindings import driver  # pyright: ignore
 
     steps, batch = call.input.shape[:2]
-    tiles, units, warps = config.block_b // 16, config.block_n, config.num_warps
-    definitions = (
-        ("CELL", _CELLS[plan.kind_of(call)]), ("DTYPE", _DTYPES[call.input.dtype]), ("H", call.hidden_size),
-        ("UNITS", units), ("TILES", tiles), ("WARPS", warps), *flags, ("HAS_LENGTHS", int(call.lengths is not None)),
-        ("HAS_RESETS", int(call.resets is not None)), ("REVERSE", int(call.reverse)), ("SPINS", plan.SPINS),
+    units, warps = config.block_n, config.num_warps
+    forms = (
+        ("HAS_LENGTHS", int(call.lengths is not None)), ("HAS_RESETS", int(call.resets is not None)),
+        ("REVERSE", int(call.reverse)),
     )  # fmt: skip
+    defined = definitions(plan.size_of(call), config, (*flags, *forms))
     # The shares of the sums, two buffers in turns; rows as held.cu's STRIDE has them.
     sums = len(call.cell.gates) if name == "forward" else 1
     shared = 2 * warps * sums * 16 * (units + 8) * 4
     index = call.input.device.index
     with contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
-        function = _loaded(name, definitions, shared, index)
+        function = _loaded(name, defined, shared, index)
         values = (*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), steps, batch)
         types = (*(ctypes.c_void_p for _ in tensors), ctypes.c_int, ctypes.c_int)
         grid = (-(-batch // config.block_b), config.programs, 1)
