@@ -2,7 +2,8 @@
 """Check and time the GPU kernels on this machine, in one command and under eight minutes.
 
     PYTHONPATH=src python benchmarks/gpu.py            # numbers, captures, the table; JSON and a picture in --out
-    PYTHONPATH=src compute-sanitizer --tool memcheck python benchmarks/gpu.py --sanitize   # and --tool racecheck
+    PYTHONPATH=src compute-sanitizer --tool memcheck --report-api-errors no python benchmarks/gpu.py --sanitize
+    PYTHONPATH=src compute-sanitizer --tool racecheck python benchmarks/gpu.py --sanitize
     PYTHONPATH=src python benchmarks/gpu.py --compile  # registers and shared memory for sm_90; needs no GPU
     PYTHONPATH=src python benchmarks/gpu.py --sweep    # after the table, other block sizes on a few shapes
     PYTHONPATH=src python benchmarks/gpu.py --dry-run  # tiny, under Triton's interpreter: does this script work?
@@ -28,6 +29,7 @@ if "--dry-run" in sys.argv:
 
 import gpu_checks
 import gpu_table
+import gpu_uses
 import torch
 import triton
 
@@ -80,7 +82,7 @@ def table(budget: Budget, device: torch.device, tiny: bool) -> list[dict[str, An
         found = gpu_table.line(shape, times)
         lines.append(found)
         sides = [found[how] for how in ("forward", "training")]
-        told = [f"{x['ratio']:.2f}x of {x['target']:g} {x['best']} ({x['us_per_step']} us)" for x in sides]
+        told = [f"{x['ratio']:.2f}x of {x['target']:g} ({x['us_per_step']} us; {x['best']})" for x in sides]
         print(f"{shape.name:30s} {told[0]:>28s} {told[1]:>36s}", flush=True)
     return lines
 
@@ -161,14 +163,16 @@ def main() -> int:
         print(f"  A WORKER CRASHED: {text}")
     print("Captures:")
     result["captures"] = gpu_checks.captures(device) if budget.allows("captures", 60) else {}
-    for name, fault in result["captures"].items():
+    result["uses"] = gpu_uses.run(device) if not tiny and budget.allows("uses", 60) else {}
+    for name, fault in (result["captures"] | result["uses"]).items():
         print(f"  {name}: {fault or 'the same results'}", flush=True)
     result["lines"] = table(budget, device, tiny)
     result["ragged"] = ragged(budget, device, tiny)
     result["sweep"] = sweep(budget, device, tiny) if options.sweep else {}
-    result["rule"] = gpu_table.rule(result["lines"])
+    result["slower"] = gpu_table.slower(result["lines"])
     result["dropped"] = budget.dropped
-    print("The choice that these figures give:", *result["rule"], sep="\n  ")
+    if result["slower"]:
+        print("Where another choice would be faster:", *result["slower"], sep="\n  ")
     if budget.dropped or checks["not run"]:
         print("Dropped for want of time:", *budget.dropped, *checks["not run"], sep="\n  ")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -176,7 +180,7 @@ def main() -> int:
     drawn = bool(result["lines"]) and gpu_table.picture(result["lines"], options.out / "gpu.png")
     print(f"Written: {options.out / 'gpu.json'}{' and gpu.png' if drawn else ''}")
     wrong = any(checks[what] for what in ("faults", "crashed", "not run")) or any(
-        fault for fault in result["captures"].values() if fault != "no CUDA device"
+        fault for fault in (result["captures"] | result["uses"]).values() if fault != "no CUDA device"
     )
     return 1 if wrong else 0
 

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from tidegate.kernels.triton import plan
 KINDS = ("rnn-tanh", "rnn-relu", "lstm", "gru", "gru-reset-before")
 # Two batch tiles, several chunks of units and of the inner dimension, every edge inside a block: no power of two.
 SHAPES = {"resident": (9, 37, 20, 61), "streamed": (9, 37, 20, 203), "persistent": (9, 37, 20, 301),
-          "per_step": (5, 37, 20, 301), "step": (1, 37, 20, 301)}  # fmt: skip
+          "held": (9, 37, 20, 200), "per_step": (5, 37, 20, 301), "step": (1, 37, 20, 301)}  # fmt: skip
+KINDS_OF = {"step": ("gru",), "held": ("gru", "lstm")}  # else the three of most work
 TINY = {kernel: (2 if kernel != "step" else 1, 2, 2, 5) for kernel in SHAPES}
 
 
@@ -39,26 +40,37 @@ class Task:
     dtype: str
     form: str  # "dense", or "lengths, resets, reverse"
     tf32: bool = False
+    blocks: tuple[tuple[str, int], ...] = ()  # in place of the planned ones
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {self.variant} {'tf32' if self.tf32 else self.dtype} {self.form}"
+        blocks = " ".join(f"{name}={size}" for name, size in self.blocks)
+        return f"{self.kernel} {self.variant} {'tf32' if self.tf32 else self.dtype} {self.form} {blocks}".rstrip()
 
 
-def tasks() -> list[Task]:
+def tasks(tiny: bool) -> list[Task]:
     """The matrix: every kernel and cell in bfloat16 and float32, every form; float16 and tf32 for two cells."""
-    found: list[Task] = []
-    for kernel in SHAPES:
+    found = [] if tiny else list(held_tasks())  # CUDA C++ does not run under Triton's interpreter
+    for kernel in (kernel for kernel in SHAPES if kernel != "held"):
         for variant in KINDS:
             for form in ("dense", "lengths, resets, reverse") if kernel != "step" else ("dense",):
-                # relu's kink: rounding before the kernel may fall on its other side, in bfloat16 often.
-                found += [
-                    Task(kernel, variant, name, form) for name in ("float32", "bfloat16")[: 1 + (variant != "rnn-relu")]
-                ]
+                found += [Task(kernel, variant, name, form) for name in ("float32", "bfloat16")]
         for variant in ("lstm", "gru"):
             found.append(Task(kernel, variant, "float16", "dense"))
             found.append(Task(kernel, variant, "float32", "dense", tf32=True))
     return found
+
+
+def held_tasks() -> Iterator[Task]:
+    """Of the kernel in CUDA C++: every cell, dtype and form that it has, with several block sizes."""
+    for variant in KINDS[:-1]:
+        for form in ("dense", "lengths, resets, reverse"):
+            for dtype in ("bfloat16", "float16", "float32"):
+                yield Task("held", variant, dtype, form, tf32=dtype == "float32")
+    for tiles, units, warps in ((1, 8, 2), (2, 16, 8), (4, 8, 4), (8, 16, 4)):
+        blocks = (("block_b", 16 * tiles), ("block_n", units), ("num_warps", warps), ("programs", -(-200 // units)))
+        for variant in ("lstm", "gru"):
+            yield Task("held", variant, "bfloat16", "lengths, resets, reverse", blocks=blocks)
 
 
 def on(call: Layer, device: torch.device) -> Layer:
@@ -66,6 +78,14 @@ def on(call: Layer, device: torch.device) -> Layer:
     call = call.with_tensors([None if tensor is None else tensor.to(device) for tensor in call.tensors])
     lengths, resets = (None if t is None else t.to(device) for t in (call.lengths, call.resets))
     return call._replace(lengths=lengths, resets=resets)
+
+
+def away_from_kink(call: Layer) -> Layer:
+    """Half of the units far above relu's kink and half far below: no rounding falls on its other side."""
+    weights = {name: None if weight is None else weight / 32 for name, weight in call.weights.items()}
+    side = torch.ones(call.hidden_size, dtype=call.input.dtype)
+    side[::2] = -1
+    return call._replace(weights=weights | {"bias_ih": side})
 
 
 def run_task(task: Task, device: torch.device, tiny: bool) -> str:
@@ -76,18 +96,21 @@ def run_task(task: Task, device: torch.device, tiny: bool) -> str:
         task.variant, shape, dtype=getattr(torch, task.dtype), lengths=varied, resets=varied, reverse=varied,
         batch_first=varied,
     )  # fmt: skip
+    if task.variant == "rnn-relu":
+        call = away_from_kink(call)
     call = on(call, device)
     precision = "tf32" if task.tf32 else "ieee"
     try:
         for recompute in (False, True):
-            with plan.using(task.kernel, recompute, precision):
+            with plan.using(task.kernel, recompute, precision, **dict(task.blocks)):
                 values = computed(call, grads_for(call), TRITON)
                 again = computed(call, grads_for(call), TRITON)
             same = all(a is None or b is None or torch.equal(a, b) for a, b in zip(values, again, strict=True))
             if not same:
                 return "two runs differ"
             if task.tf32:
-                with plan.using(task.kernel, recompute, "ieee"):
+                exactly = "persistent" if task.kernel == "held" else task.kernel
+                with plan.using(exactly, recompute, "ieee"):
                     exact = computed(call, grads_for(call), TRITON)
                 worst = max(
                     float((a - b).abs().max() / b.abs().max().clamp(min=1))
@@ -107,7 +130,7 @@ def work(part: int, parts: int, tiny: bool, warm: Callable[[int, int], None]) ->
     """A worker process: its share of the tasks, then of the table's kernels, so that they are compiled when timed."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new buffers with NaN
     device = torch.device("cpu" if tiny else "cuda")
-    for task in tasks()[part::parts]:
+    for task in tasks(tiny)[part::parts]:
         started = time.perf_counter()
         fault = run_task(task, device, tiny)
         print(json.dumps({"task": task.name, "fault": fault, "seconds": time.perf_counter() - started}), flush=True)
@@ -144,7 +167,7 @@ def run_workers(script: str, parts: int, limit: float, flags: list[str]) -> dict
         process.wait()
     lines = [json.loads(line) for output in outputs for line in output.read_text().splitlines() if line.endswith("}")]
     found = [line for line in lines if "task" in line]
-    missing = sorted({task.name for task in tasks()} - {line["task"] for line in found})
+    missing = sorted({task.name for task in tasks("--dry-run" in flags)} - {line["task"] for line in found})
     crashed = [
         output.with_suffix(".err").read_text()[-2000:]
         for process, output in zip(processes, outputs, strict=True)
@@ -161,7 +184,7 @@ def captures(device: torch.device) -> dict[str, str]:
     """CUDA graphs and torch.compile around the kernels; "" where the results are those of a plain call."""
     found: dict[str, str] = {}
     graphs = device.type == "cuda"
-    for kernel in ("step", "resident", "streamed", "persistent"):
+    for kernel in ("step", *(("held",) if graphs else ()), "resident", "streamed", "persistent"):
         hidden_size = 24 if kernel == "resident" else 64
         layer = tg.GRU(16, hidden_size, device=device)
         x = torch.randn(1 if kernel == "step" else 4, 3, 16, device=device)
@@ -215,11 +238,11 @@ def _compiled(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor,
 
 def sanitized(device: torch.device, tiny: bool) -> None:
     """One call of every kernel, forward and backward, for compute-sanitizer to look at."""
-    for kernel in SHAPES:
-        for variant in ("gru", "gru-reset-before", "lstm") if kernel != "step" else ("gru",):
+    for kernel in (kernel for kernel in SHAPES if not (tiny and kernel == "held")):
+        for variant in KINDS_OF.get(kernel, ("gru", "gru-reset-before", "lstm")):
             steps, batch, _, hidden_size = (TINY if tiny else SHAPES)[kernel]
             call = on(make_call(variant, (min(steps, 3), batch, 8, hidden_size), dtype=torch.float32), device)
-            with plan.using(kernel):
+            with plan.using(kernel, precision="tf32"):
                 computed(call, grads_for(call), TRITON)
             if device.type == "cuda":
                 torch.cuda.synchronize()

@@ -227,27 +227,57 @@ def test_versions(monkeypatch, found, reason):
         kernels._missing.cache_clear()
 
 
-H200 = plan.Device(False, 132, (9, 0))
+H200 = plan.Device(False, False, 132, (9, 0))
 
 
 def size(batch: int, hidden_size: int, dtype: torch.dtype = torch.bfloat16, kind: str = "gru") -> plan.Size:
-    return plan.Size(kind, {"gru": 3, "lstm": 4}[kind], 100, batch, hidden_size, dtype, False)
+    return plan.Size(
+        kind, {"gru": 3, "lstm": 4, "gru_reset_before": 3}[kind], 100, batch, hidden_size, dtype, "ieee", False
+    )
 
 
 def test_which_kernel_is_planned():
     for hidden_size, kernel in [
         (1, "resident"),
-        (128, "resident"),
+        (124, "resident"),
         (129, "streamed"),
-        (256, "streamed"),
+        (255, "streamed"),
         (257, "persistent"),
+        (8, "held"),
+        (1024, "held"),
+        (2048, "persistent"),
     ]:
         assert plan.choose(size(16, hidden_size), H200).kernel == kernel
     assert plan.choose(size(16, 128, torch.float32), H200).kernel == "streamed"
+    assert plan.choose(size(16, 512, kind="gru_reset_before"), H200).kernel == "persistent"
 
 
 @pytest.mark.parametrize("batch", [1, 16, 17, 64, 200, 256])
-@pytest.mark.parametrize("hidden_size", [257, 512, 1000, 1024])
+@pytest.mark.parametrize("hidden_size", [8, 64, 200, 512, 1000, 1024])
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_a_held_plan_fits_the_device(batch, hidden_size, kind):
+    """Its programs wait for each other: all must run at once."""
+    held = plan.choose(size(batch, hidden_size, kind=kind), H200)
+    assert held.kernel == "held" or held.reasons["held"]
+    if held.kernel == "held":
+        assert -(-batch // held.config.block_b) * held.config.programs <= H200.processors
+        assert held.config.programs * held.config.block_n >= hidden_size
+
+
+def test_what_is_not_held_has_a_reason():
+    for sizes, device, reason in [
+        (size(16, 100), H200, "hidden_size is 100, no multiple of 8"),
+        (size(16, 256, torch.float32), H200, "it takes tf32"),
+        (size(16, 256, kind="gru_reset_before"), H200, "is not among its cells"),
+        (size(16, 256), plan.Device(False, False, 80, (7, 0)), "it needs compute capability 8.0"),
+        (size(4096, 1024), H200, "do not fit into the registers of the device's multiprocessors"),
+        (size(16, 256), plan.Device(True), "CUDA C++ does not run under Triton's interpreter"),
+    ]:
+        assert any(reason in found for found in plan.reasons("held", sizes, device)), reason
+
+
+@pytest.mark.parametrize("batch", [1, 16, 17, 64, 200, 256])
+@pytest.mark.parametrize("hidden_size", [257, 500, 1001, 1020])
 def test_a_persistent_plan_fits_the_device(batch, hidden_size):
     chosen = plan.choose(size(batch, hidden_size), H200)
     config = chosen.config
@@ -264,7 +294,7 @@ def test_what_cannot_run_at_once_has_a_reason_and_is_streamed():
     ]
     with plan.using("persistent"), pytest.raises(ValueError, match="could not all run at once"):
         plan.choose(size(4096, 1024), H200)
-    old = plan.choose(size(16, 1024), plan.Device(False, 132, (6, 1)))
+    old = plan.choose(size(16, 1024), plan.Device(False, False, 132, (6, 1)))
     assert old.reasons["persistent"] == ["it needs compute capability 7.0"]
 
 
@@ -276,15 +306,15 @@ def test_the_kernels_names():
 
 
 def test_tf32_where_torch_allows_it():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    rnn = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
     try:
         for allowed in ("tf32", "ieee"):
-            matmul.fp32_precision = allowed
+            rnn.fp32_precision = allowed
             assert plan.precision(torch.float32) == allowed
             assert plan.precision(torch.bfloat16) == "ieee"
     finally:
-        matmul.fp32_precision = before
+        rnn.fp32_precision = before
 
 
 def test_without_triton_nothing_imports_it():

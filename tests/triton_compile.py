@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from tidegate.kernels.triton import launch, plan, pointwise, reset_before, resident, streamed
 
-H200 = plan.Device(False, 132, (9, 0))
+H200 = plan.Device(False, False, 132, (9, 0))
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 CARRIED = ("carry_h", "carry_c", "gate_z")  # float32 in memory, whatever the dtype
 SYNC = {"streamed": "block", "persistent": "flags", "per_step": "launch"}
@@ -81,7 +81,7 @@ def compiled(case: Case) -> Iterator[dict[str, Any]]:
     """What each direction takes; nothing where the plan refuses the case."""
     kernel, name, dtype, precision, hidden_size, batch = case
     kind = launch.KINDS[name]
-    size = plan.Size(name, kind.gates, 100, batch, hidden_size, dtype, False)
+    size = plan.Size(name, kind.gates, 100, batch, hidden_size, dtype, precision, False)
     if kernel != "step" and plan.reasons(kernel, size, H200):
         return
     with plan.using(precision=precision):

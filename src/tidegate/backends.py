@@ -87,7 +87,8 @@ TRITON = Backend(
     forward=triton.forward,
     backward=triton.backward,
     saved_shape=triton.saved_shape,
-    only_named="no GPU has timed it yet",
+    slower_reasons=triton.slower_reasons,
+    only_named="Triton's interpreter is for tests" if triton.is_interpreted() else "",
 )
 CPU = Backend(
     "cpu",
@@ -121,7 +122,8 @@ BY_NAME = {candidate.name: candidate for candidate in BACKENDS}
 
 # "The first that fits", as a traced graph says it. Compilers keep graphs on disk, with the choice made when they were
 # traced: one that was traced without the compiled operators must not be found by an installation that has them.
-AUTOMATIC = "first of cpu, aten, fused, reference" if cpu.is_installed() else "first of aten, reference"
+_INSTALLED = {TRITON: triton.is_installed(), CPU: cpu.is_installed(), FUSED: cpu.is_installed()}
+AUTOMATIC = "first of " + ", ".join(each.name for each in _AUTOMATIC if _INSTALLED.get(each, True))
 
 
 def _known(name: str, source: str) -> str:

@@ -117,7 +117,7 @@ class Call(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        return self.sizes()["H"]
+        return self.cell.hidden_size(self.weights_of(0))
 
     def records(self) -> bool:
         """Whether autograd is to record it."""
@@ -186,7 +186,7 @@ class Layer(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        return self.cell.sizes(self.weights)["H"]
+        return self.cell.hidden_size(self.weights)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

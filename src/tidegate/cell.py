@@ -57,6 +57,8 @@ class Cell:
         activations: what the option `activations` gives a function for, in order; none for the RNN's `nonlinearity`.
         plain: the values of options, beside the defaults, that every kernel of this cell knows.
         names: the parameters' names.
+        axes: name to the factor and the letter of each of its sizes: 4 and "H" of "4*H".
+        recurrent: the first parameter that is always there with H or a number of them rows, not weight_ih: "" if none.
         read_options: the values of the options, of a module that has them as attributes: quicker than one by one.
     """
 
@@ -69,11 +71,17 @@ class Cell:
     activations: tuple[str, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
     names: tuple[str, ...] = field(init=False)
+    axes: dict[str, tuple[tuple[int, str], ...]] = field(init=False)
+    recurrent: str = field(init=False)
     read_options: Callable[[Any], tuple[Any, ...]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         # Not cached properties: these lock in Python 3.11, where torch.compile cannot follow.
         object.__setattr__(self, "names", tuple(self.parameters))
+        axes = {name: tuple(map(_factor_of, parameter.shape)) for name, parameter in self.parameters.items()}
+        object.__setattr__(self, "axes", axes)
+        rows_of_h = (n for n in axes if axes[n][0][1] == "H" and n != "weight_ih" and not self.parameters[n].when)
+        object.__setattr__(self, "recurrent", next(rows_of_h, ""))
         object.__setattr__(self, "read_options", _attribute_reader(tuple(self.options)))
 
     @property
@@ -84,22 +92,30 @@ class Cell:
         """What the letters stand for, by the shapes of a layer's weights. A letter of an optional parameter that is
         not there, as P without a projection, is H."""
         found: Sizes = {}
-        absent: set[str] = set()
-        for name, parameter in self.parameters.items():
-            letters = {factor_of(size)[1] for size in parameter.shape}
+        absent: list[str] = []
+        for name, axes in self.axes.items():
             weight = weights[name]
             if weight is None:
-                absent |= letters - {"I", "H"}
-            elif weight.dim() == len(parameter.shape):
-                for size, expression in zip(weight.shape, parameter.shape, strict=True):
-                    factor, letter = factor_of(expression)
-                    found.setdefault(letter, size // factor)
-        return found | {letter: found.get("H", 0) for letter in absent | (set(self.states.values()) - found.keys())}
+                absent += [letter for _, letter in axes if letter not in ("I", "H")]
+            elif weight.dim() == len(axes):
+                for size, (factor, letter) in zip(weight.shape, axes, strict=True):
+                    if letter not in found:
+                        found[letter] = size // factor
+        absent += [letter for letter in self.states.values() if letter not in found]
+        for letter in absent:
+            found[letter] = found.get("H", 0)
+        return found
+
+    def hidden_size(self, weights: Weights) -> int:
+        """H, as `sizes` finds it."""
+        weight = weights[self.recurrent] if self.recurrent else None
+        if weight is None or weight.dim() != len(self.axes[self.recurrent]):
+            return self.sizes(weights)["H"]
+        return weight.shape[0] // self.axes[self.recurrent][0][0]
 
     def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
         """The sizes of a parameter."""
-        pairs = map(factor_of, self.parameters[name].shape)
-        return tuple(factor * sizes[letter] for factor, letter in pairs)
+        return tuple([factor * sizes[letter] for factor, letter in self.axes[name]])
 
 
 def _attribute_reader(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
@@ -108,7 +124,7 @@ def _attribute_reader(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]
     return lambda module: tuple(getattr(module, name) for name in names)
 
 
-def factor_of(expression: str) -> tuple[int, str]:
+def _factor_of(expression: str) -> tuple[int, str]:
     """Of "4*H" 4 and "H"."""
     factor, _, letter = expression.rpartition("*")
     return int(factor or 1), letter

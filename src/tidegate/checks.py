@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tidegate import activations, dispatch
 from tidegate.call import Call, Layer, Layout
-from tidegate.cell import Cell, Options, Sizes, Weights, factor_of
+from tidegate.cell import Cell, Options, Sizes, Weights
 
 _LETTERS = {"I": "input_size", "H": "hidden_size", "P": "proj_size"}
 _INPUTS = {
@@ -104,16 +104,14 @@ def check_layer(layer: Layer) -> None:
 
 def _sizes(cell: Cell, weights: Weights) -> Sizes:
     """The letters' values, if the parameter that says H has whole gates."""
-    for name, parameter in cell.parameters.items():
-        factor, letter = factor_of(parameter.shape[0])
-        if letter != "H" or parameter.when or name == "weight_ih":
-            continue
-        weight = weights[name]
-        if weight is None or weight.dim() != len(parameter.shape) or weight.shape[0] % factor:
-            shape = None if weight is None else tuple(weight.shape)
-            raise ValueError(f"{name}: expected {_letters(parameter.shape, weights)}, got {shape}")
-        return cell.sizes(weights) | {"H": weight.shape[0] // factor} | _projection(cell, weights, weight, factor)
-    return cell.sizes(weights)
+    name = cell.recurrent
+    if not name:
+        return cell.sizes(weights)
+    weight, factor = weights[name], cell.axes[name][0][0]
+    if weight is None or weight.dim() != len(cell.axes[name]) or weight.shape[0] % factor:
+        shape = None if weight is None else tuple(weight.shape)
+        raise ValueError(f"{name}: expected {_letters(cell, name, weights)}, got {shape}")
+    return cell.sizes(weights) | {"H": weight.shape[0] // factor} | _projection(cell, weights, weight, factor)
 
 
 def _projection(cell: Cell, weights: Weights, weight: Tensor, factor: int) -> Sizes:
@@ -128,11 +126,10 @@ def _word(weights: Weights, letter: str) -> str:
     return "hidden_size" if letter == "P" and weights.get("weight_hr") is None else _LETTERS.get(letter, letter)
 
 
-def _letters(shape: tuple[str, ...], weights: Weights) -> str:
-    """A declared shape in words: (4*hidden_size, input_size)."""
+def _letters(cell: Cell, name: str, weights: Weights) -> str:
+    """A parameter's declared shape in words: (4*hidden_size, input_size)."""
     words: list[str] = []
-    for size in shape:
-        factor, letter = factor_of(size)
+    for size, (factor, letter) in zip(cell.parameters[name].shape, cell.axes[name], strict=True):
         words.append(f"{factor}*{_word(weights, letter)}" if "*" in size else _word(weights, letter))
     return f"({', '.join(words)}{',' * (len(words) == 1)})"
 
@@ -140,11 +137,14 @@ def _letters(shape: tuple[str, ...], weights: Weights) -> str:
 def _weight_faults(cell: Cell, weights: Weights, sizes: Sizes, like: Tensor, place: str) -> list[str]:
     faults: list[str] = []
     for name, parameter in cell.parameters.items():
-        letters, weight = _letters(parameter.shape, weights), weights[name]
-        if weight is not None:
-            faults += _tensor_faults(name + place, weight, cell.shape(name, sizes), letters, like)
-        elif not parameter.when:
-            faults.append(f"{name}{place}: expected a tensor {letters}, got None")
+        weight = weights[name]
+        if weight is None:
+            if not parameter.when:
+                faults.append(f"{name}{place}: expected a tensor {_letters(cell, name, weights)}, got None")
+            continue
+        expected = cell.shape(name, sizes)
+        if weight.shape != expected or weight.dtype != like.dtype or weight.device != like.device:
+            faults += _tensor_faults(name + place, weight, expected, _letters(cell, name, weights), like)
     return faults
 
 

@@ -9,6 +9,7 @@ dispatch modes the call falls into layers, and each is one of `torch.ops.tidegat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def run(call: Call, find_faults: Callable[[Call], None] = no_faults) -> Sequence
         if not (chosen.checks and call.is_step):
             find_faults(call)
             backends.find_faults(call)
-        if call.between is not None or not chosen.takes_stacks:
+        if not chosen.takes_stacks:
+            return layer_by_layer(call, partial(_run_layer_on, chosen))
+        if call.between is not None:
             return layer_by_layer(call, _run_layer)
     try:
         if torch.is_grad_enabled() and call.records():
@@ -67,15 +70,20 @@ def run(call: Call, find_faults: Callable[[Call], None] = no_faults) -> Sequence
 
 
 def _run_layer(layer: Layer) -> tuple[Tensor, ...]:
-    """One layer in plain eager mode."""
+    """One layer in plain eager mode, on the backend that fits it."""
     call = layer.call()
     chosen = backends.select(call, scope.named)
-    if chosen.takes_stacks:
-        output, *finals = run(call)
-        return (output, *(final.squeeze(0) for final in finals))
+    if not chosen.takes_stacks:
+        return _run_layer_on(chosen, layer)
+    output, *finals = run(call)
+    return (output, *(final.squeeze(0) for final in finals))
+
+
+def _run_layer_on(chosen: backends.Backend, layer: Layer) -> tuple[Tensor, ...]:
+    """One layer in plain eager mode on a backend that takes no stacks."""
     if chosen.composite is not None:
         return backends.run_composite(chosen, layer)
-    if call.records():
+    if torch.is_grad_enabled() and _any_requires_grad(layer):
         return dispatch.apply_plain(gradients.Recurrence, layer, chosen, False, *layer.tensors)
     return backends.run_layer(chosen, layer, save=False)[:-1]
 

@@ -26,7 +26,8 @@ from tidegate.sequences import Sequences
 from tidegate.streaming import Source, Stream
 
 # torch.nn lays out the attributes of these; of any other cell's mode it knows nothing.
-_MODES = {"lstm": "LSTM", "gru": "GRU"}
+_MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")  # of torch.nn's layers
+_WEIGHTS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"}
 _CHECKS = ("check_input", "check_forward_args", "get_expected_hidden_size", "check_hidden_size")
 _OVERRIDABLE = (*_CHECKS, "permute_hidden")
 
@@ -74,8 +75,9 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
     ) -> None:
         reverse, init = read_flag("reverse", reverse), read_init(init)
         # On the meta device: torch.nn's checks and attributes, without its parameters.
+        mode = self.cell.name.upper()
         super().__init__(
-            _MODES.get(self.cell.name, "RNN_TANH"), input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            mode if mode in _MODES else "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device="meta",
         )  # fmt: skip
         self.mode = self.cell.name.upper()
@@ -137,12 +139,21 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
 
     def _init_flat_weights(self) -> None:
         self._flat_weight_refs = []
+        if self._is_declared or ACCELERATED in self.__dict__:
+            self.flatten_parameters()
 
     def _update_flat_weights(self) -> None:
         pass
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the kernels read the parameters where they are."""
+        """Move the parameters of torch.nn's layers into one piece of a GPU's memory, where cuDNN reads them.
+
+        Do nothing elsewhere, as for parametrized weights and for those that torch.nn does not know, peepholes.
+        """
+        weights = [self._parameters.get(name) for name in self._flat_weights_names]
+        on_gpu = bool(weights) and all(weight is not None and weight.is_cuda for weight in weights)
+        if on_gpu and self.mode in _MODES and {_plain_name(name) for name in self._flat_weights_names} <= _WEIGHTS:
+            super().flatten_parameters()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None

@@ -47,6 +47,11 @@ def _missing() -> str | None:
     return None
 
 
+def is_installed() -> bool:
+    """Whether a triton that they need is here."""
+    return _missing() is None
+
+
 @cache
 def _has_cuda() -> bool:
     return torch.cuda.is_available()
@@ -88,11 +93,23 @@ def unsupported_reasons(call: Call) -> list[str]:
         elif tensor.dtype is not dtype or tensor.device != input.device:
             reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, unlike input")
     # Offsets within a step and within a weight are 32-bit.
-    if max(2, call.steps) * call.batch * call.hidden_size >= 2**31:
+    hidden_size = call.hidden_size
+    if max(2, call.steps) * call.batch * hidden_size >= 2**31:
         reasons.append("T*B*hidden_size is 2**31 or more")
-    if len(call.cell.gates) * call.hidden_size**2 >= 2**31:
+    if len(call.cell.gates) * hidden_size**2 >= 2**31:
         reasons.append("weight_hh has 2**31 entries or more")
     return reasons
+
+
+def slower_reasons(call: Call) -> list[str]:
+    """Why torch's operators, cuDNN's among them, run a call faster; empty if they do not. Measured on an H200, against
+    what a user calls, host and all: benchmarks/results. Never raises."""
+    from tidegate.kernels.triton import launch
+
+    if call.is_step:
+        return ["one step is two products and a pointwise kernel, in torch, too"]
+    device = launch.device_on(call.input.device)
+    return [*plan.slower_reasons(plan.size_of(call), call.layers * call.directions, device)]
 
 
 def saved_shape(call: Layer) -> tuple[int, ...]:
@@ -163,7 +180,7 @@ def backward(
     """The gradients of `Layer.tensors`, in that order, None where not needed."""
     from tidegate.kernels.triton import launch
 
-    kind, hidden_size = launch.KINDS[plan.kind_of(call)], call.hidden_size
+    kind = launch.KINDS[plan.kind_of(call)]
     grad_output, *grad_states = gradients
     dfinals = tuple(
         torch.zeros_like(state, memory_format=torch.contiguous_format) if grad is None else grad.contiguous()
@@ -179,7 +196,7 @@ def backward(
     input = call.input if valid is None else call.input.masked_fill(~valid.unsqueeze(-1), 0)
     h_before = _before(call, output, call.states[0], valid)
     if batch == 0:
-        dgates = call.input.new_zeros((steps * batch, kind.columns * hidden_size))
+        dgates = call.input.new_zeros((steps * batch, kind.columns * call.hidden_size))
         kept, dinitial = saved, tuple(grad.clone() for grad in dfinals)
     else:
         kept, before = _kept(call, output, saved, input, h_before, valid)
@@ -188,7 +205,7 @@ def backward(
         dgates, dinitial = launch.run_backward(call, chosen, kept, before, dout, dfinals)
     found: dict[str, Tensor | None] = dict(zip(call.cell.states, dinitial, strict=True))
     rows = input.reshape(steps * batch, input_size)
-    found |= _products(call, kind.rolled, dgates, rows, h_before.flatten(0, 1), kept, need)
+    found |= _products(call, dgates, rows, h_before.flatten(0, 1), kept, need)
     return tuple(found[name] if needed else None for name, needed in need.items())
 
 
@@ -213,26 +230,30 @@ def _kept(
 
 
 def _products(
-    call: Layer, rolled: bool, dgates: Tensor, input: Tensor, h_before: Tensor, kept: Tensor, need: dict[str, bool]
+    call: Layer, dgates: Tensor, input: Tensor, h_before: Tensor, kept: Tensor, need: dict[str, bool]
 ) -> dict[str, Tensor | None]:
     """The gradients of input, weights and biases, each one product or sum over all steps."""
-    hidden_size, shift = call.hidden_size, call.hidden_size if rolled else 0
-    width = len(call.cell.gates) * hidden_size
-    of_input, recurrent = dgates[:, :width], dgates[:, dgates.shape[1] - width :]
+    kind, hidden_size = plan.kind_of(call), call.hidden_size
+    of_input = dgates[:, dgates.shape[1] - len(call.cell.gates) * hidden_size :]
     found: dict[str, Tensor | None] = {}
     if need["input"]:
-        found["input"] = (of_input @ call.weights["weight_ih"].roll(shift, 0)).view(call.input.shape)
+        found["input"] = (of_input @ call.weights["weight_ih"]).view(call.input.shape)
     if need["weight_ih"]:
-        found["weight_ih"] = (of_input.t() @ input).roll(-shift, 0)
-    if need["bias_ih"]:
-        found["bias_ih"] = of_input.sum(0).roll(-shift, 0)
-    before_product = plan.kind_of(call) == "gru_reset_before"
-    if need["weight_hh"] and before_product:
-        dn, rest = dgates.split([hidden_size, 2 * hidden_size], 1)
-        reset_h = h_before if kept.numel() == 0 else kept[:, :hidden_size] * h_before
-        found["weight_hh"] = torch.cat((rest.t() @ h_before, dn.t() @ reset_h))
-    elif need["weight_hh"]:
-        found["weight_hh"] = recurrent.t() @ h_before
-    if need["bias_hh"]:
-        found["bias_hh"] = recurrent.sum(0).roll(-shift if before_product else 0, 0)
+        found["weight_ih"] = of_input.t() @ input
+    if need["weight_hh"]:
+        if kind == "gru":
+            of_candidate, rest = dgates[:, :hidden_size], dgates[:, hidden_size : 3 * hidden_size]
+            found["weight_hh"] = torch.cat((rest.t() @ h_before, of_candidate.t() @ h_before))
+        elif kind == "gru_reset_before":
+            rest, of_candidate = dgates.split([2 * hidden_size, hidden_size], 1)
+            reset_h = h_before if kept.numel() == 0 else kept[:, :hidden_size] * h_before
+            found["weight_hh"] = torch.cat((rest.t() @ h_before, of_candidate.t() @ reset_h))
+        else:
+            found["weight_hh"] = dgates.t() @ h_before
+    if need["bias_ih"] or need["bias_hh"]:
+        sums = dgates.sum(0)
+        found["bias_ih"] = sums[sums.shape[0] - of_input.shape[1] :].clone()
+        found["bias_hh"] = sums
+        if kind == "gru":
+            found["bias_hh"] = torch.cat((sums[hidden_size : 3 * hidden_size], sums[:hidden_size]))
     return found

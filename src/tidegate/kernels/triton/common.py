@@ -12,7 +12,7 @@ A cell is three functions over tuples of tiles, in its own file:
     backward(dh, dc, kept, h_before, c_before) -> (dgates, dh_before without the product, dc_before)
 
 xs: the G gates' input products; accs: their recurrent products with bias_hh; dgates: D tiles, the last G of them those
-of the recurrent products. A cell without c passes it through.
+of the input products; those of the recurrent products are at `recurrent_column`. A cell without c passes it through.
 """
 
 # Triton's language is untyped, and what its compiler does with a function is not what Python would.
@@ -124,6 +124,12 @@ def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.constexpr_function
+def recurrent_column(gate, gates, columns):
+    """Which of the gate gradients is that of a gate's recurrent product: of the GRU's four the last gate's is first."""
+    return gate if columns == gates else (gate + 1) % gates
 
 
 @triton.jit

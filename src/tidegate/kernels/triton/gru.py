@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GRU: h' = (1 - z) n + z h, in both reset forms. Source: cell.py.
 
-Reset after: n = tanh(x_n + r a_n). Kept: r z n a_n. Gate gradients: n r z, then a_n; so the first three are those of
-the input's product and the last three those of the recurrent one, each contiguous.
+Reset after: n = tanh(x_n + r a_n). Kept: r z n a_n. Gate gradients: a_n r z n: those of the input's product
+are the last three, those of the recurrent one the first three, each contiguous.
 
-Reset before: n = tanh(x_n + W_hn (r h) + b_hn): two products a step, and two parts. Kept: r z n. Gate gradients: n r z.
+Reset before: n = tanh(x_n + W_hn (r h) + b_hn): two products a step, and two parts. Kept: r z n. Gate gradients: r z n.
 """
 
 # Triton's language is untyped, and what its compiler does with a function is not what Python would.
@@ -32,7 +32,7 @@ def backward(dh, dc, kept, h_before, c_before):
     dn = dh * (1.0 - z) * (1.0 - n * n)
     dz = dh * (h_before - n) * z * (1.0 - z)
     dr = dn * a_n * r * (1.0 - r)
-    return (dn, dr, dz, dn * r), dh * z, dc
+    return (dn * r, dr, dz, dn), dh * z, dc
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import contextlib
 import functools
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tidegate.call import Layer
-from tidegate.kernels.triton import gru, lstm, plan, pointwise, reset_before, resident, rnn, streamed
+from tidegate.kernels.triton import gru, held, lstm, plan, pointwise, reset_before, resident, rnn, streamed
 
 INTERPRETED = type(streamed.forward).__name__ == "InterpretedFunction"  # decided when triton.jit made it
 
@@ -28,9 +28,7 @@ class Kind:
 
     Attributes:
         kept: values that the backward reads; the RNN's is the output, which is kept anyway.
-        columns: gate gradients; the last `gates` are those of the recurrent products.
-        rolled: the gate gradients' first `gates` begin with the last gate, so that those of the input's product are
-            one piece, and those of the recurrent one, too.
+        columns: gate gradients; the last `gates` are those of the input's products.
     """
 
     gates: int
@@ -38,31 +36,21 @@ class Kind:
     columns: int
     forward: Any = None
     backward: Any = None
-    rolled: bool = False
 
 
 KINDS = {
     "rnn_tanh": Kind(1, 1, 1, rnn.forward_tanh, rnn.backward_tanh),
     "rnn_relu": Kind(1, 1, 1, rnn.forward_relu, rnn.backward_relu),
     "lstm": Kind(4, 5, 4, lstm.forward, lstm.backward),
-    "gru": Kind(3, 4, 4, gru.forward, gru.backward, rolled=True),
-    "gru_reset_before": Kind(3, 3, 3, rolled=True),
+    "gru": Kind(3, 4, 4, gru.forward, gru.backward),
+    "gru_reset_before": Kind(3, 3, 3),
 }
-
-
-class Buffers(NamedTuple):
-    """What every kernel over a sequence reads besides its own: x or dout first, each contiguous."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lengths: Tensor | None
-    resets: Tensor | None
 
 
 @functools.cache
 def _properties(index: int) -> plan.Device:
     properties = torch.cuda.get_device_properties(index)
-    return plan.Device(False, properties.multi_processor_count, (properties.major, properties.minor))
+    return plan.Device(False, True, properties.multi_processor_count, (properties.major, properties.minor))
 
 
 def device_on(device: torch.device) -> plan.Device:
@@ -89,11 +77,13 @@ def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _buffers(call: Layer) -> Buffers:
+def _buffers(call: Layer) -> plan.Buffers:
     device, bias = call.input.device, call.weights["bias_hh"]
     lengths = None if call.lengths is None else call.lengths.to(device).contiguous()
     resets = None if call.resets is None else call.resets.contiguous().view(torch.uint8)
-    return Buffers(call.weights["weight_hh"].contiguous(), None if bias is None else bias.contiguous(), lengths, resets)
+    return plan.Buffers(
+        call.weights["weight_hh"].contiguous(), None if bias is None else bias.contiguous(), lengths, resets
+    )
 
 
 def _constants(call: Layer) -> dict[str, Any]:
@@ -152,6 +142,8 @@ def run_forward(
     kind = KINDS[name]
     steps, batch, hidden_size = sizes = (call.input.shape[0], call.input.shape[1], call.hidden_size)
     buffers = _buffers(call)
+    if chosen.kernel == "held":
+        return held.run_forward(call, chosen.config, x, buffers, kept, skip)
     new = x.new_empty if call.lengths is None else x.new_zeros
     out = new((steps, batch, hidden_size))
     constants = {
@@ -204,7 +196,9 @@ def run_backward(
     name = plan.kind_of(call)
     kind = KINDS[name]
     steps, batch, hidden_size = sizes = (call.input.shape[0], call.input.shape[1], call.hidden_size)
-    weight, _, lengths, resets = _buffers(call)
+    weight, _, lengths, resets = buffers = _buffers(call)
+    if chosen.kernel == "held":
+        return held.run_backward(call, chosen.config, kind.columns, buffers, kept, before, dout, dfinals)
     new = dout.new_empty if lengths is None else dout.new_zeros
     dgates = new((steps * batch, kind.columns * hidden_size))
     initial = tuple(torch.empty_like(gradient) for gradient in dfinals)

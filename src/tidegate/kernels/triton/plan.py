@@ -7,13 +7,17 @@ Every block size is here, so that a benchmark can try others: `using(block_n=32)
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from tidegate.call import Layer
+from tidegate.call import Call, Layer
+from tidegate.cell import Cell, Options
 
 KERNELS = {
     "step": "torch's products and one pointwise kernel, for one step",
@@ -21,6 +25,7 @@ KERNELS = {
     "streamed": "K2: they are read from the L2 cache at each step",
     "persistent": "K3: as K2, by several programs at once that tell each other of each step",
     "per_step": "K3's programs, launched anew for each step",
+    "held": "K4: the weights stay in the registers of several programs at once that read each other's results",
 }
 
 # The largest hidden_size whose weights stay resident, by bytes an element.
@@ -44,6 +49,12 @@ class Config:
     programs: int = 1
 
 
+_HELD_REGISTERS = 192  # a thread, for weights and the exchange
+_WORTH_STEPS = 16
+_CUDNN_HOLDS = {True: 256, False: 128}  # the largest hidden_size of its kernel of this kind, of an RNN and else
+_HELD_SMALL = 128  # hidden_size; above it a program has twice the units
+
+
 STEP = Config(4, 256, 1, 4, 1)  # of one step's pointwise kernel, for any number of rows
 
 
@@ -52,6 +63,7 @@ class Device:
     """What a plan has to know of where it runs."""
 
     interpreted: bool
+    present: bool = False  # not only asked about
     processors: int = _INTERPRETED_PROCESSORS
     capability: tuple[int, int] = (0, 0)
 
@@ -66,6 +78,7 @@ class Size:
     batch: int
     hidden_size: int
     dtype: torch.dtype
+    precision: str  # of its products: "tf32", or "ieee" for that of the dtype
     plain: bool  # neither lengths nor resets
 
 
@@ -115,28 +128,46 @@ def using(kernel: str = "", recompute: bool = False, precision: str = "", **conf
         settings = before
 
 
+class Buffers(NamedTuple):
+    """What every kernel over a sequence reads besides its own: x or dout first, each contiguous."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lengths: Tensor | None
+    resets: Tensor | None
+
+
 def kind_of(call: Layer) -> str:
-    if call.cell.name == "rnn":
-        return f"rnn_{call.options['nonlinearity']}"
-    if call.cell.name == "gru" and not call.options["reset_after"]:
+    return _kind(call.cell, call.options)
+
+
+def _kind(cell: Cell, options: Options) -> str:
+    if cell.name == "rnn":
+        return f"rnn_{options['nonlinearity']}"
+    if cell.name == "gru" and not options["reset_after"]:
         return "gru_reset_before"
-    return call.cell.name
+    return cell.name
 
 
-def size_of(call: Layer) -> Size:
-    steps, batch = call.input.shape[:2]
+def size_of(call: Layer | Call) -> Size:
+    if isinstance(call, Call):
+        options, steps, batch = call.named_options(), call.steps, call.batch
+    else:
+        options, (steps, batch) = call.options, call.input.shape[:2]
     plain = call.lengths is None and call.resets is None
-    return Size(kind_of(call), len(call.cell.gates), steps, batch, call.hidden_size, call.input.dtype, plain)
+    dtype = call.input.dtype
+    gates = len(call.cell.gates)
+    return Size(_kind(call.cell, options), gates, steps, batch, call.hidden_size, dtype, precision(dtype), plain)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of the recurrent products: tf32 where torch's own products of float32 on a GPU may use it."""
+    """Of the recurrent products: tf32 where torch's own recurrent operators of float32 may use it, as by default."""
     if dtype is not torch.float32:
         return "ieee"
     if settings.precision:
         return settings.precision
-    matmul: Any = torch.backends.cuda.matmul
-    return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    cudnn: Any = torch.backends.cudnn
+    return "tf32" if cudnn.rnn.fp32_precision == "tf32" else "ieee"
 
 
 def reasons(kernel: str, size: Size, device: Device) -> list[str]:
@@ -148,6 +179,8 @@ def reasons(kernel: str, size: Size, device: Device) -> list[str]:
         largest = _RESIDENT[size.dtype.itemsize]
         if size.hidden_size > largest:
             found.append(f"the weights of hidden_size {size.hidden_size} do not stay resident, those of {largest} do")
+    if kernel == "held":
+        found += _held_reasons(size, device)
     if kernel == "persistent":
         if not device.interpreted and device.capability < (7, 0):
             found.append("it needs compute capability 7.0")
@@ -165,6 +198,11 @@ def choose(size: Size, device: Device, backward: bool = False) -> Plan:
     Raises:
         ValueError: the named one cannot run a call of this size; the message says why.
     """
+    return _chosen(size, device, backward, settings)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(size: Size, device: Device, backward: bool, settings: Settings) -> Plan:
     why = {kernel: reasons(kernel, size, device) for kernel in KERNELS}
     kernel = settings.kernel
     if backward:
@@ -172,7 +210,7 @@ def choose(size: Size, device: Device, backward: bool = False) -> Plan:
         kernel = "" if kernel == "step" else kernel
     if not kernel:
         large = size.hidden_size > _STREAMED
-        order = ("step", "resident", *(("persistent", "streamed") if large else ("streamed",)))
+        order = ("step", "held", "resident", *(("persistent", "streamed") if large else ("streamed",)))
         kernel = next(name for name in order if not why[name])
     elif why[kernel]:
         raise ValueError(f"kernel {kernel!r} cannot run {size}: {'; '.join(why[kernel])}")
@@ -187,10 +225,14 @@ def config(kernel: str, size: Size, device: Device) -> Config:
         return Config(16, whole, 16, 4, 1, 2 if kernel == "per_step" else 1)
     if kernel == "step":
         return STEP
+    if kernel == "held":
+        fitting = _held(size, device)
+        assert fitting is not None
+        return fitting
     # These keep ptxas, on sm_90, from spilling more than a few registers; what is fastest is to be measured. Rows that
     # do not begin at a multiple of 16 entries are loaded one entry at a time, which takes registers.
     wide = size.dtype.itemsize > 2
-    exact = size.dtype is torch.float32 and precision(size.dtype) == "ieee"
+    exact = size.dtype is torch.float32 and size.precision == "ieee"
     aligned = size.hidden_size % 16 == 0
     if kernel == "resident":
         block = _power(size.hidden_size)
@@ -201,6 +243,72 @@ def config(kernel: str, size: Size, device: Device) -> Config:
     shared = _shared_out(size, device) or (16, 16)
     warps = 8 if shared[0] * shared[1] >= 1024 and size.gates > 1 else 4
     return Config(*shared, block_k, warps, 3, -(-size.hidden_size // shared[1]))
+
+
+@functools.cache
+def _has_bindings() -> bool:
+    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+
+
+def _held_reasons(size: Size, device: Device) -> list[str]:
+    found: list[str] = []
+    if device.interpreted:
+        return ["CUDA C++ does not run under Triton's interpreter"]
+    if device.capability < (8, 0):
+        found.append("it needs compute capability 8.0")
+    if device.present and not _has_bindings():
+        found.append("cuda-bindings is not installed: torch's builds for CUDA bring it")
+    if size.kind == "gru_reset_before":
+        found.append("a GRU with the reset before the product is not among its cells")
+    if size.dtype is torch.float32 and size.precision == "ieee":
+        found.append("float32 products in full precision are not for the matrix unit: it takes tf32")
+    if size.hidden_size % 8:
+        found.append(f"hidden_size is {size.hidden_size}, no multiple of 8")
+    if not found and _held(size, device) is None:
+        found.append("the weights do not fit into the registers of the device's multiprocessors")
+    return found
+
+
+def _held(size: Size, device: Device) -> Config | None:
+    """Block sizes with which all programs run at once: the fewest rows a program and, for large weights, more units.
+
+    None if there are none. Measured on an H200: benchmarks/results.
+    """
+    chunk = 32 if size.dtype.itemsize == 2 else 16
+    chunks = -(-size.hidden_size // chunk)
+    small = size.hidden_size <= _HELD_SMALL
+    for tiles in (1, 2, 4, 8):
+        for units in (8, 16) if small else (16, 8):
+            programs = -(-size.hidden_size // units)
+            if -(-size.batch // (16 * tiles)) * programs > device.processors:
+                continue
+            for warps in (2, 4, 8) if small else (4, 8):
+                share = -(-size.gates * chunks // warps)  # of the backward's product, which is the larger
+                if share * units // 2 + 8 * min(share, 8) <= _HELD_REGISTERS:
+                    return Config(16 * tiles, units, chunk, warps, 1, programs)
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def slower_reasons(size: Size, cells: int, device: Device) -> tuple[str, ...]:
+    """Why cuDNN runs a call of so many layers times directions faster than the held kernel: benchmarks/results."""
+    found = [f"the kernel that beats cuDNN cannot run it: {reason}" for reason in reasons("held", size, device)]
+    if found:
+        return tuple(found)
+    if size.steps < _WORTH_STEPS:
+        found.append(f"fewer than {_WORTH_STEPS} steps do not pay for the start")
+    is_rnn = size.kind.startswith("rnn")
+    least = _CUDNN_HOLDS[is_rnn]
+    if size.dtype is not torch.bfloat16 and size.plain and size.hidden_size <= least:
+        found.append(f"cuDNN holds the weights, too, in {size.dtype} up to hidden_size {least}")
+    few = size.batch % 8 == 0 and size.batch <= 32
+    whole = size.hidden_size % 128 == 0 and cells == 1 and size.plain
+    if size.dtype is torch.float16 and (size.kind == "lstm" or is_rnn) and few and whole:
+        found.append("cuDNN holds the weights, too, in one float16 LSTM or RNN with a batch of 8 to 32")
+    config = _held(size, device)
+    if config is not None and config.block_b > 64:
+        found.append("more than 64 rows share a program")
+    return tuple(found)
 
 
 def _shared_out(size: Size, device: Device) -> tuple[int, int] | None:

@@ -84,7 +84,7 @@ def resident_backward(
         dn, dz, direct = backward_candidate(dh + dy, z, n, before)
         dreset = product(dn.to(w.dtype.element_ty), w_n, tl.zeros_like(dh), PRECISION, WIDEN)
         dr, by_reset = backward_reset(dreset, r, before)
-        store_blocks(dgates, (place * 3)[:, None] + units[None, :], live, H, (dn, dr, dz), 3)
+        store_blocks(dgates, (place * 3)[:, None] + units[None, :], live, H, (dr, dz, dn), 3)
         direct = product(dr.to(w.dtype.element_ty), w_r, direct + by_reset, PRECISION, WIDEN)
         direct = product(dz.to(w.dtype.element_ty), w_z, direct, PRECISION, WIDEN)
         dh = tl.where(active, tl.where(fresh, 0.0, direct), dh)
@@ -163,7 +163,7 @@ def streamed_backward(
         step = half // 2
         t_done = time_of(last - step, last, REVERSE)
         cut = fresh_rows(resets, t_done, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        done = (t_done * B + rows).to(tl.int64) * (3 * H) + H  # dr and dz
+        done = (t_done * B + rows).to(tl.int64) * (3 * H)  # dr and dz
         bound = tl.where(step > 0, H, 0)
         t = time_of(last - 1 - step, last, REVERSE)
         active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
@@ -176,7 +176,7 @@ def streamed_backward(
             dh = tl.load(carry_h + at, mask=mask, other=0.0)
             if half % 2 == 0:
                 acc = over_gates(
-                    dgates, w, acc, done, in_batch & (cut == 0), units, H, bound, 2, BLOCK_K, SYNC, PRECISION, WIDEN
+                    dgates, w, acc, done, in_batch & (cut == 0), units, H, bound, 2, 2, BLOCK_K, SYNC, PRECISION, WIDEN
                 )
                 dh += acc
                 if step < last:
@@ -184,31 +184,20 @@ def streamed_backward(
                     before = tl.load(h_before + place[:, None] + units[None, :], mask=live, other=0.0).to(ACC)
                     dy = tl.load(dout + place[:, None] + units[None, :], mask=live, other=0.0).to(ACC)
                     dn, dz, direct = backward_candidate(dh + dy, z, n, before)
-                    store_blocks(dgates, here, live, H, (dn,), 1)
-                    store_blocks(dgates, here + 2 * H, live, H, (dz,), 1)
+                    store_blocks(dgates, here + 2 * H, live, H, (dn,), 1)
+                    store_blocks(dgates, here + H, live, H, (dz,), 1)
                     tl.store(carry_h + at, tl.where(active, direct, dh), mask=mask)
                 else:
                     tl.store(dh_0 + at, dh.to(dh_0.dtype.element_ty), mask=mask)
             else:
-                offsets = (t * B + rows).to(tl.int64) * (3 * H)
+                of_candidate = (t * B + rows).to(tl.int64) * (3 * H) + 2 * H
                 dreset = over_gates(
-                    dgates,
-                    w + 2 * H * H,
-                    acc,
-                    offsets,
-                    in_batch & active,
-                    units,
-                    H,
-                    H,
-                    1,
-                    BLOCK_K,
-                    SYNC,
-                    PRECISION,
-                    WIDEN,
-                )
+                    dgates, w + 2 * H * H, acc, of_candidate, in_batch & active, units, H, H,
+                    1, 1, BLOCK_K, SYNC, PRECISION, WIDEN,
+                )  # fmt: skip
                 (r,) = load_blocks(kept, here, live, H, 1, ACC)
                 before = tl.load(h_before + place[:, None] + units[None, :], mask=live, other=0.0).to(ACC)
                 dr, by_reset = backward_reset(dreset, r, before)
-                store_blocks(dgates, here + H, live, H, (dr,), 1)
+                store_blocks(dgates, here, live, H, (dr,), 1)
                 tl.store(carry_h + at, tl.where(active, tl.where(fresh, 0.0, dh + by_reset), dh), mask=mask)
         synchronise(flags, program, half + 1, PROGRAMS, FLAGS, SYNC, SPINS)

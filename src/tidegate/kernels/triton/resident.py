@@ -18,6 +18,7 @@ from tidegate.kernels.triton.common import (
     load_blocks,
     own_rows,
     product,
+    recurrent_column,
     rows_at,
     store_blocks,
     tile_of,
@@ -106,7 +107,7 @@ def backward(
         found, direct, new_dc = CELL(dh + dy, dc, keep, before, old_c)
         store_blocks(dgates, (place * COLUMNS)[:, None] + units[None, :], live, H, found, COLUMNS)
         for g in tl.static_range(GATES):
-            a = found[COLUMNS - GATES + g].to(w.dtype.element_ty)
+            a = found[recurrent_column(g, GATES, COLUMNS)].to(w.dtype.element_ty)
             direct = product(a, blocks[g], direct, PRECISION, WIDEN)
         dh = tl.where(active, tl.where(fresh, 0.0, direct), dh)
         if HAS_C:

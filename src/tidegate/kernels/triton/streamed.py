@@ -24,6 +24,7 @@ from tidegate.kernels.triton.common import (
     load_blocks,
     own_rows,
     product,
+    recurrent_column,
     rows_at,
     store_blocks,
     synchronise,
@@ -56,7 +57,8 @@ def by_gates(
 @triton.jit
 def over_gates(
     source, w, acc, offsets, in_rows, units, H, bound,
-    GATES: tl.constexpr, BLOCK_K: tl.constexpr, SYNC: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    GATES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SYNC: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """acc + the sum over gates of a_g W_g: a_g (rows, H), H columns apart from `offsets` on. None if bound is 0."""
     for k in range(0, bound, BLOCK_K):
@@ -65,7 +67,8 @@ def over_gates(
         in_weights = (ks < H)[:, None] & (units < H)[None, :]
         for g in tl.static_range(GATES):
             a = tl.load(
-                source + offsets[:, None] + (g * H + ks)[None, :], mask=in_source, other=0.0,
+                source + offsets[:, None] + (recurrent_column(g, GATES, COLUMNS) * H + ks)[None, :],
+                mask=in_source, other=0.0,
                 cache_modifier=".cg" if SYNC == "flags" else "",
             )  # fmt: skip
             b = tl.load(w + (g * H + ks)[:, None] * H + units[None, :], mask=in_weights, other=0.0)
@@ -135,7 +138,7 @@ def backward(
     for step in range(first, tl.minimum(first + count, last + 1)):
         t_done = time_of(last - step, last, REVERSE)
         cut = fresh_rows(resets, t_done, rows, valid, B, HAS_RESETS, REVERSE)[:, None]
-        done = (t_done * B + rows).to(tl.int64) * (COLUMNS * H) + (COLUMNS - GATES) * H
+        done = (t_done * B + rows).to(tl.int64) * (COLUMNS * H)
         bound = tl.where(step > 0, H, 0)
         t = time_of(last - 1 - step, last, REVERSE)
         active, fresh, place = rows_at(t, rows, valid, resets, B, H, HAS_RESETS, REVERSE)
@@ -145,7 +148,7 @@ def backward(
             acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
             acc = over_gates(
                 dgates, w, acc, done, in_batch & (cut == 0), units, H, bound,
-                GATES, BLOCK_K, SYNC, PRECISION, WIDEN,
+                GATES, COLUMNS, BLOCK_K, SYNC, PRECISION, WIDEN,
             )  # fmt: skip
             dh = tl.load(carry_h + at, mask=mask, other=0.0) + acc
             if step < last:
