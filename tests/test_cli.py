@@ -266,6 +266,17 @@ def test_doctor_lists_versions_and_every_backend() -> None:
             assert reason in result.output
 
 
+def test_doctor_answers_where_no_package_of_the_command_line_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda package: None)
+    monkeypatch.setattr(sys, "argv", ["tidegate", "doctor"])
+    cli.main()
+    said = capsys.readouterr().out
+    assert "\n  instruction set (tidegate)  " in said
+    assert "\n  reference  yes\n" in said
+
+
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         cli, "find_spec", lambda package: None if package == "typer" else importlib.util.find_spec(package)

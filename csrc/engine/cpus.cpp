@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// How many CPUs this process may use: those it is bound to, and no more than its control group's quota pays for.
+// How many CPUs this process may use: those it is bound to, and no more than its control group's quota pays for, which
+// are both Linux's; elsewhere, all that the machine has.
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -14,6 +17,8 @@
 
 namespace tidegate {
 namespace {
+
+#if defined(__linux__)
 
 // An OpenMP runtime that binds its threads has bound the calling one to a single CPU, which says nothing of the process.
 bool is_thread_bound() {
@@ -75,6 +80,14 @@ int cpus_of_quota() {
     }
     return least;
 }
+
+#else
+
+bool is_thread_bound() { return false; }
+int cpus_of_affinity() { return 0; }
+int cpus_of_quota() { return 0; }
+
+#endif
 
 int count_cpus() {
     const int bound = is_thread_bound() ? 0 : cpus_of_affinity(), paid = cpus_of_quota();

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/crew.h"
 
+#if !defined(_WIN32)
 #include <pthread.h>
-#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
+#include <thread>
 
 #include "engine/cost.h"
 
@@ -32,9 +34,11 @@ int64_t now() {
 std::atomic<bool> pool_runs{false};
 std::atomic<bool> pool_is_lost{false};
 
+#if !defined(_WIN32)   // where there is no fork
 [[maybe_unused]] const int forks_are_watched = pthread_atfork(nullptr, nullptr, [] {
     if (pool_runs.load(std::memory_order_relaxed)) pool_is_lost.store(true, std::memory_order_relaxed);
 });
+#endif
 
 std::atomic<int64_t> crowded_until{0};
 std::atomic<int64_t> late_at{0};
@@ -76,7 +80,7 @@ int await_size(const Enrolment& enrolment) {
     for (int spins = 0;; ++spins) {
         if (const int size = enrolment.size.load(std::memory_order_acquire)) return size;
         if (spins < spins_before_yield) pause();
-        else sched_yield();
+        else std::this_thread::yield();
     }
 }
 
@@ -108,7 +112,7 @@ void Crew::wait_for_others() {
                 continue;
             }
             if (yielded_at == 0) yielded_at = now();
-            sched_yield();
+            std::this_thread::yield();
         }
     }
     if (yielded_at || epoch_ == 1) judge_wait(yielded_at);
@@ -135,7 +139,7 @@ void wait_until(const std::atomic<int64_t>& counter, int64_t value, int64_t expe
             continue;
         }
         if (yielded_at == 0) yielded_at = now();
-        sched_yield();
+        std::this_thread::yield();
     }
     if (yielded_at == 0) return;
     const int64_t ended_at = now();

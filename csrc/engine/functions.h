@@ -12,7 +12,7 @@ namespace tidegate::TIDEGATE_ISA {
 // What is used too seldom for vectors of its own.
 template <class A, class Function>
 inline Vec<A> by_lane(Vec<A> x, Function&& function) {
-    Vec<A> result;
+    Vec<A> result = x;   // GCC 12 for aarch64 does not see that every lane is written
     for (int i = 0; i < width<A>; ++i) result[i] = function(x[i]);
     return result;
 }

@@ -5,20 +5,17 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "engine/processor.h"
+
 namespace tidegate {
 namespace {
 
 std::vector<const Kernels*> supported_kernels() {
-    std::vector<const Kernels*> result = {&baseline::kernels};
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) result.push_back(&avx2::kernels);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        result.push_back(&avx512::kernels);
-        if (__builtin_cpu_supports("avx512bf16")) result.push_back(&avx512_bf16::kernels);
-    }
-#endif
+    std::vector<const Kernels*> result;
+#define TIDEGATE_ADD(isa) \
+    if (has_##isa()) result.push_back(&isa::kernels);
+    TIDEGATE_EACH_ISA(TIDEGATE_ADD)
+#undef TIDEGATE_ADD
     return result;
 }
 
@@ -29,13 +26,16 @@ const Kernels& find(const std::string& name, const char* source) {
         known += known.empty() ? "" : ", ";
         known += kernels->name;
     }
-    throw std::runtime_error(std::string(source) + ": '" + name + "' is no instruction set that this CPU has; it has " +
-                             known);
+    throw std::runtime_error(std::string(source) + ": '" + name +
+                             "' is no instruction set that this CPU has; of this build's it has " + known);
 }
 
 const Kernels& default_kernels() {
     const char* wanted = std::getenv("TIDEGATE_CPU_ISA");
-    return wanted && *wanted ? find(wanted, "TIDEGATE_CPU_ISA") : *supported_kernels().back();
+    if (wanted && *wanted) return find(wanted, "TIDEGATE_CPU_ISA");
+    const std::vector<const Kernels*> supported = supported_kernels();
+    if (supported.empty()) throw std::runtime_error("the kernels were built for instruction sets that this CPU lacks");
+    return *supported.back();
 }
 
 std::atomic<const Kernels*> active{nullptr};

@@ -5,26 +5,19 @@
 #include <string>
 #include <vector>
 
+#include "engine/built_isas.h"
 #include "engine/problem.h"
 
 namespace tidegate {
 
-namespace baseline {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kernels;
-}
-#endif
+#define TIDEGATE_DECLARE(isa) \
+    namespace isa {           \
+    extern const Kernels kernels; \
+    }
+TIDEGATE_EACH_ISA(TIDEGATE_DECLARE)
+#undef TIDEGATE_DECLARE
 
-// What this CPU can run, the best last.
+// What this library is built for and this CPU can run, the best last.
 std::vector<std::string> supported_isas();
 
 // The kernels in use: the best, or what TIDEGATE_CPU_ISA names. Throws if that cannot run here.

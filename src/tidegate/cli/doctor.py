@@ -1,33 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tidegate doctor`: versions, and which backends can run here."""
+"""`tidegate doctor`: versions, and which backends can run here. Plain text, so that it needs no package but torch."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Iterable
 
 from tidegate import backends
 from tidegate.cli.machine import OPTIONAL_PACKAGES, describe_machine, package_version
 
 
 def run_doctor() -> None:
-    console = Console()
+    _print_table("Machine", describe_machine().items())
+    versions = ((package, package_version(package) or "not installed") for package in OPTIONAL_PACKAGES)
+    _print_table("Optional packages", versions)
+    _print_table("Backends, the preferred first", ((b.name, "; ".join(_findings(b))) for b in backends.BACKENDS))
+    print("The first that can run a call runs it. For one call: print(tidegate.explain(module, x))")
 
-    machine = Table(title="Machine", title_justify="left", show_header=False)
-    for name, value in describe_machine().items():
-        machine.add_row(name, str(value))
-    console.print(machine)
 
-    packages = Table(title="Optional packages", title_justify="left", show_header=False)
-    for package in OPTIONAL_PACKAGES:
-        packages.add_row(package, package_version(package) or "[dim]not installed[/]")
-    console.print(packages)
+def _findings(backend: backends.Backend) -> list[str]:
+    """Whether it can run here, and what stands against it."""
+    named = [f"runs only when named: {backend.only_named}"] if backend.only_named else []
+    reasons = backend.availability()
+    return [f"no: {reasons[0]}", *reasons[1:], *named] if reasons else named or ["yes"]
 
-    table = Table("backend", "here", "why not", title="Backends, the preferred first", title_justify="left")
-    for backend in backends.BACKENDS:
-        reasons = backend.availability()
-        here = "[red]no[/]" if reasons else "[green]when named[/]" if backend.only_named else "[green]yes[/]"
-        why = [*reasons] + [f"runs only when named: {backend.only_named}"] * bool(backend.only_named)
-        table.add_row(backend.name, here, "\n".join(why))
-    console.print(table)
-    console.print("The first that can run a call runs it. For one call: print(tidegate.explain(module, x))")
+
+def _print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    print(title, *(f"  {name.ljust(width)}  {value}" for name, value in rows), "", sep="\n")

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dist/'s wheel and sources, installed as users install them: kernels where there can be any, a reason where not."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from environment import Environment
+
+USE = Path(__file__).with_name("use.py")
+NO_COMPILER = {"PATH": "", "CC": "no-such-compiler", "CXX": "no-such-compiler"}
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+
+
+def explained(environment: Environment, **variables: str) -> tuple[str, str]:
+    """The backend that would run a GRU there, and all that `tidegate.explain` says."""
+    done = environment.run(USE, **variables)
+    assert done.returncode == 0, done.stdout
+    of_the_call = next(line for line in done.stdout.splitlines() if line.startswith("gru("))
+    return of_the_call.rpartition(": ")[2], done.stdout
+
+
+def test_the_wheel_holds_the_kernels_and_nothing_of_torch(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if ".so" in name or "lib" in name.lower()] == ["tidegate/kernels/tidegate_cpu.so"]
+    assert len([name for name in names if "/licenses/" in name and not name.endswith("/")]) == 3
+    assert wheel.stat().st_size < 5_000_000
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    library = zipfile.ZipFile(wheel).read("tidegate/kernels/tidegate_cpu.so")
+    assert str(Path(__file__).parents[2]).encode() not in library
+
+
+def test_an_index_is_shown_no_link_into_the_repository(wheel: Path) -> None:
+    contents = zipfile.ZipFile(wheel)
+    (name,) = (name for name in contents.namelist() if name.endswith("dist-info/METADATA"))
+    metadata = contents.read(name).decode()
+    assert "## Ten lines of use" in metadata
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", metadata) == []
+    assert "License-Expression: Apache-2.0 AND CC-BY-4.0 AND BSD-3-Clause" in metadata
+
+
+def test_the_wheel_without_a_compiler_has_the_kernels(fresh: Environment, wheel: Path) -> None:
+    fresh.install(wheel, **NO_COMPILER)
+    assert explained(fresh)[0] == "cpu"
+    doctor = fresh.run("-m", "tidegate", "doctor")
+    assert doctor.returncode == 0, doctor.stdout
+    assert "instruction set (tidegate)" in doctor.stdout
+    isas = fresh.run("-c", "from tidegate.kernels import cpu; print(cpu.operators().isas())").stdout.split()
+    assert isas == ISAS[: len(isas)]  # the processor's, of all that there are
+    for isa in isas:
+        assert explained(fresh, TIDEGATE_CPU_ISA=isa)[0] == "cpu"
+
+
+def test_the_demo_runs_from_the_wheel_with_its_extra(fresh: Environment, wheel: Path) -> None:
+    fresh.install(f"{wheel}[cli]")
+    command = fresh.folder / "bin" / "tidegate"
+    done = fresh.run(command, "demo", "--hidden", "8", "--epochs", "2")
+    assert done.returncode == 0, done.stdout
+    assert (fresh.folder / "out" / "demo" / "curves.png").exists()
+
+
+def test_the_sources_are_built_in_isolation_and_bring_no_torch(fresh: Environment, sdist: Path) -> None:
+    said = fresh.install("-v", "--no-cache-dir", sdist, TIDEGATE_ISAS="native")
+    assert "ollecting torch" not in said
+    assert explained(fresh)[0] == "cpu"
+
+
+def test_the_sources_without_a_compiler_say_what_is_missing(fresh: Environment, sdist: Path) -> None:
+    done = fresh.run("-m", "pip", "install", "--no-cache-dir", sdist, CC="no-such-compiler", CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "no-such-compiler" in done.stdout
+    assert "TIDEGATE_PURE_PYTHON=1" in done.stdout
+
+
+def test_without_kernels_if_that_is_what_is_asked_for(fresh: Environment, sdist: Path) -> None:
+    fresh.install("--no-cache-dir", sdist, TIDEGATE_PURE_PYTHON="1", **NO_COMPILER)
+    backend, said = explained(fresh)
+    assert backend == "aten"
+    assert "the compiled operators are not installed" in said
+
+
+def test_uv_installs_the_wheel(
+    fresh: Environment, wheel: Path, uv: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    # uv does not see a torch that a .pth file brings, and would fetch one.
+    done = uv("pip", "install", "--no-deps", "--python", fresh.folder / "bin" / "python", wheel)
+    assert done.returncode == 0, done.stderr
+    assert explained(fresh)[0] == "cpu"
