@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import needs
@@ -16,6 +17,8 @@ from calls import RUNNABLE, VARIANTS, make_call, run_layer
 
 import tidegate as tg
 from tidegate import backends, dispatch
+from tidegate.call import Call
+from tidegate.cell import GRU
 from tidegate.scope import scope
 
 
@@ -195,3 +198,18 @@ def test_large_bfloat16_products_are_left_to_torch(monkeypatch: pytest.MonkeyPat
     assert [backends.select(call.call(), "").name for call in kept] == ["cpu"] * len(kept)
     monkeypatch.setattr(dispatch, "multiplies_matrices", lambda: False)
     assert backends.select(call.call(), "").name == "cpu"
+
+
+def test_a_loop_on_a_gpu_is_told_once_with_what_prevents_a_kernel():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, h = torch.empty(5, 2, 3, device="cuda", dtype=torch.float64), torch.empty(1, 2, 4, device="cuda").double()
+        weights = tuple(torch.empty(size, device="cuda").double() for size in ((12, 3), (12, 4), (12,), (12,)))
+        lengths = torch.empty(2, device="cuda", dtype=torch.int64)
+        call = Call(GRU, tuple(GRU.default_options.values()), x, (h,), weights, lengths)
+        with pytest.warns(RuntimeWarning, match="Python loop .* this gru on a GPU.* aten: lengths are on cuda"):
+            assert backends.select(call, "").name == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            backends.select(call, "")

@@ -191,6 +191,8 @@ def select(call: Call, name: str) -> Backend:
             return BY_NAME[candidate.leaves_to]
         if candidate is not CPU and call.input.is_cpu:
             _tell_what_is_missing()
+        if candidate is REFERENCE and call.input.is_cuda and call.steps > 1:
+            _tell_of_loop(call.cell.name, tuple(f"{name}: {why[0]}" for name, why in reasons(call).items() if why))
         return candidate
     raise UnsupportedError(_refusal(call, name))
 
@@ -205,6 +207,13 @@ def _tell_what_is_missing() -> None:
     """Once: that the compiled operators are not here, so that nobody wonders where the speed is."""
     for reason in CPU.availability():
         warnings.warn(f"tidegate: {reason}. Until then torch's own operators run.", RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def _tell_of_loop(cell: str, why: tuple[str, ...]) -> None:
+    """Once for each set of reasons: that a GPU runs a Python loop, and what would be faster."""
+    text = f"tidegate: a Python loop over the steps runs this {cell} on a GPU, since no kernel can: {'; '.join(why)}"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def reasons(call: Call) -> dict[str, list[str]]:
