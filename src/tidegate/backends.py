@@ -117,6 +117,7 @@ REFERENCE = Backend("reference", reference.unsupported_reasons, composite=refere
 
 BACKENDS = (TRITON, CPU, ATEN, FUSED, REFERENCE)  # the first that fits
 _AUTOMATIC = tuple(candidate for candidate in BACKENDS if not candidate.only_named)
+_ON_CPU = tuple(candidate for candidate in _AUTOMATIC if candidate is not TRITON)  # a step's choice must be quick
 BY_NAME = {candidate.name: candidate for candidate in BACKENDS}
 
 
@@ -184,7 +185,7 @@ def select(call: Call, name: str) -> Backend:
         if chosen.unsupported_reasons(call):
             raise UnsupportedError(_refusal(call, name))
         return chosen
-    for candidate in _AUTOMATIC:
+    for candidate in _ON_CPU if call.input.is_cpu else _AUTOMATIC:
         if candidate.unsupported_reasons(call):
             continue
         if _reasons_to_leave(candidate, call):

@@ -79,13 +79,14 @@ def _step(call: Call) -> tuple[Tensor, ...]:
     unbatched = call.layout is Layout.UNBATCHED_STEP
     if unbatched:
         input = input.unsqueeze(0)
-    states: list[Tensor] = []
-    for state in call.states:
-        if state is None:
-            state = input.new_zeros((input.shape[0], call.hidden_size))
-        elif unbatched:
-            state = state.unsqueeze(0)
-        states.append(state)
+    given = call.states
+    if any(state is None for state in given):
+        zeros = input.new_zeros((input.shape[0], call.hidden_size))
+        states = [zeros if state is None else state for state in given]
+    else:
+        states = _given(call)
+    if unbatched:
+        states = [state if state.dim() == 2 else state.unsqueeze(0) for state in states]
     if call.cell.name == "lstm":
         new = torch.lstm_cell(input, states, *weights)
     elif call.cell.name == "rnn":
