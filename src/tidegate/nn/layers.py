@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tidegate import cell as kinds
 from tidegate import dispatch, ops, sequences
 from tidegate.call import Call, Direction, Layout
-from tidegate.nn import autocast
+from tidegate.nn import autocast, segments
 from tidegate.nn.likeness import StandsFor
 from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_init, read_nonlinearity
 from tidegate.sequences import Sequences
@@ -40,10 +40,14 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
     Args:
         reverse: the one direction runs from each row's last valid step to its first; output[t] belongs to input[t].
         init: how the weights are drawn: "torch", "keras", "tf1" or "flax".
+        checkpoint_every: in training, states are kept every so many steps, and the gates between them computed again
+            in the backward: for long sequences. None to keep everything. An attribute that may be set later, 0 for
+            None.
         options: the cell's options, by name.
     """
 
     reverse: bool = False
+    checkpoint_every: int = 0
     _is_declared: bool = False
     # Which of torch.nn's methods a user's subclass has in place of torch.nn's own.
     _overridden: frozenset[str] = frozenset()
@@ -70,6 +74,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         *,
         reverse: bool = False,
         init: str = "torch",
+        checkpoint_every: int | None = None,
         **options: Any,
     ) -> None:
         reverse, init = read_flag("reverse", reverse), read_init(init)
@@ -80,6 +85,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         )  # fmt: skip
         self.mode = self.cell.name.upper()
         self.reverse, self.init = reverse, init
+        self.checkpoint_every = segments.read_every(checkpoint_every)
         for name in {parameter.when for parameter in self.cell.parameters.values()} & options.keys():
             setattr(self, name, read_flag(name, options.pop(name)))
         self._read_options(options)
@@ -121,7 +127,12 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             self._initialize({_plain_name(name): getattr(self, name) for name in names})
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + self._extended_repr() + ", reverse=True" * self._is_reverse()
+        every = self._checkpoint_every()
+        shown = super().extra_repr() + self._extended_repr() + ", reverse=True" * self._is_reverse()
+        return f"{shown}, checkpoint_every={every}" if every else shown
+
+    def _checkpoint_every(self) -> int:
+        return 0 if ACCELERATED in self.__dict__ else self.checkpoint_every
 
     def _is_reverse(self) -> bool:
         return self.reverse and ACCELERATED not in self.__dict__
@@ -172,6 +183,10 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
                 tensors, ValueError naming the argument.
             UnsupportedError: the backend that `tidegate.backend` names cannot run this call.
         """
+        every = self._checkpoint_every()
+        uncompiled = segments.uncompiled(self.forward, every) if every else None
+        if uncompiled is not None:
+            return uncompiled(input, hx, lengths=lengths, resets=resets)
         if isinstance(input, Tensor) and not input.is_nested:
             batch, layout, lengths, resets = None, self._layout(input), *self._rows(input, lengths, resets)
             data = input
@@ -179,8 +194,8 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             return dispatch.leaf(self, input, hx, lengths=lengths, resets=resets)
         else:
             if sequences.is_opaque(input):
-                uncompiled: Any = torch.compiler.disable(self.forward)
-                return uncompiled(input, hx, lengths=lengths, resets=resets)
+                outside: Any = torch.compiler.disable(self.forward)
+                return outside(input, hx, lengths=lengths, resets=resets)
             batch = sequences.from_form(input, lengths, resets)
             data, lengths, resets, layout = batch.data, batch.lengths, batch.resets, Layout.TIME_MAJOR
         states = self._states(hx)
@@ -205,10 +220,11 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         if hx is not None and permutes:
             find_faults(call)  # before the states are indexed
             call = call._replace(states=self._permuted(states, packed and packed.sorted_indices))
+        run = partial(segments.run, every=every) if every else ops.run
         if dispatch.is_autocast():
-            output, *finals = autocast.run(call, find_faults, self.cell is kinds.GRU)
+            output, *finals = autocast.run(call, find_faults, self.cell is kinds.GRU, run)
         else:
-            output, *finals = ops.run(call, find_faults)
+            output, *finals = run(call, find_faults)
         if permutes:
             finals = self._permuted(tuple(finals), packed and packed.unsorted_indices)
         last: Any = finals[0] if len(finals) == 1 else tuple(finals)
@@ -418,7 +434,7 @@ class RNN(_OneStateLayer):
             device, dtype: as torch.nn.RNN takes them, in this order.
         activations: a name in tidegate.activations, in place of nonlinearity.
         clip: bound of every gate's pre-activation (ONNX's clip), or None.
-        reverse, init: as RecurrentLayer takes them.
+        reverse, init, checkpoint_every: as RecurrentLayer takes them.
     """
 
     cell = kinds.RNN
@@ -444,6 +460,7 @@ class RNN(_OneStateLayer):
         reverse: bool = False,
         clip: float | None = None,
         init: str = "torch",
+        checkpoint_every: int | None = None,
         proj_size: None = None,
     ) -> None:
         if proj_size is not None:
@@ -452,7 +469,7 @@ class RNN(_OneStateLayer):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, _proj_size, device, dtype,
-            reverse=reverse, init=init, clip=clip,
+            reverse=reverse, init=init, checkpoint_every=checkpoint_every, clip=clip,
             nonlinearity=nonlinearity if activations is None else read_nonlinearity(activations),
         )  # fmt: skip
         self.mode = f"RNN_{self.nonlinearity.upper()}"
@@ -470,7 +487,7 @@ class LSTM(_TwoStateLayer):
         cell_clip: bound of c' (TensorFlow v1), or None.
         proj_clip: bound of the projected h' (TensorFlow v1), or None.
         coupled: f = 1 - i (ONNX's input_forget); the weights' f rows are not used.
-        reverse, init: as RecurrentLayer takes them.
+        reverse, init, checkpoint_every: as RecurrentLayer takes them.
     """
 
     cell = kinds.LSTM
@@ -506,11 +523,12 @@ class LSTM(_TwoStateLayer):
         proj_clip: float | None = None,
         coupled: bool = False,
         init: str = "torch",
+        checkpoint_every: int | None = None,
     ) -> None:
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
-            reverse=reverse, init=init, peepholes=peepholes, activations=activations, clip=clip, cell_clip=cell_clip,
-            proj_clip=proj_clip, coupled=coupled,
+            reverse=reverse, init=init, checkpoint_every=checkpoint_every, peepholes=peepholes,
+            activations=activations, clip=clip, cell_clip=cell_clip, proj_clip=proj_clip, coupled=coupled,
         )  # fmt: skip
 
 
@@ -524,7 +542,7 @@ class GRU(_OneStateLayer):
             n = tanh(W_in x + b_in + W_hn (r h) + b_hn), the original (Cho et al. 2014) and TensorFlow v1's.
         activations: of the gates and the candidate n, names in tidegate.activations.
         clip: bound of every gate's pre-activation (ONNX's clip), or None.
-        reverse, init: as RecurrentLayer takes them.
+        reverse, init, checkpoint_every: as RecurrentLayer takes them.
     """
 
     cell = kinds.GRU
@@ -551,11 +569,13 @@ class GRU(_OneStateLayer):
         reverse: bool = False,
         clip: float | None = None,
         init: str = "torch",
+        checkpoint_every: int | None = None,
         proj_size: None = None,
     ) -> None:
         if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, _proj_size, device, dtype,
-            reverse=reverse, init=init, reset_after=reset_after, activations=activations, clip=clip,
+            reverse=reverse, init=init, checkpoint_every=checkpoint_every, reset_after=reset_after,
+            activations=activations, clip=clip,
         )  # fmt: skip

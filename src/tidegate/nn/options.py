@@ -16,7 +16,7 @@ from tidegate.nn import initialization
 
 Device = torch.device | str | int | None
 ACCELERATED = "_accelerated"
-OWN_OPTIONS = {"reverse": False, "init": "torch", "peepholes": False}  # beside those of a cell
+OWN_OPTIONS = {"reverse": False, "init": "torch", "peepholes": False, "checkpoint_every": 0}  # beside those of a cell
 
 
 class Plan(NamedTuple):
