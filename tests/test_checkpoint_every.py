@@ -200,11 +200,11 @@ def test_a_changed_weight_is_seen() -> None:
         output.sum().backward()
 
 
-@pytest.mark.parametrize("every", [0, -1, 2.0, True, "8"])
+@pytest.mark.parametrize("every", [-1, 2.0, True, "8"])
 def test_refusals(every: Any) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint_every: expected a number of steps, 1 or more, or None, got"):
+    with pytest.raises(ValueError, match="checkpoint_every: expected a number of steps, or 0 or None for none, got"):
         tg.GRU(I, H, checkpoint_every=every)
-    with pytest.raises(ValueError, match=r"checkpoint_every: expected"):
+    with pytest.raises(ValueError, match="checkpoint_every: expected"):
         tg.Recurrent(tg.GRUCell(I, H), checkpoint_every=every)
 
 

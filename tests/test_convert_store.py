@@ -46,6 +46,7 @@ def modules(draw: st.DrawFn) -> torch.nn.Module:
     if not kind.__name__.endswith("Cell"):
         options |= {name: draw(st.booleans()) for name in ("batch_first", "bidirectional")}
         options["num_layers"] = draw(st.integers(1, 3))
+        options["checkpoint_every"] = draw(st.sampled_from([0, 1, 100]))
         options["dropout"] = draw(st.sampled_from([0, 0.25, 1])) if options["num_layers"] > 1 else 0.0
         options["reverse"] = not options["bidirectional"] and draw(st.booleans())
     roles = {"R": 1, "G": 2, "L": 3}[kind.__name__[0]]

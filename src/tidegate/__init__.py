@@ -9,7 +9,7 @@ from tidegate.accelerate import accelerate, report, restore
 from tidegate.backends import backend, trace
 from tidegate.errors import ConversionError, UnsupportedError
 from tidegate.explain import explain
-from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, dynamic_rnn
+from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, dynamic_rnn, tbptt
 from tidegate.streaming import Stream
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "from_tf1",
     "report",
     "restore",
+    "tbptt",
     "to_onnx",
     "trace",
 ]

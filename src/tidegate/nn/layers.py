@@ -41,8 +41,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         reverse: the one direction runs from each row's last valid step to its first; output[t] belongs to input[t].
         init: how the weights are drawn: "torch", "keras", "tf1" or "flax".
         checkpoint_every: in training, states are kept every so many steps, and the gates between them computed again
-            in the backward: for long sequences. None to keep everything. An attribute that may be set later, 0 for
-            None.
+            in the backward: for long sequences. None or 0 to keep everything. An attribute that may be set later.
         options: the cell's options, by name.
     """
 

@@ -104,11 +104,8 @@ def run(
     given = (inputs,) if noise is None else (inputs, noise)
     run_part = partial(_run_part, cell, whole, reverse, fuse)
     if segments.applies(pytree.tree_leaves(inputs)[0].shape[0], every):
-        segments.refuse_transforms()
-        marks = segments.Marks(lengths, resets)
         reads = list(cell.parameters()) if isinstance(cell, torch.nn.Module) else []
-        draws = whole is None
-        return segments.in_segments(run_part, given, state, marks, reverse, every, reads=reads, draws=draws)
+        return segments.run_cell(run_part, given, state, segments.Marks(lengths, resets), reverse, every, reads)
     return run_part(given, state, segments.Marks(lengths, resets))
 
 

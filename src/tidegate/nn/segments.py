@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from tidegate import dispatch, ops
+from tidegate.backends import backend, detached
 from tidegate.backends import find_faults as find_our_faults
 from tidegate.call import Call, Direction, Layer, layer_by_layer
 from tidegate.errors import UnsupportedError
@@ -38,12 +39,12 @@ def read_every(value: Any) -> int:
     """The argument `checkpoint_every`: 0 for None.
 
     Raises:
-        ValueError: it is no positive integer.
+        ValueError: it is no number of steps.
     """
     if value is None:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"checkpoint_every: expected a number of steps, 1 or more, or None, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"checkpoint_every: expected a number of steps, or 0 or None for none, got {value!r}")
     return value
 
 
@@ -85,14 +86,15 @@ def uncompiled(forward: Callable[..., Any], every: int) -> Callable[..., Any] | 
 def _run_call(call: Call, every: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A call over (T, B, I) in one direction."""
 
-    def run_segment(input: Tensor, states: tuple[Tensor, ...], marks: Marks) -> tuple[Tensor, tuple[Tensor, ...]]:
-        part = call._replace(input=input, states=states, lengths=marks.lengths, resets=marks.resets)
-        output, *finals = ops.run(part)
-        return output, tuple(finals)
-
     reverse = call.direction is Direction.REVERSE
     marks = Marks(call.lengths, call.resets)
-    return in_segments(run_segment, call.input, call.states, marks, reverse, every, reads=call.weights, rows=1)
+
+    def checkpointed(input: Tensor, states: tuple[Tensor, ...], marks: Marks) -> tuple[Tensor, tuple[Tensor, ...]]:
+        part = call._replace(input=input, states=states, lengths=marks.lengths, resets=marks.resets)
+        found: Any = _Segment.apply(part, *part.tensors)
+        return found[0], found[1:]
+
+    return in_segments(checkpointed, call.input, call.states, marks, reverse, every, rows=1)
 
 
 def refuse_transforms() -> None:
@@ -104,6 +106,30 @@ def refuse_transforms() -> None:
         )
 
 
+def run_cell(
+    run_segment: Callable[[Nest, Nest, Marks], tuple[Nest, Nest]],
+    inputs: Nest,
+    state: Nest,
+    marks: Marks,
+    reverse: bool,
+    every: int,
+    reads: Sequence[Tensor],
+) -> tuple[Nest, Nest]:
+    """A cell over a sequence, of which nobody knows all the tensors that it reads: torch's checkpoints find them.
+
+    Args:
+        run_segment: (inputs, entering state, marks) of a segment -> its outputs and the state that leaves it.
+        inputs, state, marks, reverse, every: as `in_segments` takes them.
+        reads: those that are known, which must not change in place.
+    """
+    refuse_transforms()
+
+    def checkpointed(inputs: Nest, state: Nest, marks: Marks) -> tuple[Nest, Nest]:
+        return checkpoint.checkpoint(_Unchanged(run_segment, reads), inputs, state, marks, use_reentrant=False)
+
+    return in_segments(checkpointed, inputs, state, marks, reverse, every)
+
+
 def in_segments(
     run_segment: Callable[[Nest, Nest, Marks], tuple[Nest, Nest]],
     inputs: Nest,
@@ -111,35 +137,109 @@ def in_segments(
     marks: Marks,
     reverse: bool,
     every: int,
-    *,
-    reads: Sequence[Tensor | None],
     rows: int = 0,
-    draws: bool = False,
 ) -> tuple[Nest, Nest]:
-    """Run a sequence segment by segment, each a checkpoint.
+    """Run a sequence segment by segment.
 
     Args:
         run_segment: (inputs, entering state, marks) of a segment -> its outputs and the state that leaves it.
         inputs: (T, B, ...) each.
         state: the state that enters the first step, the last one in reverse; B is dimension `rows` of each.
-        reads: what `run_segment` reads beside its arguments, so far as it is known.
-        draws: `run_segment` may draw random numbers, which must be the same when it runs again.
 
     Returns:
         outputs, (T, B, ...) each, and the last state.
     """
-    steps = pytree.tree_leaves(inputs)[0].shape[0]
-    outputs: list[Nest] = []
-    watched = [tensor for tensor in reads if tensor is not None]
-    for start in sorted(range(0, steps, every), reverse=reverse):
-        end = min(start + every, steps)
+    leaves, structure = pytree.tree_flatten(inputs)
+    steps = leaves[0].shape[0]
+    # Not slices: the gradient of each would be as long as the whole.
+    parts = list(zip(*(leaf.split(every) for leaf in leaves), strict=True))
+    outputs: Any = None
+    for k in reversed(range(len(parts))) if reverse else range(len(parts)):
+        start, end = k * every, min((k + 1) * every, steps)
         if reverse and end < steps:
             state = _reset(state, marks, end, rows)
-        part = pytree.tree_map(partial(_steps_between, start, end), inputs)
-        segment, given = _Unchanged(run_segment, watched), (part, state, _between(marks, start, end))
-        output, state = checkpoint.checkpoint(segment, *given, use_reentrant=False, preserve_rng_state=draws)
-        outputs.append(output)
-    return pytree.tree_map(_joined, *(outputs[::-1] if reverse else outputs)), state
+        output, state = run_segment(structure.unflatten(parts[k]), state, _between(marks, start, end))
+        if outputs is None:
+            outputs = pytree.tree_map(partial(_Whole, steps=steps, parts=len(parts)), output)
+        pytree.tree_map(partial(_Whole.put, k=k, start=start), outputs, output)
+    return pytree.tree_map(_Whole.joined, outputs), state
+
+
+class _Segment(torch.autograd.Function):
+    """`apply(call, *its tensors) -> (output, *final states)`: run without a record, and again, recorded, in the
+    backward. That a tensor was changed in between is torch's to say, as of all that it saves."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(*tensors, call.lengths, call.resets)
+        ctx.call = call.with_tensors([None] * len(tensors))._replace(lengths=None, resets=None)
+        ctx.named = scope.named
+        ctx.set_materialize_grads(False)
+        return tuple(ops.run(call))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *tensors, lengths, resets = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        call = ctx.call.with_tensors(tensors)._replace(lengths=lengths, resets=resets)
+        is_first_order = not torch.is_grad_enabled()
+        wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+        if is_first_order:
+            call, wanted = detached(call, needs)
+        with torch.enable_grad(), backend(ctx.named):
+            results = ops.run(call)
+        pairs = [(result, grad) for result, grad in zip(results, gradients, strict=True) if grad is not None]
+        if not pairs:
+            return (None,) * (1 + len(tensors))
+        roots, cotangents = zip(*pairs, strict=True)
+        found = torch.autograd.grad(roots, wanted, cotangents, create_graph=not is_first_order, allow_unused=True)
+        each = iter(found)
+        return None, *(next(each) if need else None for need in needs)
+
+
+class _Whole:
+    """An output over all steps, put together as its parts come.
+
+    Parts kept until the last one has come would take the memory twice, and lie scattered among what each segment needs
+    for a while, where glibc's allocator finds no place for the next.
+    """
+
+    def __init__(self, like: Tensor, steps: int, parts: int) -> None:
+        self.data = like.new_empty((steps, *like.shape[1:]))
+        self.parts: list[Any] = [None] * parts
+
+    def put(self, part: Tensor, *, k: int, start: int) -> None:
+        self.parts[k] = _Put.apply(part, self.data[start : start + part.shape[0]])
+
+    def joined(self) -> Tensor:
+        joined: Any = _Join.apply(self, *self.parts)
+        return joined
+
+
+class _Put(torch.autograd.Function):
+    """`apply(part, place)`: the part is copied to its place. Returned is one of its shape that holds no numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, place: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        place.copy_(part)
+        return part.new_empty(()).expand(part.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, None
+
+
+class _Join(torch.autograd.Function):
+    """`apply(whole, *what _Put returned)`: the whole, which depends on each part."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: _Whole, *parts: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.sizes = [part.shape[0] for part in parts]
+        return whole.data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *gradient.split(ctx.sizes)
 
 
 class _Unchanged:
@@ -149,7 +249,7 @@ class _Unchanged:
         RuntimeError: a tensor was changed in place, as torch says it.
     """
 
-    def __init__(self, function: Callable[[Nest, Nest, Marks], tuple[Nest, Nest]], reads: list[Tensor]) -> None:
+    def __init__(self, function: Callable[[Nest, Nest, Marks], tuple[Nest, Nest]], reads: Sequence[Tensor]) -> None:
         self.function, self.reads = function, reads
         self.versions: list[int] = []
 
@@ -165,10 +265,6 @@ class _Unchanged:
                     f"{what} is at version {now}; expected version {then} instead."
                 )
         return self.function(inputs, state, marks)
-
-
-def _steps_between(start: int, end: int, leaf: Tensor) -> Tensor:
-    return leaf[start:end]
 
 
 def _between(marks: Marks, start: int, end: int) -> Marks:
@@ -191,7 +287,3 @@ def _reset(state: Nest, marks: Marks, first: int, rows: int) -> Nest:
         return leaf.masked_fill(fresh.view(*(1,) * rows, -1, *(1,) * (leaf.dim() - rows - 1)), 0)
 
     return pytree.tree_map(zeroed, state)
-
-
-def _joined(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
