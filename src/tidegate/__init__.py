@@ -9,6 +9,7 @@ from tidegate.accelerate import accelerate, report, restore
 from tidegate.backends import backend, trace
 from tidegate.errors import ConversionError, UnsupportedError
 from tidegate.explain import explain
+from tidegate.inspection import inspect
 from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, dynamic_rnn, tbptt
 from tidegate.streaming import Stream
 
@@ -38,6 +39,7 @@ __all__ = [
     "from_keras",
     "from_onnx",
     "from_tf1",
+    "inspect",
     "report",
     "restore",
     "tbptt",

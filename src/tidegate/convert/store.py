@@ -17,7 +17,7 @@ from tidegate import nn
 from tidegate.cell import Cell
 from tidegate.convert.canonical import Faults, missing
 from tidegate.errors import ConversionError
-from tidegate.nn.options import ACCELERATED, OWN_OPTIONS
+from tidegate.nn.options import ACCELERATED, GATE_BIASES, OWN_OPTIONS
 
 _CLASSES: dict[str, type[torch.nn.Module]] = {
     kind.__name__: kind for kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
@@ -34,6 +34,8 @@ def _argument_types(kind: type[Any]) -> dict[str, Any]:
     types: dict[str, Any] = {**_SIZES, **(_LAYER if issubclass(kind, nn.RecurrentLayer) else {})}
     for name, (value, _) in cell.options.items():
         types["activations" if name == "nonlinearity" else name] = _NUMBER if value is float else value
+    if cell.name in GATE_BIASES:
+        types[GATE_BIASES[cell.name]] = (*_NUMBER, type(None))
     flags = {parameter.when for parameter in cell.parameters.values()} - {"", "bias"}
     return types | {flag: int if flag == "proj_size" else bool for flag in flags}
 

@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import PackedSequence
 from tidegate import cell as kinds
 from tidegate import dispatch, ops, sequences
 from tidegate.call import Call, Direction, Layout
-from tidegate.nn import autocast, segments
+from tidegate.nn import autocast, initialization, segments
 from tidegate.nn.likeness import StandsFor
-from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_init, read_nonlinearity
+from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_nonlinearity
 from tidegate.sequences import Sequences
 from tidegate.streaming import Source, Stream
 
@@ -39,7 +39,8 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
 
     Args:
         reverse: the one direction runs from each row's last valid step to its first; output[t] belongs to input[t].
-        init: how the weights are drawn: "torch", "keras", "tf1" or "flax".
+        init: how the weights are drawn: "torch", "keras", "tf1" or "flax"; "orthogonal", of the recurrent weights, or
+            "kaiming"; or "chrono:784", gates' biases for dependencies of up to so many steps.
         checkpoint_every: in training, states are kept every so many steps, and the gates between them computed again
             in the backward: for long sequences. None or 0 to keep everything. An attribute that may be set later.
         options: the cell's options, by name.
@@ -76,7 +77,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         checkpoint_every: int | None = None,
         **options: Any,
     ) -> None:
-        reverse, init = read_flag("reverse", reverse), read_init(init)
+        reverse, init = read_flag("reverse", reverse), initialization.read_scheme(init, self.cell)
         # On the meta device: torch.nn's checks and attributes, without its parameters.
         super().__init__(
             _MODES.get(self.cell.name, "RNN_TANH"), input_size, hidden_size, num_layers, bias, batch_first, dropout,
@@ -486,6 +487,8 @@ class LSTM(_TwoStateLayer):
         cell_clip: bound of c' (TensorFlow v1), or None.
         proj_clip: bound of the projected h' (TensorFlow v1), or None.
         coupled: f = 1 - i (ONNX's input_forget); the weights' f rows are not used.
+        forget_bias: the first value of f's bias, whatever `init` says; 1 keeps what is there to begin with. None for
+            what `init` draws.
         reverse, init, checkpoint_every: as RecurrentLayer takes them.
     """
 
@@ -493,6 +496,7 @@ class LSTM(_TwoStateLayer):
     _stands_for = torch.nn.LSTM
     activations: str = kinds.LSTM.options["activations"][1]
     clip: float = 0.0
+    forget_bias: float | None = None
     cell_clip: float = 0.0
     proj_clip: float = 0.0
     coupled: bool = False
@@ -522,11 +526,12 @@ class LSTM(_TwoStateLayer):
         proj_clip: float | None = None,
         coupled: bool = False,
         init: str = "torch",
+        forget_bias: float | None = None,
         checkpoint_every: int | None = None,
     ) -> None:
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
-            reverse=reverse, init=init, checkpoint_every=checkpoint_every, peepholes=peepholes,
+            reverse=reverse, init=init, forget_bias=forget_bias, checkpoint_every=checkpoint_every, peepholes=peepholes,
             activations=activations, clip=clip, cell_clip=cell_clip, proj_clip=proj_clip, coupled=coupled,
         )  # fmt: skip
 
@@ -541,6 +546,8 @@ class GRU(_OneStateLayer):
             n = tanh(W_in x + b_in + W_hn (r h) + b_hn), the original (Cho et al. 2014) and TensorFlow v1's.
         activations: of the gates and the candidate n, names in tidegate.activations.
         clip: bound of every gate's pre-activation (ONNX's clip), or None.
+        update_bias: the first value of z's bias, whatever `init` says; 1 keeps what is there to begin with. None for
+            what `init` draws.
         reverse, init, checkpoint_every: as RecurrentLayer takes them.
     """
 
@@ -549,6 +556,7 @@ class GRU(_OneStateLayer):
     reset_after: bool = True
     activations: str = kinds.GRU.options["activations"][1]
     clip: float = 0.0
+    update_bias: float | None = None
 
     def __init__(
         self,
@@ -568,6 +576,7 @@ class GRU(_OneStateLayer):
         reverse: bool = False,
         clip: float | None = None,
         init: str = "torch",
+        update_bias: float | None = None,
         checkpoint_every: int | None = None,
         proj_size: None = None,
     ) -> None:
@@ -575,6 +584,6 @@ class GRU(_OneStateLayer):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, _proj_size, device, dtype,
-            reverse=reverse, init=init, checkpoint_every=checkpoint_every, reset_after=reset_after,
-            activations=activations, clip=clip,
+            reverse=reverse, init=init, update_bias=update_bias, checkpoint_every=checkpoint_every,
+            reset_after=reset_after, activations=activations, clip=clip,
         )  # fmt: skip

@@ -99,7 +99,7 @@ def run(
     """
     whole = None if fuse is False else as_sequence(cell)
     if whole is None and scope.observer is not None:
-        return scope.observer(CellRun(cell, inputs, state, fuse))
+        return scope.observer(CellRun(cell, inputs, state, fuse, lengths, resets, reverse))
     noise = draw_noise(cell, inputs, state) if whole is None else None
     given = (inputs,) if noise is None else (inputs, noise)
     run_part = partial(_run_part, cell, whole, reverse, fuse)
@@ -143,6 +143,9 @@ class CellRun(NamedTuple):
     inputs: Nest
     state: Nest
     fuse: bool | None
+    lengths: Tensor | None
+    resets: Tensor | None
+    reverse: bool
 
 
 class TorchCell(NamedTuple):
