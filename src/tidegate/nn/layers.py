@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tidegate import cell as kinds
 from tidegate import dispatch, ops, sequences
 from tidegate.call import Call, Direction, Layout
-from tidegate.nn import autocast, initialization, segments
+from tidegate.nn import autocast, every_state, initialization, segments
 from tidegate.nn.likeness import StandsFor
 from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_nonlinearity
 from tidegate.sequences import Sequences
@@ -156,8 +156,8 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         """Do nothing: the kernels read the parameters where they are."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None
-    ) -> tuple[Any, Any]:
+        self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None, return_states: bool = False
+    ) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -171,12 +171,16 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             resets: bool (T, B), with batch_first (B, T); unbatched (T,); for a list, a list of (T_b,). A mark at t
                 makes t the first step of a new sequence: forward, the state entering t is zero; in reverse, the state
                 entering t-1 is zero. Gradients do not cross it.
+            return_states: return the states of all steps as well, for a tensor. An LSTM's take about twice the time.
 
         Returns:
             output: of the input's form, with D*P features: the last layer's states, the forward direction's first.
             h_n: (L*D, B, P), for an LSTM (h_n, c_n): the state after the last valid step, in reverse after the first
                 step. For full lengths, with batch_first False, h_n[-D] is output[-1, :, :P], and for D = 2 h_n[-1] is
                 output[0, :, P:].
+            states: with return_states alone: all h_t (T, L*D, B, P), for an LSTM (all h_t, all c_t (T, L*D, B, H)),
+                time first whatever `batch_first`, so that [t] is what step t left as `hx` takes it; 0 past a row's
+                length.
 
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words; for lengths, resets, lists and nested
@@ -186,13 +190,16 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         every = self._checkpoint_every()
         uncompiled = segments.uncompiled(self.forward, every) if every else None
         if uncompiled is not None:
-            return uncompiled(input, hx, lengths=lengths, resets=resets)
+            return uncompiled(input, hx, lengths=lengths, resets=resets, return_states=return_states)
         if isinstance(input, Tensor) and not input.is_nested:
             batch, layout, lengths, resets = None, self._layout(input), *self._rows(input, lengths, resets)
             data = input
         elif dispatch.is_symbolic(input):
-            return dispatch.leaf(self, input, hx, lengths=lengths, resets=resets)
+            return dispatch.leaf(self, input, hx, lengths=lengths, resets=resets, return_states=return_states or None)
         else:
+            if return_states:
+                came = type(input).__name__
+                raise ValueError(f"return_states: expected False but with a padded batch or one sequence, got {came}")
             if sequences.is_opaque(input):
                 outside: Any = torch.compiler.disable(self.forward)
                 return outside(input, hx, lengths=lengths, resets=resets)
@@ -220,6 +227,10 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         if hx is not None and permutes:
             find_faults(call)  # before the states are indexed
             call = call._replace(states=self._permuted(states, packed and packed.sorted_indices))
+        if return_states:
+            output, finals, states = every_state.run(self, call, find_faults)
+            finals = self._permuted(tuple(finals), None)
+            return (output, finals, states) if len(states) > 1 else (output, next(iter(finals)), next(iter(states)))
         run = partial(segments.run, every=every) if every else ops.run
         if dispatch.is_autocast():
             output, *finals = autocast.run(call, find_faults, self.cell is kinds.GRU, run)
@@ -408,8 +419,24 @@ if TYPE_CHECKING:
     class _TypedLayer(RecurrentLayer, Generic[_States]):
         @overload
         def __call__(
-            self, input: Tensor, hx: _States | None = None, *, lengths: _Lengths = None, resets: Tensor | None = None
+            self,
+            input: Tensor,
+            hx: _States | None = None,
+            *,
+            lengths: _Lengths = None,
+            resets: Tensor | None = None,
+            return_states: Literal[False] = False,
         ) -> tuple[Tensor, _States]: ...
+        @overload
+        def __call__(
+            self,
+            input: Tensor,
+            hx: _States | None = None,
+            *,
+            lengths: _Lengths = None,
+            resets: Tensor | None = None,
+            return_states: Literal[True],
+        ) -> tuple[Tensor, _States, _States]: ...
         @overload
         def __call__(self, input: PackedSequence, hx: _States | None = None) -> tuple[PackedSequence, _States]: ...
         @overload
@@ -418,7 +445,7 @@ if TYPE_CHECKING:
         ) -> tuple[list[Tensor], _States]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-        forward = __call__
+        forward = __call__  # pyright: ignore[reportAssignmentType]  (whether or not the states come is in the type)
 
     _OneStateLayer = _TypedLayer[Tensor]
     _TwoStateLayer = _TypedLayer[tuple[Tensor, Tensor]]
