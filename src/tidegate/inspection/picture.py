@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tidegate.inspection.result import LayerInspection
 
-_COLUMNS = 4
+_COLUMNS = 5
 _WIDTH, _HEIGHT = 3.1, 2.4  # of one picture, in inches
 _LEAST = 1e-20  # what is less, 0 too, is not drawn
 
@@ -22,7 +22,8 @@ _LEAST = 1e-20  # what is less, 0 too, is not drawn
 def draw(layers: Sequence[LayerInspection], row: int) -> Figure:
     """Of each layer its values and, last, the reach, in lines of a few pictures."""
     counts = [len(layer.values) + bool(layer.reach) for layer in layers]
-    columns = min(_COLUMNS, max(counts))
+    most = max(counts)
+    columns = -(-most // -(-most // _COLUMNS))  # as few lines as there can be, of like lengths
     lines = [-(-count // columns) for count in counts]
     figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * sum(lines) + 0.3), layout="constrained")
     grid: Any = figure.subplots(sum(lines), columns, squeeze=False)
