@@ -16,10 +16,10 @@ import tidegate as tg
 
 @pytest.mark.parametrize("name", CLIENTS)
 def test_results_are_equal(name: str) -> None:
-    """To 1e-6, or as near to float64 as torch.nn: medaka carries a rounding far over its 1,000 steps."""
+    """As near to the model in float64 as torch.nn, but for a last place of float32."""
     apart, report = compare(made(name))
     assert report.swapped
-    assert apart.ours <= 2 * apart.theirs + 1e-6 * max(apart.size, 1)
+    assert apart.ours <= 2 * apart.theirs + 2e-7 * max(apart.size, 1)
 
 
 def test_awd_lstm_trains_as_before() -> None:
@@ -48,9 +48,8 @@ def test_silero_vad() -> None:
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_opacus_never_gets_gradients_that_are_not_per_sample(kind: str) -> None:
-    """Its hooks need its own DPGRU. What is accelerated fails in its hooks; after `restore` its converter makes one."""
+    """Its hooks need its own DPGRU. What is accelerated fails in its hooks."""
     from opacus import GradSampleModule
-    from opacus.validators import ModuleValidator
 
     accelerated = tg.accelerate(torch.nn.Sequential(getattr(torch.nn, kind)(4, 5, batch_first=True)))
 
@@ -60,6 +59,12 @@ def test_opacus_never_gets_gradients_that_are_not_per_sample(kind: str) -> None:
 
     with pytest.raises((AttributeError, TypeError)):
         differentiate()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_opacus_after_restore(kind: str) -> None:
+    from opacus.validators import ModuleValidator
+
     fresh = tg.restore(tg.accelerate(torch.nn.Sequential(getattr(torch.nn, kind)(4, 5))))
     assert not ModuleValidator.is_valid(fresh)
     fixed = ModuleValidator.fix(fresh)
