@@ -132,7 +132,11 @@ def made(name: str) -> Client:
 
 
 class Distance(NamedTuple):
-    """Root mean squares: of the accelerated model's and of torch.nn's error beside float64, and of the result."""
+    """What nine tenths stay under, of the accelerated model's and torch.nn's errors beside float64; the greatest result.
+
+    Not the greatest error: medaka's trained weights carry a rounding far, to 2e-5, 1e-4 and 9e-5 here and 5e-5, 7e-5
+    and 2e-4 in torch.nn in three draws of its input.
+    """
 
     ours: float
     theirs: float
@@ -152,8 +156,8 @@ def compare(client: Client) -> tuple[Distance, Any]:
     finally:
         torch.set_default_dtype(torch.float32)
         model.float()
-    apart = [float((result - exact).square().mean().sqrt()) for result in (ours, theirs)]
-    return Distance(*apart, float(exact.square().mean().sqrt())), report
+    apart = [float((result - exact).abs().flatten().quantile(0.9)) for result in (ours, theirs)]
+    return Distance(*apart, float(exact.abs().max())), report
 
 
 class _Doubled:
