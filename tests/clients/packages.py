@@ -132,7 +132,7 @@ def made(name: str) -> Client:
 
 
 class Distance(NamedTuple):
-    """What nine tenths stay under, of the accelerated model's and torch.nn's errors beside float64; the greatest result.
+    """What nine tenths of the errors stay under, the accelerated model's and torch.nn's, and the greatest result.
 
     Not the greatest error: medaka's trained weights carry a rounding far, to 2e-5, 1e-4 and 9e-5 here and 5e-5, 7e-5
     and 2e-4 in torch.nn in three draws of its input.
