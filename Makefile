@@ -98,10 +98,16 @@ test-peers: install  ## Run the tests against Keras, Flax, ONNX runtimes and oth
 	$(BIN)/python -m pytest tests/peers --numprocesses 0
 
 # resemblyzer asks for webrtcvad, which has to be compiled and needs pkg_resources: the fork with wheels stands in.
-test-clients: install  ## Run the examples with stable-baselines3, GluonTS, Lightning, ...; installs them into .venv.
+# Of those without their dependencies single modules are used; what they import comes in the second line.
+test-clients: install  ## Run the examples and other packages' models, which it installs into .venv.
 	$(PIP) $(TORCH) 'sb3-contrib>=2.9' 'gluonts[torch]>=0.17' 'accelerate>=1.15' \
-		'skorch>=1.4' 'librosa>=0.11' 'webrtcvad-wheels>=2.0.14'
-	$(PIP) --no-deps 'resemblyzer>=0.1.4'
+		'skorch>=1.4' 'librosa>=0.11' 'webrtcvad-wheels>=2.0.14' 'torchrl>=0.14'
+	$(PIP) $(TORCH) opt_einsum hyperpyyaml sentencepiece huggingface_hub fastcore fastprogress \
+		fasttransform fastdownload pillow scikit-learn requests loguru appdirs scikit-base lightning transformers pysam \
+		h5py toml intervaltree edlib cffi deepfilterlib attrs
+	$(PIP) --no-deps 'resemblyzer>=0.1.4' 'captum>=0.9' 'opacus>=1.6' 'speechbrain>=1.1' \
+		'fastai>=2.8' 'medaka>=2.2' 'kokoro>=0.9.4' 'BeatNet>=1.1.3' 'deepfilternet>=0.5.6' 'silero-vad>=6.2' \
+		'pytorch-forecasting>=1.8'
 	$(BIN)/python -m pytest tests/clients --numprocesses 0
 
 # A recording in pyannote.audio and a series in aeon are read as files, without what these packages depend on.

@@ -13,12 +13,12 @@ The baseline does the same with a linear prediction from the last 50 values.
 
 from __future__ import annotations
 
-import argparse
 from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
 import torch
+from recipe_parts import read_options
 from torch import Tensor, nn
 
 import tidegate as tg
@@ -77,12 +77,7 @@ def linear(series: Tensor) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> dict[str, tuple[bool, float]]:
     """Returns for each method whether its peak is the anomaly, and how high it is above the next highest elsewhere."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="fewer epochs, for the tests")
-    parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
+    options = read_options(__doc__, arguments, "fewer epochs")
 
     _, values, labels = np.loadtxt(FILE, delimiter=",", skiprows=1, dtype=np.float32).T
     series = torch.from_numpy((values - values[:NORMAL].mean()) / values[:NORMAL].std())

@@ -13,10 +13,8 @@ Letters: N sequences, T steps, C channels, K classes.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
+from recipe_parts import read_options
 from torch import Tensor, nn
 
 import tidegate as tg
@@ -77,12 +75,7 @@ def standardised(part: LabelledSequences, mean: Tensor, deviation: Tensor) -> La
 
 def main(arguments: list[str] | None = None) -> tuple[float, float]:
     """Returns the test accuracy of the GRU and of the baseline."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few epochs, for the tests")
-    parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
+    options = read_options(__doc__, arguments, "a few epochs")
 
     data = japanese_vowels()
     frames = torch.cat([row[:n] for row, n in zip(data.train.padded, data.train.lengths, strict=True)])

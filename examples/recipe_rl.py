@@ -11,14 +11,12 @@ episode began. With every step marked as a beginning the same code trains a poli
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from recipe_parts import read_options
 from torch import Tensor, nn
 
 import tidegate as tg
@@ -95,11 +93,7 @@ class Agent:
 
 def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     """Returns the mean return of the last 100 episodes after each update, with and without memory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="fewer updates, for the tests")
-    parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
-    options = parser.parse_args(arguments)
+    options = read_options(__doc__, arguments, "fewer updates")
     updates, curves = 15 if options.quick else 80, {}
     for name, memory in (("GRU", True), ("without memory", False)):
         agent = Agent(memory, updates, options.seed)

@@ -7,13 +7,11 @@
 The sources are Python's own standard library (PSF licence), labelled by its `tokenize`. They are cut into pieces of ten
 lines, of any length, some of which begin inside a string. A bidirectional GRU reads a piece and a linear layer labels
 every step. The test is on modules of which nothing was seen; the baseline is each character's most frequent label.
-
-Letters: B pieces, T characters, K labels.
+B pieces, T characters, K labels.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import keyword
 import sysconfig
@@ -23,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from recipe_parts import fit, read_options
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -71,16 +70,12 @@ def batch(part: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train(model: Tagger, part: list[Piece], epochs: int) -> None:
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, epochs * -(-len(part) // 16))
-    for _ in range(epochs):
-        for rows in torch.randperm(len(part)).split(16):
-            codes, lengths, labels = batch([part[k] for k in rows])
-            optimizer.zero_grad()
-            scores = model(codes, lengths)
-            nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=NOTHING).backward()
-            optimizer.step()
-            schedule.step()
+    def loss(rows: Tensor) -> Tensor:
+        codes, lengths, labels = batch([part[k] for k in rows])
+        scores = model(codes, lengths)
+        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=NOTHING)
+
+    list(fit(model, lambda: torch.randperm(len(part)).split(16), loss, epochs, -(-len(part) // 16), rate=5e-3))
 
 
 def draw(right: Tensor, simple: Tensor, codes: Tensor, answers: Tensor, path: Path) -> None:
@@ -101,30 +96,19 @@ def draw(right: Tensor, simple: Tensor, codes: Tensor, answers: Tensor, path: Pa
 
 def main(arguments: list[str] | None = None) -> tuple[Tensor, Tensor]:
     """Returns for each label the part of its test characters labelled right: by the GRU and by the baseline, (K,)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="fewer modules, for the tests")
-    parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
-
+    options = read_options(__doc__, arguments, "fewer modules")
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
     paths = [paths[k] for k in torch.randperm(len(paths))[:: 8 if options.quick else 2]]
     test = [piece for path in paths[::5] for piece in pieces(path) if len(piece[0])]
     learn = [piece for k, path in enumerate(paths) if k % 5 for piece in pieces(path) if len(piece[0])]
-    model = Tagger()
-    train(model, learn, epochs=3)
-
-    counts = torch.zeros(128, len(LABELS))
-    for codes, labels in learn:
-        counts.index_put_((codes, labels), torch.tensor(1.0), accumulate=True)
+    train(model := Tagger(), learn, epochs=3)
+    known, answer = (torch.cat(parts) for parts in zip(*learn, strict=True))
+    counts = torch.bincount(known * len(LABELS) + answer, minlength=128 * len(LABELS)).view(128, -1)
     with torch.no_grad():
         answers = [model(piece[0][None], torch.tensor([len(piece[0])]))[0].argmax(-1) for piece in test]
     codes, labels = (torch.cat(parts) for parts in zip(*test, strict=True))
     right, simple = torch.cat(answers) == labels, counts.argmax(1)[codes] == labels
-    print(
-        f"{len(labels):,} test characters, right: GRU {right.float().mean():.1%}, baseline {simple.float().mean():.1%}"
-    )
+    print(f"{len(labels):,} characters; right: GRU {right.float().mean():.1%}, baseline {simple.float().mean():.1%}")
     parts = [torch.stack([hit[labels == k].float().mean() for k in range(len(LABELS))]) for hit in (right, simple)]
     with look():
         shown = max(range(len(test)), key=lambda k: len(set(answers[k].tolist())))

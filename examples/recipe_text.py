@@ -12,7 +12,6 @@ the same nine tenths before.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import lzma
 import math
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from recipe_parts import fit, read_options
 from torch import Tensor, nn
 
 import tidegate as tg
@@ -52,22 +52,16 @@ def docstrings() -> list[str]:
     return list(found)
 
 
-def train(model: Reader, text: Tensor, epochs: int) -> Iterator[None]:
-    """Yields after each epoch."""
-    read, follows = (part.view(ROWS, -1).T.split(STEPS) for part in (text[:-1], text[1:]))  # (T, B) each
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, epochs * len(read), pct_start=0.1)
-    for _ in range(epochs):
-        state = None
-        for piece, target in zip(read, follows, strict=True):
-            optimizer.zero_grad()
-            scores, (h, c) = model(piece, state)
-            state = h.detach(), c.detach()  # the state goes on, its history is cut
-            nn.functional.cross_entropy(scores.flatten(0, 1), target.flatten()).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        yield
+def train(model: Reader, text: Tensor, epochs: int) -> Iterator[float]:
+    """Yields after each epoch. The state goes on from piece to piece, its history is cut."""
+    sides = tuple(part.view(ROWS, -1).T for part in (text[:-1], text[1:]))  # what is read and what follows, (T, B) each
+
+    def loss(found: tuple[tuple[Tensor, Tensor], Tensor]) -> Tensor:
+        (_, target), scores = found
+        return nn.functional.cross_entropy(scores.flatten(0, 1), target.flatten())
+
+    steps = -(-len(sides[0]) // STEPS)
+    yield from fit(model, lambda: tg.tbptt(model, sides, STEPS), loss, epochs, steps, 6e-3, warm_up=0.1, clip=1.0)
 
 
 @torch.no_grad()
@@ -89,14 +83,7 @@ def write(model: Reader, start: Tensor, count: int, temperature: float = 0.6) ->
 
 def main(arguments: list[str] | None = None) -> tuple[list[float], float]:
     """Returns the bits per character of the test text: after each epoch, and lzma's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the text, for the tests")
-    parser.add_argument("--folder", type=Path, default=Path("out/recipes"))
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
-
+    options = read_options(__doc__, arguments, "a tenth of the text", epochs=8)
     pieces = docstrings()
     order = torch.randperm(len(pieces))[:: 10 if options.quick else 1]
     whole = "\n\n".join(pieces[k] for k in order)
@@ -112,8 +99,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[float], float]:
         costs = surprise(model, text[cut:])
         curve.append(costs.mean().item())
         print(f"epoch {len(curve)}: {curve[-1]:.2f} bits per character", flush=True)
-    start = torch.tensor([characters.index(c) for c in "Return "])
-    print("".join(characters[k] for k in write(model, start, 300)))
+    print("".join(characters[k] for k in write(model, torch.tensor([characters.index(c) for c in "Return "]), 300)))
 
     with look():
         figure, (left, right) = new_figure(12, 4.2, columns=2)
@@ -122,10 +108,9 @@ def main(arguments: list[str] | None = None) -> tuple[list[float], float]:
         left.axhline(baseline, color=TORCH_COLOUR, lw=2, label="lzma")
         left.set(title="Test text, bits per character", xlabel="epoch", ylim=(0, 1.1 * curve[0]), xticks=epochs)
         left.legend(loc="lower left")
-        shown = slice(2000, 2050)
-        right.bar(range(50), costs[shown].numpy(), color=TIDEGATE_COLOUR)
+        right.bar(range(50), costs[2000:2050].numpy(), color=TIDEGATE_COLOUR)
         right.set(title="Bits of each character", xticks=range(50))
-        right.set_xticklabels([repr(characters[k])[1:-1] for k in text[cut + 1 :][shown]], fontsize=9)
+        right.set_xticklabels([repr(characters[k])[1:-1] for k in text[cut + 2001 : cut + 2051]], fontsize=9)
         print(save(figure, options.folder / "text.png"))
     return curve, baseline
 

@@ -353,10 +353,47 @@ def test_torchscript_is_left_alone_and_reported() -> None:
     assert "TorchScript" in entry.why
 
 
+class LiGRU(torch.nn.Module):
+    """Recurrent by its name alone."""
+
+
+class SpeechGRU(torch.nn.Module):
+    """A wrapper by that name: what is inside has an entry of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = torch.nn.GRU(5, 6)
+
+
+class GroupNorm1d(torch.nn.Module):
+    """Not recurrent."""
+
+
+@pytest.mark.filterwarnings("ignore:torch.*quantiz.* deprecated")
+def test_what_looks_recurrent_is_named_with_the_reason() -> None:
+    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.LSTMCell(5, 6)))
+    quantized = torch.nn.Sequential(torch.nn.LSTM(5, 6), torch.nn.GRU(5, 6), torch.nn.GRUCell(5, 6))
+    quantized = torch.ao.quantization.quantize_dynamic(quantized.float())
+    model = torch.nn.ModuleDict(
+        {"li": LiGRU(), "wrapper": SpeechGRU(), "norm": GroupNorm1d(), "script": scripted, "int8": quantized}
+    )
+    entries = {entry.names[0]: entry for entry in tg.report(tg.accelerate(model)).entries}
+    assert {name: entry.why for name, entry in entries.items()} == {
+        "li": "left alone: none of torch.nn's; what is a cell runs fused in tidegate.Recurrent",
+        "wrapper.rnn": "swapped",
+        "script.0": "left alone: TorchScript; accelerate the Python model instead",
+        **dict.fromkeys(
+            ("int8.0", "int8.1", "int8.2"),
+            "left alone: quantized by torch, its weights are integers; accelerate the model before",
+        ),
+    }
+    assert entries["li"].module == "LiGRU"
+
+
 def test_the_report(model: Model) -> None:
     assert {entry.why for entry in tg.report(model).entries} == {
         "not swapped: tidegate.accelerate would",
-        "left alone: a subclass of torch.nn.GRU",
+        "left alone: a subclass of torch.nn.GRU; derived from tidegate.GRU instead it runs here",
     }
     report = tg.report(tg.accelerate(model))
     assert {entry.names[0] for entry in report.swapped} == SWAPPED.keys()
@@ -366,7 +403,8 @@ def test_the_report(model: Model) -> None:
         "tied                  tidegate.GRU       swapped",
         "rnn                   tidegate.RNN       swapped",
         "cell                  tidegate.LSTMCell  swapped",
-        "own                   Subclass           left alone: a subclass of torch.nn.GRU",
+        "own                   Subclass           left alone: a subclass of torch.nn.GRU; derived from tidegate.GRU "
+        "instead it runs here",
     ]
     assert not tg.report(tg.restore(model)).swapped
     assert str(tg.report(tg.GRU(2, 3))) == "(the model)  tidegate.GRU  tidegate's own"

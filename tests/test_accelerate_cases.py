@@ -224,7 +224,7 @@ def test_subclasses_are_left_alone_and_looked_into(kind: str) -> None:
     assert type(model["mine"].inner) is tg.GRU
     mine, inner = tg.report(model).entries
     assert (mine.names, mine.module, mine.swapped) == (("mine",), "Mine", False)
-    assert mine.why == f"left alone: a subclass of torch.nn.{kind}"
+    assert mine.why == (f"left alone: a subclass of torch.nn.{kind}; derived from tidegate.{kind} instead it runs here")
     assert inner.swapped
     restored = tg.restore(model)["mine"]
     assert type(restored) is subclass

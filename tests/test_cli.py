@@ -44,13 +44,18 @@ def is_picture(path: Path) -> bool:
 
 @pytest.mark.parametrize("kind", ["gru", "lstm", "rnn"])
 def test_demo_trains_both_and_draws_pictures(tmp_path: Path, kind: str) -> None:
-    result = run("demo", "--model", kind, "--hidden", 8, "--epochs", 3, "--out", tmp_path)
+    page = tmp_path / "new" / "page.html"
+    result = run("demo", "--model", kind, "--hidden", 8, "--epochs", 3, "--out", tmp_path, "--report", page)
     assert result.exit_code == 0, result.output
     assert "270 training and 370 test sequences, 12 channels, 7 to 29 steps, 9 classes" in result.output
     for row in ("test accuracy", "training loss", "time per epoch", "backend"):
         assert row in result.output
     assert is_picture(tmp_path / "curves.png")
     assert is_picture(tmp_path / "confusion.png")
+    text = page.read_text(encoding="utf-8")
+    assert text.count('src="data:image/png;base64,') == text.count("<img") == 3
+    assert "http" not in text, "nothing is fetched"
+    assert f"{kind}, layer 0, reverse" in text or f"{kind}, reverse" in text
 
 
 def test_demo_learns_the_users_own_sequences(tmp_path: Path) -> None:

@@ -42,10 +42,11 @@ def modules(draw: st.DrawFn) -> torch.nn.Module:
     kind = draw(st.sampled_from(CLASSES))
     hidden_size = draw(st.integers(2, 4))
     options: dict[str, Any] = {"bias": draw(st.booleans()), "clip": draw(CLIPS)}
-    options["init"] = draw(st.sampled_from(["torch", "keras", "tf1", "flax"]))
+    options["init"] = draw(st.sampled_from(["torch", "keras", "tf1", "flax", "orthogonal", "kaiming"]))
     if not kind.__name__.endswith("Cell"):
         options |= {name: draw(st.booleans()) for name in ("batch_first", "bidirectional")}
         options["num_layers"] = draw(st.integers(1, 3))
+        options["checkpoint_every"] = draw(st.sampled_from([0, 1, 100]))
         options["dropout"] = draw(st.sampled_from([0, 0.25, 1])) if options["num_layers"] > 1 else 0.0
         options["reverse"] = not options["bidirectional"] and draw(st.booleans())
     roles = {"R": 1, "G": 2, "L": 3}[kind.__name__[0]]
@@ -53,6 +54,8 @@ def modules(draw: st.DrawFn) -> torch.nn.Module:
         options["activations"] = draw(st.lists(ACTIVATIONS, min_size=roles, max_size=roles))
     elif roles == 1:
         options["nonlinearity"] = draw(st.sampled_from(["tanh", "relu"]))
+    if roles > 1 and options["bias"]:
+        options["forget_bias" if roles == 3 else "update_bias"] = draw(st.sampled_from([None, 1.0, -2]))
     if roles == 2:
         options["reset_after"] = draw(st.booleans())
     if roles == 3:

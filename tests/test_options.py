@@ -75,12 +75,67 @@ def test_initialization(gates, kind):
     assert tf1.bias_ih_l0.sum() == ones
     assert keras.bias_ih_l0.sum() == (40 if kind is tg.LSTM else 0)
     assert not flax.bias_ih_l0.any()
-    with pytest.raises(ValueError, match="init: expected one of torch, keras, tf1, flax, got 'xavier'"):
+    with pytest.raises(ValueError, match=r"init: expected one of torch, keras, .*, chrono:784, got 'xavier'"):
         kind(3, 4, init="xavier")
 
 
+@pytest.mark.parametrize("kind", [tg.LSTM, tg.GRU])
+def test_initialization_by_the_literature(kind):
+    """Saxe et al. 2014, He et al. 2015, Tallec and Ollivier 2018: there -1/log(sigmoid(bias)) is about u + 1/2."""
+    torch.manual_seed(0)
+    gates = 4 if kind is tg.LSTM else 3
+    orthogonal, kaiming = kind(30, 40, init="orthogonal"), kind(30, 400, init="kaiming")
+    for block in orthogonal.weight_hh_l0.chunk(gates):
+        torch.testing.assert_close(block @ block.T, torch.eye(40), rtol=0, atol=1e-5)
+    assert not orthogonal.bias_ih_l0.any()
+    assert abs(kaiming.weight_hh_l0.std() * math.sqrt(400 / 2) - 1) < 0.02
+    assert not kaiming.bias_hh_l0.any()
+
+    chrono = kind(3, 4000, init="chrono:784")
+    bias = (chrono.bias_ih_l0 + chrono.bias_hh_l0).detach().chunk(gates)
+    scales = -1 / torch.sigmoid(bias[1]).log()
+    assert scales.min() > 0.5
+    assert scales.max() < 784
+    assert abs(scales.median() / 392 - 1) < 0.1
+    if kind is tg.LSTM:
+        assert torch.equal(bias[0], -bias[1])
+    assert not any(b.any() for b in bias[2:])
+    torch.manual_seed(0)
+    plain = kind(3, 4000)
+    torch.manual_seed(0)
+    assert torch.equal(kind(3, 4000, init="chrono:784").weight_hh_l0, plain.weight_hh_l0)
+
+
+@pytest.mark.parametrize("init", ["torch", "keras", "chrono:20"])
+@pytest.mark.parametrize(("kind", "name"), [
+    (tg.LSTM, "forget_bias"), (tg.GRU, "update_bias"), (tg.LSTMCell, "forget_bias"), (tg.GRUCell, "update_bias"),
+])  # fmt: skip
+def test_a_gate_that_keeps(kind, name, init):
+    module = kind(3, 5, init=init, **{name: 1.5})
+    biases = [value.detach() for key, value in module.named_parameters() if key.startswith("bias")]
+    assert torch.equal((biases[0] + biases[1])[5:10], torch.full((5,), 1.5))
+    assert getattr(module, name) == 1.5
+    module.reset_parameters()
+    assert torch.equal(biases[0][5:10], torch.full((5,), 1.5))
+    with pytest.raises(ValueError, match=f"{name}: expected None with bias=False, got 1.0"):
+        kind(3, 5, bias=False, **{name: 1})
+    with pytest.raises(ValueError, match=f"{name}: expected a number, or None, got 'one'"):
+        kind(3, 5, **{name: "one"})
+
+
+def test_what_is_no_scheme_of_a_cell():
+    with pytest.raises(ValueError, match="init: expected chrono: and the longest dependency in steps, 3 or more"):
+        tg.GRU(3, 4, init="chrono")
+    with pytest.raises(ValueError, match="init: chrono is for the gates of an LSTM or a GRU, got it for rnn"):
+        tg.RNN(3, 4, init="chrono:20")
+    with pytest.raises(ValueError, match="init: expected bias=True with chrono"):
+        tg.GRU(3, 4, bias=False, init="chrono:20")
+    with pytest.raises(TypeError, match="forget_bias"):
+        tg.GRU(3, 4, forget_bias=1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("init", ["keras", "tf1", "flax"])
+@pytest.mark.parametrize("init", ["keras", "tf1", "flax", "orthogonal", "kaiming"])
 @pytest.mark.parametrize("kind", [tg.RNN, tg.LSTM, tg.GRU, tg.RNNCell, tg.LSTMCell, tg.GRUCell])
 def test_initialization_in_any_dtype(kind, init, dtype):
     options = {"proj_size": 4} if kind is tg.LSTM else {}

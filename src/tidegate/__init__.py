@@ -9,7 +9,8 @@ from tidegate.accelerate import accelerate, report, restore
 from tidegate.backends import backend, trace
 from tidegate.errors import ConversionError, UnsupportedError
 from tidegate.explain import explain
-from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, dynamic_rnn
+from tidegate.inspection import inspect
+from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, dynamic_rnn, tbptt
 from tidegate.streaming import Stream
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ __all__ = [
     "from_keras",
     "from_onnx",
     "from_tf1",
+    "inspect",
     "report",
     "restore",
+    "tbptt",
     "to_onnx",
     "trace",
 ]

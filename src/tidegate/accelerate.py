@@ -7,6 +7,7 @@ are the ones that were there, so that optimizers, tied weights, shared modules a
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,6 +30,8 @@ _SWAPS: dict[type, type] = {
     torch.nn.GRUCell: nn.GRUCell,
 }
 _BACK = {ours: theirs for theirs, ours in _SWAPS.items()}
+# LiGRU, DPLSTM, sLSTMCell, QRNN, SRU, Rnn; not Group.
+_RECURRENT_NAME = re.compile(r"RNN|LSTM|GRU|SRU|Rnn(?![a-z])|Lstm(?![a-z])|Gru(?![a-z])")
 # What tidegate's layers look up that torch.nn's keep on the instance.
 _REPLACED = {"_flat_weights"}
 
@@ -113,6 +116,9 @@ def restore(model: M) -> M:
 def report(model: Module) -> Report:
     """Say of every recurrent module inside `model` whether it is swapped, and why not.
 
+    Modules that are none of torch.nn's but are called RNN, LSTM, GRU, SRU or the like, and have no recurrent module
+    inside, are listed as well: what of them runs here is for the reader to say.
+
     Returns:
         A Report, which prints as a table.
 
@@ -125,7 +131,7 @@ def report(model: Module) -> Report:
         names.setdefault(module, []).append(name)
     entries: list[Entry] = []
     for module, places in names.items():
-        why = _why(module)
+        why = _why(module) or _why_by_name(module)
         if why:
             swapped = bool(vars(module).get(ACCELERATED))
             entries.append(Entry(tuple(places), _class_name(module), swapped, why))
@@ -204,10 +210,6 @@ def _obstacle_to_restoring(module: Module) -> str:
 
 def _why(module: Module) -> str:
     """The report's words; "" for a module that is not recurrent."""
-    if isinstance(module, torch.jit.ScriptModule):
-        name: str = module.original_name
-        known = {cls.__name__ for cls in _SWAPS}
-        return "left alone: TorchScript; accelerate the Python model instead" if name in known else ""
     if not isinstance(module, torch.nn.RNNBase | RNNCellBase):
         return ""
     if _swapped_class(type(module), _SWAPS) is not None:
@@ -217,7 +219,27 @@ def _why(module: Module) -> str:
             return "tidegate's own"
         return _obstacle_to_restoring(module) or "swapped"
     base = next((cls for cls in type(module).__mro__ if cls in _SWAPS or cls in _BACK), torch.nn.RNNBase)
-    return f"left alone: a subclass of {_public_name(base)}"
+    what = f"left alone: a subclass of {_public_name(base)}"
+    ours = _SWAPS.get(base)
+    return what if ours is None else f"{what}; derived from tidegate.{ours.__name__} instead it runs here"
+
+
+def _why_by_name(module: Module) -> str:
+    """The report's words for a module that is recurrent by its name alone; "" for any other."""
+    if type(module).__module__.startswith("tidegate.") or not _looks_recurrent(module):
+        return ""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "left alone: TorchScript; accelerate the Python model instead"
+    if any(_why(inside) or _looks_recurrent(inside) for inside in module.modules() if inside is not module):
+        return ""
+    if type(module).__module__.startswith("torch.ao."):
+        return "left alone: quantized by torch, its weights are integers; accelerate the model before"
+    return "left alone: none of torch.nn's; what is a cell runs fused in tidegate.Recurrent"
+
+
+def _looks_recurrent(module: Module) -> bool:
+    name: str = module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
+    return _RECURRENT_NAME.search(name) is not None
 
 
 def _class_name(module: Module) -> str:

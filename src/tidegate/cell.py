@@ -160,14 +160,15 @@ def _lstm_step(gates_x: Tensor, states: States, weights: Weights, options: Optio
     if weights["weight_peephole"] is not None:
         w_i, w_f, w_o = weights["weight_peephole"].chunk(3)
         i, f = i + w_i * c, f + w_f * c
-    i = gate(_clipped(i, options))
+    i, g = gate(_clipped(i, options)), candidate(_clipped(g, options))
     f = 1 - i if options["coupled"] else gate(_clipped(f, options))
-    c = f * c + i * candidate(_clipped(g, options))
+    c = f * c + i * g
     if options["cell_clip"]:
         c = c.clamp(-options["cell_clip"], options["cell_clip"])
     if w_o is not None:
         o = o + w_o * c
-    h = gate(_clipped(o, options)) * squash(c)
+    o = gate(_clipped(o, options))
+    h = o * squash(c)
     if weights["weight_hr"] is not None:
         h = linear(h, weights["weight_hr"])
         if options["proj_clip"]:

@@ -111,7 +111,7 @@ def _observed_by(observer: Callable[[Any], Any] | None) -> Generator[None]:
 
 def _explain_cell(run: CellRun, found: list[CallExplanation]) -> tuple[Nest, Nest]:
     """Note a cell over a sequence, and the calls of a step if it runs step by step; zeros for its results."""
-    cell, inputs, state, fuse = run
+    cell, inputs, state, fuse = run[:4]
     with _observed_by(None):  # of what is traced, and of a fused step, no call is made
         with torch.random.fork_rng(devices=[]):
             noise = over_time.draw_noise(cell, inputs, state)

@@ -173,7 +173,7 @@ def _places(unit: Any, chosen: Backend, needs: tuple[bool, ...]) -> tuple[tuple[
 def _keep(unit: Any, chosen: Backend, needs: tuple[bool, ...], output: Tensor, saved: tuple[Tensor, ...]) -> _Kept:
     places, of_weights = _places(unit, chosen, needs)
     tensors = [*unit.tensors]
-    versions = [_version(tensors[k]) for k in places]
+    versions = [version_of(tensors[k]) for k in places]
     for k in of_weights:
         weight = tensors[k]
         if weight is not None:
@@ -183,7 +183,7 @@ def _keep(unit: Any, chosen: Backend, needs: tuple[bool, ...], output: Tensor, s
     return _Kept(unit, unit.with_tensors(tensors), versions, output.detach() if reads_output else None, saved)
 
 
-def _version(tensor: Tensor | None) -> int:
+def version_of(tensor: Tensor | None) -> int:
     """Of its data; one made in inference mode has none."""
     return -1 if tensor is None or tensor.is_inference() else tensor._version
 
@@ -193,7 +193,7 @@ def _check_versions(kept: _Kept, chosen: Backend, needs: tuple[bool, ...]) -> No
     places, _ = _places(kept.unit, chosen, needs)
     tensors, cell = kept.unit.tensors, kept.unit.cell
     for k, version in zip(places, kept.versions, strict=True):
-        now = _version(tensors[k])
+        now = version_of(tensors[k])
         if now != version:
             names = ["input", *(f"{state}_0" for state in cell.states), *cell.parameters]
             first = len(names) - len(cell.parameters)

@@ -106,8 +106,9 @@ class DreamerV3GRUCell(ReadyCell):
         for linear, norm in zip(self.dynamic_linears, self.dynamic_norms, strict=True):
             d = silu(norm(linear(d).flatten(1))).unflatten(1, (self.num_blocks, -1))
         r, g, u = (gate.flatten(1) for gate in self.gates(d).chunk(3, -1))
-        u = torch.sigmoid(u + self.update_bias)
-        return u * torch.tanh(torch.sigmoid(r) * g) + (1 - u) * h
+        r, u = torch.sigmoid(r), torch.sigmoid(u + self.update_bias)
+        g = torch.tanh(r * g)
+        return u * g + (1 - u) * h
 
 
 class BlockLinear(torch.nn.Module):

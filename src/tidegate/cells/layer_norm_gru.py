@@ -83,5 +83,6 @@ class LayerNormGRUCell(ReadyCell):
         (h,) = zeros(input, self.hidden_size) if state is None else (state,)
         joint = linear(input, self.weight_ih, self.bias) + product(h if read is None else read, self.weight_hh, 3)
         r, g, u = self.norm(joint).chunk(3, -1)
-        u = torch.sigmoid(u + self.update_bias)
-        return u * torch.tanh(torch.sigmoid(r) * g) + (1 - u) * h
+        r, u = torch.sigmoid(r), torch.sigmoid(u + self.update_bias)
+        g = torch.tanh(r * g)
+        return u * g + (1 - u) * h

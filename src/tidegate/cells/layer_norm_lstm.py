@@ -102,8 +102,11 @@ class LayerNormLSTMCell(ReadyCell):
         if self.bias is not None:
             gates = gates + self.bias
         i, f, g, o = gates.chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+        c = f * c + i * g
         if self.carry_normed:
             c = self.norm_c(c)
-            return torch.sigmoid(o) * torch.tanh(c), c
-        return torch.sigmoid(o) * torch.tanh(self.norm_c(c)), c
+            h = o * torch.tanh(c)
+        else:
+            h = o * torch.tanh(self.norm_c(c))
+        return h, c

@@ -80,5 +80,5 @@ class LiGRUCell(ReadyCell):
         if self.norm is not None:
             from_x = self.norm(from_x)
         a, z = (from_x + product(h if read is None else read, self.u, 2)).chunk(2, -1)
-        z = torch.sigmoid(z)
-        return z * h + (1 - z) * torch.relu(a)
+        z, a = torch.sigmoid(z), torch.relu(a)
+        return z * h + (1 - z) * a

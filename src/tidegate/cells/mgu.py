@@ -73,4 +73,5 @@ class MGUCell(ReadyCell):
         u_f, u_h = self.weight_hh.chunk(2)
         read_f, read_h = gate_reads(h if read is None else read, 2)
         f = torch.sigmoid(f + linear(read_f, u_f))
-        return (1 - f) * h + f * torch.tanh(candidate + linear(f * read_h, u_h))
+        candidate = torch.tanh(candidate + linear(f * read_h, u_h))
+        return (1 - f) * h + f * candidate

@@ -70,5 +70,8 @@ class PeepholeLSTMCell(ReadyCell):
         from_h = product(h if read is None else read, self.weight_hh, 4)
         i, f, g, o = (linear(input, self.weight_ih, self.bias) + from_h).chunk(4, -1)
         w_i, w_f, w_o = self.weight_peephole.chunk(3)
-        c = torch.sigmoid(f + w_f * c) * c + torch.sigmoid(i + w_i * c) * torch.tanh(g)
-        return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
+        i, f, g = torch.sigmoid(i + w_i * c), torch.sigmoid(f + w_f * c), torch.tanh(g)
+        c = f * c + i * g
+        o = torch.sigmoid(o + w_o * c)
+        h = o * torch.tanh(c)
+        return h, c

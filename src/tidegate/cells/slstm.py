@@ -85,6 +85,8 @@ class SLSTMCell(ReadyCell):
         m = torch.where(n == 0, i, torch.maximum(i, f))
         # f - m is above 0 only where n and c are 0: bounded before exp, so that no infinity meets them.
         i, f = torch.exp(i - m), torch.exp((f - m).clamp(max=0))
-        c = f * c + i * torch.tanh(z)
+        z, o = torch.tanh(z), torch.sigmoid(o)
+        c = f * c + i * z
         n = f * n + i
-        return torch.sigmoid(o) * c / n, c, n, m
+        h = o * c / n
+        return h, c, n, m

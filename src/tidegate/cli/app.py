@@ -50,6 +50,12 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Full-batch training steps.")] = 150,
     seed: Annotated[int, typer.Option(min=0, help="Of the initial weights, and of the split of --data.")] = 0,
     out: Annotated[Path, typer.Option(file_okay=False, help="Where the pictures go.")] = Path("out/demo"),
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False, metavar="FILE", help="Write one HTML page: the results, the pictures, one sequence's gates."
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -70,7 +76,7 @@ def demo(
         dataset = japanese_vowels() if data is None else read_csv(data, seed=seed)
     except DataFileError as error:
         raise _stop(f"--data: {error}", 2) from None
-    run_demo(dataset, kind=model.value, hidden_size=hidden, epochs=epochs, seed=seed, out=out)
+    run_demo(dataset, kind=model.value, hidden_size=hidden, epochs=epochs, seed=seed, out=out, report=report)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from tidegate.cell import GRU, LSTM, RNN, Cell
 from tidegate.errors import ConversionError
 from tidegate.nn.cells import RecurrentCell
 from tidegate.nn.layers import RecurrentLayer
+from tidegate.nn.options import GATE_BIASES
 
 Weights = dict[str, Any]
 
@@ -208,12 +209,16 @@ def as_layer(cell: Any, reverse_cell: Any = None, *, batch_first: bool = False) 
     if shapes[0] != shapes[-1]:
         faults.add(f"the cells' weights differ: {shapes[0]} and {shapes[-1]}")
     faults.same_dtype({f"cell {k}, {name}": w for k, d in enumerate(directions) for name, w in d.items()})
-    if cells[-1].init != cell.init:
-        faults.add(f"init: {cell.init!r} in one cell and {cells[-1].init!r} in the other; a layer has one")
+    drawn: dict[str, Any] = {}  # how the weights would be drawn anew
+    gate_bias = GATE_BIASES.get(cell.cell.name)
+    for name in ("init",) if gate_bias is None else ("init", gate_bias):
+        drawn[name], other = getattr(cell, name), getattr(cells[-1], name, None)
+        if other != drawn[name]:
+            faults.add(f"{name}: {drawn[name]!r} in one cell and {other!r} in the other; a layer has one")
     if cell.proj_size >= cell.hidden_size:
         faults.option("proj_size", cell.proj_size, "a layer's is smaller than hidden_size; run it by tg.dynamic_rnn")
     faults.raise_any()
     copies = [{name: None if w is None else w.detach().clone() for name, w in d.items()} for d in directions]
     if "nonlinearity" in options:
         options["activations"] = options.pop("nonlinearity")
-    return build_layer(cell.cell, copies, batch_first=batch_first, init=cell.init, **options)
+    return build_layer(cell.cell, copies, batch_first=batch_first, **drawn, **options)

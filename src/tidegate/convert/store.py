@@ -17,14 +17,15 @@ from tidegate import nn
 from tidegate.cell import Cell
 from tidegate.convert.canonical import Faults, missing
 from tidegate.errors import ConversionError
-from tidegate.nn.options import ACCELERATED, OWN_OPTIONS
+from tidegate.nn.options import ACCELERATED, GATE_BIASES, OWN_OPTIONS
 
 _CLASSES: dict[str, type[torch.nn.Module]] = {
     kind.__name__: kind for kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 }
 _NUMBER = (int, float)
 _SIZES = {"input_size": int, "hidden_size": int, "bias": bool, "init": str}
-_LAYER = {"num_layers": int, "batch_first": bool, "dropout": _NUMBER, "bidirectional": bool, "reverse": bool}
+_LAYER = {"num_layers": int, "batch_first": bool, "dropout": _NUMBER, "bidirectional": bool, "reverse": bool,
+          "checkpoint_every": int}  # fmt: skip
 
 
 def _argument_types(kind: type[Any]) -> dict[str, Any]:
@@ -33,6 +34,8 @@ def _argument_types(kind: type[Any]) -> dict[str, Any]:
     types: dict[str, Any] = {**_SIZES, **(_LAYER if issubclass(kind, nn.RecurrentLayer) else {})}
     for name, (value, _) in cell.options.items():
         types["activations" if name == "nonlinearity" else name] = _NUMBER if value is float else value
+    if cell.name in GATE_BIASES:
+        types[GATE_BIASES[cell.name]] = (*_NUMBER, type(None))
     flags = {parameter.when for parameter in cell.parameters.values()} - {"", "bias"}
     return types | {flag: int if flag == "proj_size" else bool for flag in flags}
 

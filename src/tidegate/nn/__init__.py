@@ -5,6 +5,7 @@ from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
 from tidegate.nn.dynamic import dynamic_rnn
 from tidegate.nn.layers import GRU, LSTM, RNN, RecurrentLayer
 from tidegate.nn.recurrent import Recurrent
+from tidegate.nn.truncated import tbptt
 
 __all__ = [
     "GRU",
@@ -17,4 +18,5 @@ __all__ = [
     "RecurrentCell",
     "RecurrentLayer",
     "dynamic_rnn",
+    "tbptt",
 ]

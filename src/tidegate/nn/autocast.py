@@ -12,8 +12,13 @@ from tidegate import ops
 from tidegate.call import Call
 
 
-def run(call: Call, find_faults: Callable[[Call], None], widens_on_cpu: bool) -> Sequence[Tensor]:
-    """`ops.run` in the dtype of an autocast that is on.
+def run(
+    call: Call,
+    find_faults: Callable[[Call], None],
+    widens_on_cpu: bool,
+    run_call: Callable[..., Sequence[Tensor]] = ops.run,
+) -> Sequence[Tensor]:
+    """`run_call`, as `ops.run` is called, in the dtype of an autocast that is on.
 
     Args:
         widens_on_cpu: under autocast on a CPU, return the dtype that came in, not autocast's. torch.nn's GRU, GRUCell
@@ -21,10 +26,10 @@ def run(call: Call, find_faults: Callable[[Call], None], widens_on_cpu: bool) ->
     """
     dtype = _autocast_dtype(call.input)
     if dtype is None:
-        return ops.run(call, find_faults)
+        return run_call(call, find_faults)
     find_faults(call)
     given = next((state for state in call.states if state is not None), call.input)
-    results = ops.run(call.to(dtype))
+    results = run_call(call.to(dtype))
     if widens_on_cpu and call.input.device.type == "cpu":
         return tuple(result.to(given.dtype) for result in results)
     return results

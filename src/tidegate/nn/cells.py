@@ -17,8 +17,8 @@ from tidegate import cell as kinds
 from tidegate import dispatch, ops
 from tidegate.call import Call, Direction, Layer, Layout, new_call
 from tidegate.checks import check_layer
-from tidegate.nn import autocast
-from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_init, read_nonlinearity
+from tidegate.nn import autocast, initialization
+from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_nonlinearity
 from tidegate.streaming import Source, Stream
 
 
@@ -29,7 +29,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
     A subclass sets `cell`. Its constructor takes torch.nn's arguments and the cell's options.
 
     Args:
-        init: how the weights are drawn: "torch", "keras", "tf1" or "flax".
+        init: how the weights are drawn, as in RecurrentLayer.
         options: the cell's options, by name; `proj_size` and the flags of its optional parameters.
     """
 
@@ -54,7 +54,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         init: str = "torch",
         **options: Any,
     ) -> None:
-        init = read_init(init)
+        init = initialization.read_scheme(init, self.cell)
         torch.nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, 1, device="meta")
         self.init = init
         for name in {parameter.when for parameter in self.cell.parameters.values()} & options.keys():
@@ -242,12 +242,13 @@ class RNNCell(_OneStateCell, torch.nn.RNNCell):
 
 class GRUCell(_OneStateCell, torch.nn.GRUCell):
     """One step of a GRU: torch.nn.GRUCell(input_size, hidden_size, bias, device, dtype), and `reset_after`,
-    `activations`, `clip`, `init` as in GRU."""
+    `activations`, `clip`, `update_bias`, `init` as in GRU."""
 
     cell = kinds.GRU
     reset_after: bool = True
     activations: str = kinds.GRU.options["activations"][1]
     clip: float = 0.0
+    update_bias: float | None = None
 
     def __init__(
         self,
@@ -261,20 +262,23 @@ class GRUCell(_OneStateCell, torch.nn.GRUCell):
         activations: str | Sequence[str] | None = None,
         clip: float | None = None,
         init: str = "torch",
+        update_bias: float | None = None,
     ) -> None:
         super().__init__(
             input_size, hidden_size, bias, device, dtype,
-            init=init, reset_after=reset_after, activations=activations, clip=clip,
+            init=init, update_bias=update_bias, reset_after=reset_after, activations=activations, clip=clip,
         )  # fmt: skip
 
 
 class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
     """One step of an LSTM: torch.nn.LSTMCell(input_size, hidden_size, bias, device, dtype), and `proj_size`,
-    `peepholes`, `activations`, `clip`, `cell_clip`, `proj_clip`, `coupled`, `init` as in LSTM."""
+    `peepholes`, `activations`, `clip`, `cell_clip`, `proj_clip`, `coupled`, `forget_bias`, `init` as
+    in LSTM."""
 
     cell = kinds.LSTM
     activations: str = kinds.LSTM.options["activations"][1]
     clip: float = 0.0
+    forget_bias: float | None = None
     cell_clip: float = 0.0
     proj_clip: float = 0.0
     coupled: bool = False
@@ -296,11 +300,12 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         proj_clip: float | None = None,
         coupled: bool = False,
         init: str = "torch",
+        forget_bias: float | None = None,
     ) -> None:
         super().__init__(
             input_size, hidden_size, bias, device, dtype,
-            init=init, proj_size=proj_size, peepholes=peepholes, activations=activations, clip=clip,
-            cell_clip=cell_clip, proj_clip=proj_clip, coupled=coupled,
+            init=init, forget_bias=forget_bias, proj_size=proj_size, peepholes=peepholes, activations=activations,
+            clip=clip, cell_clip=cell_clip, proj_clip=proj_clip, coupled=coupled,
         )  # fmt: skip
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How other frameworks initialize a recurrent layer: their distributions, not their random numbers.
+"""How a recurrent layer's weights are drawn: as other frameworks draw them (their distributions, not their random
+numbers), and by schemes of the literature.
 
 Letters: I input_size, H hidden_size, G gates. A single bias of theirs is our bias_ih; bias_hh starts at 0.
 """
@@ -79,17 +80,82 @@ def _unit_forget_bias(cell: Cell, weights: Weights) -> None:
         init.ones_(weights["bias_ih"].chunk(4)[1])
 
 
+def _orthogonal_recurrence(cell: Cell, weights: Weights) -> None:
+    """Orthogonal gate by gate, so that no gate's product shrinks or stretches h; Glorot uniform gate by gate; zeros.
+    Saxe et al. 2014 (1312.6120)."""
+    for gate_ih, gate_hh in zip(*(weights[name].chunk(len(cell.gates)) for name in _PRODUCTS), strict=True):
+        _glorot(gate_ih, gate_ih.shape[1], gate_ih.shape[0])
+        _orthogonal(gate_hh)
+    _zero(weights.get("bias_ih"), weights.get("bias_hh"))
+
+
+def _kaiming(cell: Cell, weights: Weights) -> None:
+    """Kaiming uniform for a relu, He et al. 2015 (1502.01852), and zeros."""
+    for name in _PRODUCTS:
+        init.kaiming_uniform_(weights[name], nonlinearity="relu")
+    _zero(weights.get("bias_ih"), weights.get("bias_hh"))
+
+
+def _chrono(cell: Cell, weights: Weights, longest: int) -> None:
+    """torch.nn's weights, and biases for time scales from 1 to `longest` steps, evenly: f or z log(u) with u in
+    1..longest - 1, an LSTM's i the negative of it, the others 0. Tallec and Ollivier 2018 (1804.11188)."""
+    if "bias_ih" not in weights:
+        raise ValueError("init: expected bias=True with chrono, which is a choice of biases")
+    bias = weights["bias_ih"]
+    _zero(bias, weights["bias_hh"])
+    blocks = dict(zip(cell.gates, bias.chunk(len(cell.gates)), strict=True))
+    carries = blocks["f" if cell is LSTM else "z"]
+    carries.copy_(init.uniform_(carries, 1, longest - 1).log())
+    if cell is LSTM:
+        blocks["i"].copy_(-carries)
+
+
+_PRODUCTS = ("weight_ih", "weight_hh")
+CHRONO = "chrono:"  # and the longest time scale in steps
+
 # None: torch.nn's own, which the modules' constructors have drawn already.
 SCHEMES: dict[str, Callable[[Cell, Weights], None] | None] = {
     "torch": None,
     "keras": _keras,
     "tf1": _tf1,
     "flax": _flax,
+    "orthogonal": _orthogonal_recurrence,
+    "kaiming": _kaiming,
 }
+
+
+def read_scheme(value: str, cell: Cell) -> str:
+    """The argument `init`.
+
+    Raises:
+        ValueError: it is none of them, or none of this cell's.
+    """
+    if isinstance(value, str) and value.startswith("chrono"):  # pyright: ignore[reportUnnecessaryIsInstance]
+        longest = value.removeprefix(CHRONO)
+        if cell not in (LSTM, GRU):
+            raise ValueError(f"init: chrono is for the gates of an LSTM or a GRU, got it for {cell.name}")
+        if not (longest.isascii() and longest.isdecimal() and int(longest) > 2):
+            hint = "chrono: and the longest dependency in steps, 3 or more, as chrono:784"
+            raise ValueError(f"init: expected {hint}, got {value!r}")
+    elif value not in SCHEMES:
+        raise ValueError(f"init: expected one of {', '.join(SCHEMES)}, chrono:784, got {value!r}")
+    return value
+
+
+def set_gate_bias(cell: Cell, weights: Weights, value: float) -> None:
+    """The bias of an LSTM's f or a GRU's z: bias_ih has it all."""
+    place = cell.gates.index("f" if cell is LSTM else "z")
+    with torch.no_grad():
+        for name, filled in (("bias_ih", value), ("bias_hh", 0.0)):
+            weights[name].chunk(len(cell.gates))[place].fill_(filled)
 
 
 def initialize(scheme: str, cell: Cell, weights: Weights) -> None:
     """Draw one layer's or cell's weights anew, by name as in `Call.weights`."""
+    if scheme.startswith(CHRONO):
+        with torch.no_grad():
+            _chrono(cell, weights, int(scheme.removeprefix(CHRONO)))
+        return
     draw = SCHEMES[scheme]
     if draw is None:
         return

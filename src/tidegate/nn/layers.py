@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import PackedSequence
 from tidegate import cell as kinds
 from tidegate import dispatch, ops, sequences
 from tidegate.call import Call, Direction, Layout
-from tidegate.nn import autocast
+from tidegate.nn import autocast, every_state, initialization, segments
 from tidegate.nn.likeness import StandsFor
-from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_init, read_nonlinearity
+from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_nonlinearity
 from tidegate.sequences import Sequences
 from tidegate.streaming import Source, Stream
 
@@ -40,11 +40,15 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
 
     Args:
         reverse: the one direction runs from each row's last valid step to its first; output[t] belongs to input[t].
-        init: how the weights are drawn: "torch", "keras", "tf1" or "flax".
+        init: how the weights are drawn: "torch", "keras", "tf1" or "flax"; "orthogonal", of the recurrent weights, or
+            "kaiming"; or "chrono:784", gates' biases for dependencies of up to so many steps.
+        checkpoint_every: in training, states are kept every so many steps, and the gates between them computed again
+            in the backward: for long sequences. None or 0 to keep everything. An attribute that may be set later.
         options: the cell's options, by name.
     """
 
     reverse: bool = False
+    checkpoint_every: int = 0
     _is_declared: bool = False
     # Which of torch.nn's methods a user's subclass has in place of torch.nn's own.
     _overridden: frozenset[str] = frozenset()
@@ -71,9 +75,10 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         *,
         reverse: bool = False,
         init: str = "torch",
+        checkpoint_every: int | None = None,
         **options: Any,
     ) -> None:
-        reverse, init = read_flag("reverse", reverse), read_init(init)
+        reverse, init = read_flag("reverse", reverse), initialization.read_scheme(init, self.cell)
         # On the meta device: torch.nn's checks and attributes, without its parameters.
         mode = self.cell.name.upper()
         super().__init__(
@@ -82,6 +87,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         )  # fmt: skip
         self.mode = self.cell.name.upper()
         self.reverse, self.init = reverse, init
+        self.checkpoint_every = segments.read_every(checkpoint_every)
         for name in {parameter.when for parameter in self.cell.parameters.values()} & options.keys():
             setattr(self, name, read_flag(name, options.pop(name)))
         self._read_options(options)
@@ -123,7 +129,12 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             self._initialize({_plain_name(name): getattr(self, name) for name in names})
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + self._extended_repr() + ", reverse=True" * self._is_reverse()
+        every = self._checkpoint_every()
+        shown = super().extra_repr() + self._extended_repr() + ", reverse=True" * self._is_reverse()
+        return f"{shown}, checkpoint_every={every}" if every else shown
+
+    def _checkpoint_every(self) -> int:
+        return 0 if ACCELERATED in self.__dict__ else self.checkpoint_every
 
     def _is_reverse(self) -> bool:
         return self.reverse and ACCELERATED not in self.__dict__
@@ -156,8 +167,8 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             super().flatten_parameters()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None
-    ) -> tuple[Any, Any]:
+        self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None, return_states: bool = False
+    ) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -171,27 +182,38 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             resets: bool (T, B), with batch_first (B, T); unbatched (T,); for a list, a list of (T_b,). A mark at t
                 makes t the first step of a new sequence: forward, the state entering t is zero; in reverse, the state
                 entering t-1 is zero. Gradients do not cross it.
+            return_states: return the states of all steps as well, for a tensor. An LSTM's take about twice the time.
 
         Returns:
             output: of the input's form, with D*P features: the last layer's states, the forward direction's first.
             h_n: (L*D, B, P), for an LSTM (h_n, c_n): the state after the last valid step, in reverse after the first
                 step. For full lengths, with batch_first False, h_n[-D] is output[-1, :, :P], and for D = 2 h_n[-1] is
                 output[0, :, P:].
+            states: with return_states alone: all h_t (T, L*D, B, P), for an LSTM (all h_t, all c_t (T, L*D, B, H)),
+                time first whatever `batch_first`, so that [t] is what step t left as `hx` takes it; 0 past a row's
+                length.
 
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words; for lengths, resets, lists and nested
                 tensors, ValueError naming the argument.
             UnsupportedError: the backend that `tidegate.backend` names cannot run this call.
         """
+        every = self._checkpoint_every()
+        uncompiled = segments.uncompiled(self.forward, every) if every else None
+        if uncompiled is not None:
+            return uncompiled(input, hx, lengths=lengths, resets=resets, return_states=return_states)
         if isinstance(input, Tensor) and not input.is_nested:
             batch, layout, lengths, resets = None, self._layout(input), *self._rows(input, lengths, resets)
             data = input
         elif dispatch.is_symbolic(input):
-            return dispatch.leaf(self, input, hx, lengths=lengths, resets=resets)
+            return dispatch.leaf(self, input, hx, lengths=lengths, resets=resets, return_states=return_states or None)
         else:
+            if return_states:
+                came = type(input).__name__
+                raise ValueError(f"return_states: expected False but with a padded batch or one sequence, got {came}")
             if sequences.is_opaque(input):
-                uncompiled: Any = torch.compiler.disable(self.forward)
-                return uncompiled(input, hx, lengths=lengths, resets=resets)
+                outside: Any = torch.compiler.disable(self.forward)
+                return outside(input, hx, lengths=lengths, resets=resets)
             batch = sequences.from_form(input, lengths, resets)
             data, lengths, resets, layout = batch.data, batch.lengths, batch.resets, Layout.TIME_MAJOR
         states = self._states(hx)
@@ -216,10 +238,15 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         if hx is not None and permutes:
             find_faults(call)  # before the states are indexed
             call = call._replace(states=self._permuted(states, packed and packed.sorted_indices))
+        if return_states:
+            output, finals, states = every_state.run(self, call, find_faults)
+            finals = self._permuted(tuple(finals), None)
+            return (output, finals, states) if len(states) > 1 else (output, next(iter(finals)), next(iter(states)))
+        run = partial(segments.run, every=every) if every else ops.run
         if dispatch.is_autocast():
-            output, *finals = autocast.run(call, find_faults, self.cell is kinds.GRU)
+            output, *finals = autocast.run(call, find_faults, self.cell is kinds.GRU, run)
         else:
-            output, *finals = ops.run(call, find_faults)
+            output, *finals = run(call, find_faults)
         if permutes:
             finals = self._permuted(tuple(finals), packed and packed.unsorted_indices)
         last: Any = finals[0] if len(finals) == 1 else tuple(finals)
@@ -403,8 +430,24 @@ if TYPE_CHECKING:
     class _TypedLayer(RecurrentLayer, Generic[_States]):
         @overload
         def __call__(
-            self, input: Tensor, hx: _States | None = None, *, lengths: _Lengths = None, resets: Tensor | None = None
+            self,
+            input: Tensor,
+            hx: _States | None = None,
+            *,
+            lengths: _Lengths = None,
+            resets: Tensor | None = None,
+            return_states: Literal[False] = False,
         ) -> tuple[Tensor, _States]: ...
+        @overload
+        def __call__(
+            self,
+            input: Tensor,
+            hx: _States | None = None,
+            *,
+            lengths: _Lengths = None,
+            resets: Tensor | None = None,
+            return_states: Literal[True],
+        ) -> tuple[Tensor, _States, _States]: ...
         @overload
         def __call__(self, input: PackedSequence, hx: _States | None = None) -> tuple[PackedSequence, _States]: ...
         @overload
@@ -413,7 +456,7 @@ if TYPE_CHECKING:
         ) -> tuple[list[Tensor], _States]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-        forward = __call__
+        forward = __call__  # pyright: ignore[reportAssignmentType]  (whether or not the states come is in the type)
 
     _OneStateLayer = _TypedLayer[Tensor]
     _TwoStateLayer = _TypedLayer[tuple[Tensor, Tensor]]
@@ -429,7 +472,7 @@ class RNN(_OneStateLayer):
             device, dtype: as torch.nn.RNN takes them, in this order.
         activations: a name in tidegate.activations, in place of nonlinearity.
         clip: bound of every gate's pre-activation (ONNX's clip), or None.
-        reverse, init: as RecurrentLayer takes them.
+        reverse, init, checkpoint_every: as RecurrentLayer takes them.
     """
 
     cell = kinds.RNN
@@ -455,6 +498,7 @@ class RNN(_OneStateLayer):
         reverse: bool = False,
         clip: float | None = None,
         init: str = "torch",
+        checkpoint_every: int | None = None,
         proj_size: None = None,
     ) -> None:
         if proj_size is not None:
@@ -463,7 +507,7 @@ class RNN(_OneStateLayer):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, _proj_size, device, dtype,
-            reverse=reverse, init=init, clip=clip,
+            reverse=reverse, init=init, checkpoint_every=checkpoint_every, clip=clip,
             nonlinearity=nonlinearity if activations is None else read_nonlinearity(activations),
         )  # fmt: skip
         self.mode = f"RNN_{self.nonlinearity.upper()}"
@@ -481,13 +525,16 @@ class LSTM(_TwoStateLayer):
         cell_clip: bound of c' (TensorFlow v1), or None.
         proj_clip: bound of the projected h' (TensorFlow v1), or None.
         coupled: f = 1 - i (ONNX's input_forget); the weights' f rows are not used.
-        reverse, init: as RecurrentLayer takes them.
+        forget_bias: the first value of f's bias, whatever `init` says; 1 keeps what is there to begin with. None for
+            what `init` draws.
+        reverse, init, checkpoint_every: as RecurrentLayer takes them.
     """
 
     cell = kinds.LSTM
     _stands_for = torch.nn.LSTM
     activations: str = kinds.LSTM.options["activations"][1]
     clip: float = 0.0
+    forget_bias: float | None = None
     cell_clip: float = 0.0
     proj_clip: float = 0.0
     coupled: bool = False
@@ -517,11 +564,13 @@ class LSTM(_TwoStateLayer):
         proj_clip: float | None = None,
         coupled: bool = False,
         init: str = "torch",
+        forget_bias: float | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
-            reverse=reverse, init=init, peepholes=peepholes, activations=activations, clip=clip, cell_clip=cell_clip,
-            proj_clip=proj_clip, coupled=coupled,
+            reverse=reverse, init=init, forget_bias=forget_bias, checkpoint_every=checkpoint_every, peepholes=peepholes,
+            activations=activations, clip=clip, cell_clip=cell_clip, proj_clip=proj_clip, coupled=coupled,
         )  # fmt: skip
 
 
@@ -535,7 +584,9 @@ class GRU(_OneStateLayer):
             n = tanh(W_in x + b_in + W_hn (r h) + b_hn), the original (Cho et al. 2014) and TensorFlow v1's.
         activations: of the gates and the candidate n, names in tidegate.activations.
         clip: bound of every gate's pre-activation (ONNX's clip), or None.
-        reverse, init: as RecurrentLayer takes them.
+        update_bias: the first value of z's bias, whatever `init` says; 1 keeps what is there to begin with. None for
+            what `init` draws.
+        reverse, init, checkpoint_every: as RecurrentLayer takes them.
     """
 
     cell = kinds.GRU
@@ -543,6 +594,7 @@ class GRU(_OneStateLayer):
     reset_after: bool = True
     activations: str = kinds.GRU.options["activations"][1]
     clip: float = 0.0
+    update_bias: float | None = None
 
     def __init__(
         self,
@@ -562,11 +614,14 @@ class GRU(_OneStateLayer):
         reverse: bool = False,
         clip: float | None = None,
         init: str = "torch",
+        update_bias: float | None = None,
+        checkpoint_every: int | None = None,
         proj_size: None = None,
     ) -> None:
         if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, _proj_size, device, dtype,
-            reverse=reverse, init=init, reset_after=reset_after, activations=activations, clip=clip,
+            reverse=reverse, init=init, update_bias=update_bias, checkpoint_every=checkpoint_every,
+            reset_after=reset_after, activations=activations, clip=clip,
         )  # fmt: skip

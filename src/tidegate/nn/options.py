@@ -16,7 +16,12 @@ from tidegate.nn import initialization
 
 Device = torch.device | str | int | None
 ACCELERATED = "_accelerated"
-OWN_OPTIONS = {"reverse": False, "init": "torch", "peepholes": False}  # beside those of a cell
+# The first bias of the gate that multiplies the old state.
+GATE_BIASES = {"lstm": "forget_bias", "gru": "update_bias"}
+# Beside those of a cell.
+OWN_OPTIONS = {"reverse": False, "init": "torch", "peepholes": False, "checkpoint_every": 0} | dict.fromkeys(
+    GATE_BIASES.values()
+)
 
 
 class Plan(NamedTuple):
@@ -58,6 +63,11 @@ class Extended(torch.nn.Module):
         Raises:
             TypeError: an argument is none of them.
         """
+        name = GATE_BIASES.get(self.cell.name)
+        if name is not None:
+            setattr(self, name, read_bias(name, given.pop(name, None)))
+            if getattr(self, name) is not None and not getattr(self, "bias", True):
+                raise ValueError(f"{name}: expected None with bias=False, got {getattr(self, name)!r}")
         for name in self.cell.options:
             if name in given or not hasattr(self, name):
                 setattr(self, name, read_option(self.cell, name, given.pop(name, None)))
@@ -76,8 +86,12 @@ class Extended(torch.nn.Module):
 
     def _initialize(self, weights: dict[str, Tensor]) -> None:
         """Draw a layer's or a cell's weights anew, by name as the cell has them, where `init` is not torch.nn's."""
-        if ACCELERATED not in self.__dict__:
-            initialization.initialize(self.init, self.cell, weights)
+        if ACCELERATED in self.__dict__:
+            return
+        initialization.initialize(self.init, self.cell, weights)
+        bias = getattr(self, GATE_BIASES.get(self.cell.name, ""), None)
+        if bias is not None:
+            initialization.set_gate_bias(self.cell, weights, bias)
 
     def _options(self) -> Options:
         """By name."""
@@ -182,7 +196,10 @@ def read_flag(name: str, value: Any) -> bool:
     return value
 
 
-def read_init(value: str) -> str:
-    if value not in initialization.SCHEMES:
-        raise ValueError(f"init: expected one of {', '.join(initialization.SCHEMES)}, got {value!r}")
-    return value
+def read_bias(name: str, value: Any) -> float | None:
+    """An initial bias of a gate; None for what `init` draws."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a number, or None, got {value!r}")
+    return float(value)

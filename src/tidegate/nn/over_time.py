@@ -20,6 +20,7 @@ from tidegate.call import Layer
 from tidegate.cell import Cell, Options, States
 from tidegate.errors import UnsupportedError
 from tidegate.fusion.reading import split_result
+from tidegate.nn import segments
 from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell, run_sequence
 from tidegate.scope import Ran, scope
 
@@ -69,6 +70,7 @@ def run(
     reverse: bool = False,
     *,
     fuse: bool | None = None,
+    every: int = 0,
 ) -> tuple[Nest, Nest]:
     """Run a cell over all steps. Shapes and the values of `lengths` are the caller's to check.
 
@@ -84,6 +86,8 @@ def run(
         reverse: from the last step to the first; outputs[t] still belongs to inputs[t].
         fuse: None to run the whole sequence at once where that can be done, True to raise where it can't, False to call
             the cell at every step.
+        every: recorded, the steps of a segment, between which states are kept and inside which nothing is; 0 to keep
+            everything.
 
     Returns:
         outputs, (T, B, ...) each, and the state after the last step, like `state`. Of T = 0 the outputs have the shape
@@ -94,14 +98,34 @@ def run(
         UnsupportedError: `fuse` is True, and the cell has to be called at every step.
     """
     whole = None if fuse is False else as_sequence(cell)
+    if whole is None and scope.observer is not None:
+        return scope.observer(CellRun(cell, inputs, state, fuse, lengths, resets, reverse))
+    noise = draw_noise(cell, inputs, state) if whole is None else None
+    given = (inputs,) if noise is None else (inputs, noise)
+    run_part = partial(_run_part, cell, whole, reverse, fuse)
+    if segments.applies(pytree.tree_leaves(inputs)[0].shape[0], every):
+        reads = list(cell.parameters()) if isinstance(cell, torch.nn.Module) else []
+        return segments.run_cell(run_part, given, state, segments.Marks(lengths, resets), reverse, every, reads)
+    return run_part(given, state, segments.Marks(lengths, resets))
+
+
+def _run_part(
+    cell: AnyCell,
+    whole: RecurrentCell | TorchCell | None,
+    reverse: bool,
+    fuse: bool | None,
+    given: tuple[Nest, ...],
+    state: Nest,
+    marks: segments.Marks,
+) -> tuple[Nest, Nest]:
+    """A sequence, or a segment of one. `given` are the inputs and, if there is any, the noise."""
+    inputs, noise = given if len(given) == 2 else (*given, None)
+    lengths, resets = marks
     if whole is not None:
         states, structure = pytree.tree_flatten(state)
         output, *finals = whole._sequence(inputs, tuple(states), lengths, resets, reverse)
         return output, pytree.tree_unflatten(finals, structure)
-    if scope.observer is not None:
-        return scope.observer(CellRun(cell, inputs, state, fuse))
     if fuse is not False:
-        noise = draw_noise(cell, inputs, state)
         reasons, result = fusion.run(cell, inputs, state, noise, lengths, resets, reverse, fuse is True)
         if result is not None:
             if scope.trace is not None:
@@ -109,8 +133,7 @@ def run(
             return result
         if fuse:
             raise UnsupportedError(f"cell: a {name_of(cell)} runs step by step: {'; '.join(reasons)}")
-        return _loop(cell, inputs, state, noise, lengths, resets, reverse)
-    return _loop(cell, inputs, state, draw_noise(cell, inputs, state), lengths, resets, reverse)
+    return _loop(cell, inputs, state, noise, lengths, resets, reverse)
 
 
 class CellRun(NamedTuple):
@@ -120,6 +143,9 @@ class CellRun(NamedTuple):
     inputs: Nest
     state: Nest
     fuse: bool | None
+    lengths: Tensor | None
+    resets: Tensor | None
+    reverse: bool
 
 
 class TorchCell(NamedTuple):

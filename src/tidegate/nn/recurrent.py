@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 
 from tidegate import dispatch
 from tidegate.checks import check_lengths
-from tidegate.nn import over_time
+from tidegate.nn import over_time, segments
 from tidegate.nn.batch import Batch, read_batch
 from tidegate.nn.options import read_flag
 from tidegate.nn.over_time import AnyCell, Nest, mapped
 from tidegate.nn.recurrent_stream import RecurrentStream, add_where_alike
+
+_OPTIONS = ("batch_first", "reverse", "dropout", "residual", "checkpoint_every")
 
 Layer: TypeAlias = AnyCell | tuple[AnyCell, AnyCell]
 
@@ -42,6 +44,8 @@ class Recurrent(torch.nn.Module):
         dropout: the probability that an entry of what goes from one layer into the next is zeroed in training.
         residual: a layer's input is added to its output wherever the two have the same shape. What is added is the
             input before dropout.
+        checkpoint_every: in training, a layer's states are kept every so many steps and what is between is computed
+            again in the backward: for long sequences. What a cell draws is drawn as without. None to keep everything.
 
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
@@ -55,10 +59,12 @@ class Recurrent(torch.nn.Module):
         reverse: bool = False,
         dropout: float = 0.0,
         residual: bool = False,
+        checkpoint_every: int | None = None,
     ) -> None:
         super().__init__()
         self.batch_first, self.reverse = read_flag("batch_first", batch_first), read_flag("reverse", reverse)
         self.dropout, self.residual = _read_dropout(dropout), read_flag("residual", residual)
+        self.checkpoint_every = segments.read_every(checkpoint_every)
         layers, self._is_stack = _read_layers(cells)
         self.cells = torch.nn.ModuleList(layers)
         if self.reverse and any(map(_is_pair, layers)):
@@ -67,7 +73,7 @@ class Recurrent(torch.nn.Module):
             warnings.warn(f"dropout: drops out between layers; {dropout} does nothing with one layer", stacklevel=2)
 
     def extra_repr(self) -> str:
-        given = {name: getattr(self, name) for name in ("batch_first", "reverse", "dropout", "residual")}
+        given = {name: getattr(self, name) for name in _OPTIONS}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value)
 
     def forward(
@@ -97,6 +103,9 @@ class Recurrent(torch.nn.Module):
         Raises:
             ValueError, TypeError: names the argument, what was expected and what came.
         """
+        uncompiled = segments.uncompiled(self.forward, self.checkpoint_every)
+        if uncompiled is not None:
+            return uncompiled(input, hx, lengths=lengths, resets=resets)
         batch = read_batch(input, lengths, resets, self.batch_first)
         if dispatch.is_plain():
             check_lengths(batch.lengths, batch.steps)
@@ -127,10 +136,11 @@ class Recurrent(torch.nn.Module):
     def _run_layer(self, k: int, inputs: Nest, state: Nest, batch: Batch) -> tuple[Nest, Nest]:
         layer: Any = self.cells[k]
         place = f"[{k}]" if self._is_stack else ""
+        every = self.checkpoint_every
         if not _is_pair(layer):
-            return _run(layer, inputs, state, batch, self.reverse, place)
-        ahead, final_ahead = _run(layer[0], inputs, state[0], batch, False, place + "[0]")
-        back, final_back = _run(layer[1], inputs, state[1], batch, True, place + "[1]")
+            return _run(layer, inputs, state, batch, self.reverse, every, place)
+        ahead, final_ahead = _run(layer[0], inputs, state[0], batch, False, every, place + "[0]")
+        back, final_back = _run(layer[1], inputs, state[1], batch, True, every, place + "[1]")
         if pytree.tree_structure(ahead) != pytree.tree_structure(back):
             raise ValueError(f"cells{place}: expected outputs y_t of one structure from both of the pair")
         return pytree.tree_map(_concatenated, ahead, back), (final_ahead, final_back)
@@ -188,13 +198,15 @@ class Function(torch.nn.Module):
         return getattr(self.function, "__qualname__", repr(self.function))
 
 
-def _run(cell: AnyCell, inputs: Nest, state: Nest, batch: Batch, reverse: bool, place: str) -> tuple[Nest, Nest]:
+def _run(
+    cell: AnyCell, inputs: Nest, state: Nest, batch: Batch, reverse: bool, every: int, place: str
+) -> tuple[Nest, Nest]:
     """One cell in one direction, from a state as the user gave it to a state as he is given it."""
     over_time.check_features(cell, inputs, f"input of cells{place}" if place else "input")
     name = f"hx{place}"
     state = over_time.zero_state(cell, inputs, name) if state is None else batch.read_state(state, name)
     over_time.check_state(cell, state, batch.rows, name)
-    output, final = over_time.run(cell, inputs, state, batch.lengths, batch.resets, reverse)
+    output, final = over_time.run(cell, inputs, state, batch.lengths, batch.resets, reverse, every=every)
     return output, batch.restore_state(final)
 
 
