@@ -49,7 +49,7 @@ def interpret(
     """As `torch.ops.tidegate.loop`, differentiable, in operations that torch can batch."""
     outputs: list[Sequence[Tensor]] = []
     current = list(states)
-    like = states[0]
+    like = (*states, *inputs)[0]
     valid = None
     if lengths is not None:
         valid = torch.arange(steps).unsqueeze(-1) < lengths  # (T, B)
