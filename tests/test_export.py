@@ -319,15 +319,15 @@ def test_files_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.Monk
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     (out / "mine.txt").write_text("mine")
     written: list[Path] = []
-    plain = Path.write_text
+    plain = Path.write_bytes
 
-    def failing(self: Path, *args: Any, **kwargs: Any) -> int:
+    def failing(self: Path, content: bytes) -> int:
         written.append(self)
         if len(written) == 3:
             raise OSError("no space left")
-        return plain(self, *args, **kwargs)
+        return plain(self, content)
 
-    monkeypatch.setattr(Path, "write_text", failing)
+    monkeypatch.setattr(Path, "write_bytes", failing)
     with pytest.raises(OSError, match="no space left"):
         tg.export_c(nn.GRU(3, 4), torch.zeros(5, 3), out)
     monkeypatch.undo()

@@ -282,6 +282,7 @@ def export(
     name: Annotated[str, typer.Option(help="Of the files and functions.")] = "model",
     weights: Annotated[Weights, typer.Option(help="How the weights are stored.")] = Weights.float32,
     resets: Annotated[bool, typer.Option("--resets", help="NAME_process takes marks of new sequences.")] = False,
+    wasm: Annotated[bool, typer.Option("--wasm", help="Also for browsers and Node; needs clang and wasm-ld.")] = False,
 ) -> None:
     """Write one step of a recurrent model as self-contained C, its state explicit."""
     from tidegate.cli.bench.model.load import ModelError
@@ -289,6 +290,6 @@ def export(
     from tidegate.errors import ConversionError
 
     try:
-        run_export(model, example, out, name=name, weights=weights.value, resets=resets, say=typer.echo)
+        run_export(model, example, out, name=name, weights=weights.value, resets=resets, wasm=wasm, say=typer.echo)
     except (ModelError, ConversionError, TypeError, ValueError, OSError) as error:
         raise _stop(str(error), 1) from None

@@ -18,6 +18,7 @@ def run_export(
     name: str,
     weights: str,
     resets: bool,
+    wasm: bool,
     say: Callable[[str], None],
 ) -> None:
     """Load, export, and say what was written.
@@ -30,6 +31,6 @@ def run_export(
         subject = load_subject(model, example, "model")
         if len(subject.args) != 1 or subject.kwargs:
             raise ModelError("--input: expected one tensor")
-        folder = export_c(subject.model, subject.args[0], out, name=name, weights=weights, resets=resets)
+        folder = export_c(subject.model, subject.args[0], out, name=name, weights=weights, resets=resets, wasm=wasm)
     for file in sorted(folder.iterdir()):
         say(f"{file}  {file.stat().st_size:,} bytes")

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tidegate.export import wasm as wasm_files
 from tidegate.export.compile import Compiled, compile_step
 from tidegate.export.source import Source, source
 from tidegate.export.templates import cmake, header, implementation, readme, self_test
@@ -18,7 +20,14 @@ WEIGHTS = ("float32",)
 
 
 def export_c(
-    model: Any, example: Any, out: str | Path, *, name: str = "model", weights: str = "float32", resets: bool = False
+    model: Any,
+    example: Any,
+    out: str | Path,
+    *,
+    name: str = "model",
+    weights: str = "float32",
+    resets: bool = False,
+    wasm: bool = False,
 ) -> Path:
     """Write one step of a model as self-contained C99: no allocation, no libm, its state explicit.
 
@@ -36,6 +45,7 @@ def export_c(
         name: of the files and, in capitals, of the macros: letters, digits and _.
         weights: "float32".
         resets: `NAME_process` also takes a mark for each step that begins a new sequence.
+        wasm: also NAME.wasm, NAME.js, a module for browsers and Node, and index.html, a page that runs the self-test.
 
     Returns:
         the folder.
@@ -43,6 +53,7 @@ def export_c(
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
         ConversionError: the model is no such step; names the module and says why. Nothing is written.
+        FileNotFoundError: `wasm`, and there is no clang or no wasm-ld.
     """
     _check_name(name)
     if weights not in WEIGHTS:
@@ -50,8 +61,13 @@ def export_c(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: expected a folder, got the file {folder}")
+    if wasm:
+        wasm_files.check_tools()
     compiled = compile_step(model, example)
-    return write(folder, files(compiled, source(compiled), name, resets))
+    made = source(compiled)
+    texts = files(compiled, made, name, resets)
+    more = wasm_files.files(compiled, made, name, texts, resets) if wasm else {}
+    return write(folder, {**texts, **more})
 
 
 def files(compiled: Compiled, made: Source, name: str, resets: bool) -> dict[str, str]:
@@ -65,18 +81,18 @@ def files(compiled: Compiled, made: Source, name: str, resets: bool) -> dict[str
     }
 
 
-def write(folder: Path, texts: dict[str, str]) -> Path:
+def write(folder: Path, contents: Mapping[str, str | bytes]) -> Path:
     """Put files into a folder: first beside it, then all by renaming."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for file, text in texts.items():
-            (beside / file).write_text(text, encoding="utf-8", newline="\n")
+        for file, content in contents.items():
+            (beside / file).write_bytes(content.encode() if isinstance(content, str) else content)
         if not folder.exists():
             beside.chmod(0o755)
             os.replace(beside, folder)
             return folder
-        for file in texts:
+        for file in contents:
             os.replace(beside / file, folder / file)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
