@@ -39,6 +39,8 @@ class DType(str, Enum):
 
 class Weights(str, Enum):
     float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
 
 
 def _stop(message: str, code: int) -> typer.Exit:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tidegate.export.faults import first_difference
 from tidegate.export.sites import Kept, RefusedError
 from tidegate.export.step import Model, first_of
+from tidegate.export.stored import Stored, evaluate, stored
 from tidegate.fusion import loop
 from tidegate.fusion.lower import lower
 from tidegate.fusion.program import Program
@@ -25,25 +26,30 @@ _TOLERANCE = 1e-4  # of the output's scale: what is looked for is another comput
 class Compiled:
     """Attributes:
     program: one input, one output.
-    vectors, matrices: the parameters' numbers, (n,) and (blocks, rows, columns), float32.
+    vectors: the parameters' numbers, (n,), float32.
+    matrices: theirs, (blocks, rows, columns), as they are stored.
     kept: the states.
     example: (T, I), indices as numbers.
-    expected: (T, O), the model's own output; where it gives one for a whole sequence, that after each step.
+    expected: (T, O), the model's own output; where it gives one for a whole sequence, that after each step. Of weights
+        that are stored shorter what they give.
+    apart: how far that is from the model's own at most.
     """
 
     program: Program
     vectors: list[Tensor]
-    matrices: list[Tensor]
+    matrices: list[Stored]
     kept: list[Kept]
     example: Tensor
     expected: Tensor
+    apart: float = 0.0
 
 
 @torch.no_grad()
-def compile_step(model: Any, example: Any, longest: int = 256) -> Compiled:
+def compile_step(model: Any, example: Any, weights: str = "float32", longest: int = 256) -> Compiled:
     """Trace and lower one step of a model, and compare it with the model on the example's first steps.
 
     Args:
+        weights: how matrices are stored, one of `stored.KINDS`.
         longest: of the example, at most so many steps are used.
 
     Raises:
@@ -71,6 +77,8 @@ def compile_step(model: Any, example: Any, longest: int = 256) -> Compiled:
     shared = [tensor.float() for tensor in lowered.once(*cell.tensors)]
     count = lowered.counts[0]
     vectors, matrices = shared[:count], shared[count : count + lowered.counts[1]]
+    if not all(bool(tensor.isfinite().all()) for tensor in (*shared, x, expected)):
+        raise RefusedError("model: expected finite parameters, example and output, got infinities or NaN")
     given = x.transpose(0, 1) if made.time else x  # (T, 1, ...)
     given = given.reshape(given.shape[0], 1, -1).float()
     steps = compared.shape[made.time]
@@ -79,7 +87,12 @@ def compile_step(model: Any, example: Any, longest: int = 256) -> Compiled:
     found = loop.evaluate(program, given[:steps, 0], states, vectors, matrices)
     if not _alike(found, expected[:steps]):
         raise first_difference(made, compared) or RefusedError("model: its steps are not its output over a sequence")
-    return Compiled(program, vectors, matrices, made.kept, given[:, 0], expected)
+    short = stored(matrices, weights)
+    apart = 0.0
+    if weights != "float32":
+        of_short = evaluate(program, given[:, 0], states, vectors, short)
+        apart, expected = float((of_short - expected).abs().max()), of_short
+    return Compiled(program, vectors, short, made.kept, given[:, 0], expected, apart)
 
 
 def _expected(made: Model, x: Tensor) -> Tensor:

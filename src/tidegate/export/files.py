@@ -14,9 +14,8 @@ from typing import Any
 from tidegate.export import wasm as wasm_files
 from tidegate.export.compile import Compiled, compile_step
 from tidegate.export.source import Source, source
+from tidegate.export.stored import KINDS
 from tidegate.export.templates import cmake, header, implementation, readme, self_test
-
-WEIGHTS = ("float32",)
 
 
 def export_c(
@@ -43,7 +42,9 @@ def export_c(
             Of a model of indices the same without I. The first 256 steps become the self-test.
         out: a folder, made if need be; files of these names in it are replaced, all or none.
         name: of the files and, in capitals, of the macros: letters, digits and _.
-        weights: "float32".
+        weights: "float32"; "bfloat16" or "int8" for matrices of at least 16 rows and columns, the others stay float32.
+            int8 by the arithmetic of `tidegate.quantization`: rows by a scale each, what they multiply as it comes. The
+            self-test's numbers are those of these weights; README.md says how far they are from the model's own.
         resets: `NAME_process` also takes a mark for each step that begins a new sequence.
         wasm: also NAME.wasm, NAME.js, a module for browsers and Node, and index.html, a page that runs the self-test.
 
@@ -56,28 +57,28 @@ def export_c(
         FileNotFoundError: `wasm`, and there is no clang or no wasm-ld.
     """
     _check_name(name)
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if weights not in KINDS:
+        raise ValueError(f"weights: expected one of {', '.join(KINDS)}, got {weights!r}")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: expected a folder, got the file {folder}")
     if wasm:
         wasm_files.check_tools()
-    compiled = compile_step(model, example)
+    compiled = compile_step(model, example, weights)
     made = source(compiled)
-    texts = files(compiled, made, name, resets)
+    texts = files(compiled, made, name, weights, resets)
     more = wasm_files.files(compiled, made, name, texts, resets) if wasm else {}
     return write(folder, {**texts, **more})
 
 
-def files(compiled: Compiled, made: Source, name: str, resets: bool) -> dict[str, str]:
+def files(compiled: Compiled, made: Source, name: str, weights: str, resets: bool) -> dict[str, str]:
     """The text of every file."""
     return {
         f"{name}.h": header(compiled, made, name, resets),
         f"{name}.c": implementation(compiled, made, name, resets),
-        f"{name}_test.c": self_test(compiled, name, resets),
+        f"{name}_test.c": self_test(compiled, name, weights, resets),
         "CMakeLists.txt": cmake(name),
-        "README.md": readme(compiled, made, name, resets),
+        "README.md": readme(compiled, made, name, weights, resets),
     }
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tidegate.export import products
+from tidegate.export import products, products_int8
 from tidegate.export.compile import Compiled
-from tidegate.export.rewrite import Move, Node, Product, rewritten
+from tidegate.export.rewrite import Move, Node, Piece, Product, rewritten
 from tidegate.export.stages import Copy, Place, Stages, is_elementwise, staged
 from tidegate.export.text import number, numbers, runtime, table
 from tidegate.fusion.program import Argument, Instruction, Operand
+from tidegate.quantization import Quantized
 
 # Of one operand or more, as C; the runtime's function of the same name but for those with a form of their own.
 _OPERATORS = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "muladd": "{} * {} + {}"}
@@ -43,23 +44,40 @@ _NAMED = {
     *("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sigmoid", "tanh", "sin", "cos", "erf", "pow", "sign"),
     *("maximum", "minimum"),
 }
+_LINE = 64  # bytes: matrices begin with a cache line, or wide loads would read two
 _REDUCTIONS = {"sum": "sum_of", "mean": "sum_of", "max": "max_of", "dot": "dot_of"}
 
 
 @dataclass
 class Source:
     """Attributes:
-    text: the whole of what `model.c` has before its functions, and the body of its step.
-    weights, vectors: numbers in it.
-    scratch: numbers that a step has on its stack.
+    text: what `model.c` has before its functions.
+    body: of the step.
+    weights: bytes of all that is constant in it.
+    scratch: numbers of scratch memory.
+    stack: bytes of numbers that a step has on its stack.
+    initial: the state before the first step.
     """
 
     text: str
     body: str
     weights: int
-    vectors: int
     scratch: int
+    stack: int
     initial: list[float] = field(default_factory=list[float])
+
+
+@dataclass
+class _Array:
+    """Constants of one kind, as C."""
+
+    kind: str
+    texts: list[str] = field(default_factory=list[str])
+
+    @property
+    def size(self) -> int:
+        """Of a number, in bytes."""
+        return {"float": 4, "uint16_t": 2, "int8_t": 1}[self.kind]
 
 
 def source(compiled: Compiled) -> Source:
@@ -73,9 +91,10 @@ class _Writer:
         self.sections: set[str] = set()
         self.vectors: list[float] = []
         self.known_vectors: dict[tuple[float, ...], int] = {}
-        self.weights: list[Tensor] = []
-        self.weight_count = 0
-        self.product_rows: list[int] = []
+        self.arrays = {"weights": _Array("float"), "halves": _Array("uint16_t"), "bytes": _Array("int8_t")}
+        self.product_rows: dict[str, list[int]] = {"weights": [], "halves": []}
+        self.quantized: dict[str, str] = {}
+        self.quantized_bytes = 0
         self.lines: list[str] = []
 
     def run(self) -> Source:
@@ -92,23 +111,26 @@ class _Writer:
         for copy in self.stages.copies:
             self._copy(copy)
         parts: list[str] = []
-        if self.weight_count:
-            texts = [text for piece in self.weights for text in numbers(piece.tolist())]
-            parts.append(table("float", "weights", texts))
+        parts += [
+            table(f"ALIGNED {array.kind}", name, array.texts) for name, array in self.arrays.items() if array.texts
+        ]
         if self.vectors:
             parts.append(table("float", "vectors", numbers(self.vectors)))
-        if any(rows % 4 for rows in self.product_rows):
-            self.sections.add("dot_of")
+        floats, halves = self.product_rows.values()
+        self.sections |= {"dot_of"} if any(rows % 4 for rows in floats) else set()
+        self.sections |= {"halves"} if halves else set()
+        self.sections |= {"absolute", "access", "shorts"} if self.quantized else set()
         code = [runtime(self.sections)]
-        if self.product_rows:
-            code.append(products.source(self.product_rows))
+        code += [products.source(products.FLOAT, floats)] if floats else []
+        code += [products.source(products.HALF, halves)] if halves else []
+        code += [products_int8.source()] if self.quantized else []
         initial = [value for kept in self.compiled.kept for value in kept.initial]
         return Source(
             "\n\n".join([*code, *parts]),
             "\n".join(self.lines),
-            self.weight_count,
-            len(self.vectors),
+            sum(array.size * len(array.texts) for array in self.arrays.values()) + 4 * len(self.vectors),
             self.stages.scratch,
+            4 * self.stages.scratch + self.quantized_bytes,
             initial,
         )
 
@@ -145,35 +167,96 @@ class _Writer:
     # Stages
 
     def _product(self, k: int, node: Product) -> None:
-        home = self.stages.homes[k]
-        parts = [self._rows(piece.matrix, piece.first, node) for piece in node.pieces]
-        blocks = [products.laid_out(torch.cat([part[b] for part in parts], -1)) for b in range(parts[0].shape[0])]
-        rows = node.size // node.groups
-        self.product_rows.append(rows)
+        """Pieces of one form in one product, those of other forms added to it."""
+        rows, home = node.size // node.groups, self._at(self.stages.homes[k])
         bias = "0"
         if node.biases:
             total = sum(self.parameter(bias) for bias in node.biases)
             assert isinstance(total, Tensor)
             bias = self._at(Place("vectors", self._vector(total)))
-        at = self._at(Place("weights", self.weight_count))
-        for block in blocks:
-            self.weights.append(block)
-            self.weight_count += block.numel()
-        given = [(self.address(p.operand), p.operand.size // node.groups) for p in node.pieces]
+        for name in ("weights", "halves"):
+            pieces = [piece for piece in node.pieces if self._array_of(piece) == name]
+            if pieces:
+                self._product_of(name, node, pieces, rows, bias, home)
+                bias = home
+        for piece in node.pieces:
+            if self._array_of(piece) == "bytes":
+                self._product_of_bytes(node, piece, rows, bias, home)
+                bias = home
+
+    def _array_of(self, piece: Piece) -> str:
+        matrix = self.compiled.matrices[piece.matrix]
+        if isinstance(matrix, Quantized):
+            return "bytes"
+        return "halves" if matrix.dtype is torch.bfloat16 else "weights"
+
+    def _product_of(self, name: str, node: Product, pieces: list[Piece], rows: int, bias: str, home: str) -> None:
+        matrices = [self.compiled.matrices[piece.matrix] for piece in pieces]
+        parts = [
+            self._rows(matrix, piece, node)
+            for matrix, piece in zip(matrices, pieces, strict=True)
+            if isinstance(matrix, Tensor)
+        ]
+        blocks = [products.laid_out(torch.cat([part[b] for part in parts], -1)) for b in range(parts[0].shape[0])]
+        at = self._at(Place(name, self._add(name, blocks)))
+        function = "product" if name == "weights" else "product_half"
+        self.product_rows[name].append(rows)
+        given = [(self.address(p.operand), p.operand.size // node.groups) for p in pieces]
+        (x, n), (x2, n2) = (given[0], given[1] if len(given) == 2 else (given[0][0], 0))
         if node.groups == 1:
-            (x, n), (x2, n2) = (given + given)[:2] if len(given) == 2 else (given[0], (given[0][0], 0))
-            self.lines.append(f"    product({at}, {x}, {n}, {x2}, {n2}, {bias}, {self._at(home)}, {rows});")
+            self.lines.append(f"    {function}({at}, {x}, {n}, {x2}, {n2}, {bias}, {home}, {rows});")
             return
-        ((x, n),) = given
         step = f" + g * {rows * n}" if len(blocks) > 1 else ""
         self.lines += [
             f"    for (int g = 0; g < {node.groups}; ++g)",
-            f"        product({at}{step}, {x} + g * {n}, {n}, {x}, 0, 0, {self._at(home)} + g * {rows}, {rows});",
+            f"        {function}({at}{step}, {x} + g * {n}, {n}, {x}, 0, 0, {home} + g * {rows}, {rows});",
         ]
 
-    def _rows(self, matrix: int, first: int, node: Product) -> Tensor:
-        whole = self.compiled.matrices[matrix]
-        return whole if node.groups > 1 else whole[:, first : first + node.size]
+    def _product_of_bytes(self, node: Product, piece: Piece, rows: int, bias: str, home: str) -> None:
+        matrix = self.compiled.matrices[piece.matrix]
+        assert isinstance(matrix, Quantized)
+        numbers, scales = self._rows(matrix.numbers, piece, node), self._rows(matrix.scales, piece, node)
+        blocks = [products_int8.laid_out(block) for block in numbers]
+        at, of_scales = self._add("bytes", blocks), self._vector(scales.flatten())
+        n = piece.operand.size // node.groups
+        for g in range(node.groups):
+            block = g if len(blocks) > 1 else 0
+            q = self._quantized(piece.operand.part(g * n, n))
+            weights = self._at(Place("bytes", at + block * blocks[0].numel()))
+            scale = self._at(Place("vectors", of_scales + block * rows))
+            to = f"{home} + {g * rows}" if g else home
+            self.lines.append(f"    product_int8({weights}, {scale}, {q}, scale_of_{q}, {n}, {bias}, {to}, {rows});")
+
+    def _quantized(self, operand: Operand) -> str:
+        """The name of an operand's whole numbers, made once."""
+        key = f"{operand}"
+        if key not in self.quantized:
+            name = self.quantized[key] = f"q{len(self.quantized)}"
+            room = operand.size + operand.size % 2
+            self.quantized_bytes += 2 * room
+            self.lines += [
+                f"    int16_t {name}[{room}];",
+                f"    const float scale_of_{name} = quantized({self.address(operand)}, {operand.size}, {name});",
+            ]
+        return self.quantized[key]
+
+    def _add(self, name: str, pieces: list[Tensor]) -> int:
+        """Where numbers come to stand in an array of constants."""
+        array = self.arrays[name]
+        array.texts += ["0"] * (-len(array.texts) % (_LINE // array.size))
+        at = len(array.texts)
+        for piece in pieces:
+            if name == "weights":
+                array.texts += numbers(piece.tolist())
+            elif name == "halves":
+                array.texts += [f"0x{value & 0xFFFF:04x}" for value in piece.view(torch.int16).tolist()]
+            else:
+                array.texts += map(str, piece.tolist())
+        return at
+
+    @staticmethod
+    def _rows(whole: Tensor, piece: Piece, node: Product) -> Tensor:
+        return whole if node.groups > 1 else whole[:, piece.first : piece.first + node.size]
 
     def _reduction(self, k: int, node: Node) -> None:
         assert isinstance(node, Instruction)

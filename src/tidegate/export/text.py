@@ -26,9 +26,9 @@ def _sections() -> dict[str, tuple[list[str], str]]:
     return found
 
 
-def runtime(wanted: Iterable[str]) -> str:
+def runtime(wanted: Iterable[str], with_types: bool = True) -> str:
     """The sections that are wanted and those that they need."""
-    sections, needed = _sections(), {"types"}
+    sections, needed = _sections(), {"types"} if with_types else set[str]()
     waiting = list(wanted)
     while waiting:
         name = waiting.pop()

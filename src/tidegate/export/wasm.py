@@ -42,7 +42,7 @@ def files(compiled: Compiled, made: Source, name: str, texts: dict[str, str], re
         "@EXAMPLE@": _array(compiled.example.flatten().tolist()),
         "@EXPECTED@": _array(compiled.expected.flatten().tolist()),
     }
-    found: dict[str, str | bytes] = {f"{name}.wasm": _compiled(name, texts, made.scratch)}
+    found: dict[str, str | bytes] = {f"{name}.wasm": _compiled(name, texts, made.stack)}
     for file, piece in ((f"{name}.js", "model.js"), ("index.html", "index.html")):
         text = (_PIECES / piece).read_text(encoding="utf-8")
         for word, value in sizes.items():
@@ -55,7 +55,7 @@ def _array(values: list[float]) -> str:
     return json.dumps([float(f"{value:.9g}") for value in values])
 
 
-def _compiled(name: str, texts: dict[str, str], scratch: int) -> bytes:
+def _compiled(name: str, texts: dict[str, str], stack: int) -> bytes:
     exports = [f"{name}_{function}" for function in ("reset", "step", "process")]
     with tempfile.TemporaryDirectory() as folder:
         for file in (f"{name}.h", f"{name}.c"):
@@ -64,7 +64,7 @@ def _compiled(name: str, texts: dict[str, str], scratch: int) -> bytes:
             *("clang", "--target=wasm32", "-std=c99", "-O3", "-msimd128", "-mbulk-memory", "-ffreestanding"),
             *("-nostdlib", f"{name}.c", "-o", f"{name}.wasm", "-Wl,--no-entry", "-Wl,--strip-all"),
             *(f"-Wl,--export={function}" for function in (*exports, "__heap_base")),
-            f"-Wl,-z,stack-size={(4 * scratch + _STACK + 15) // 16 * 16}",
+            f"-Wl,-z,stack-size={(stack + _STACK + 15) // 16 * 16}",
         ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:

@@ -1,7 +1,7 @@
 /*: types */
 /* Vectors of the machine's width by GCC's and clang's extensions; elsewhere a vector is one number. */
 #if defined(__GNUC__) && !defined(PLAIN_C)
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #elif defined(__AVX2__)
 #define LANES 8
@@ -11,6 +11,9 @@
 #endif
 #ifndef LANES
 #define LANES 1
+#define ALIGNED
+#else
+#define ALIGNED __attribute__((aligned(64)))
 #endif
 
 /* Products are added up in one rounding where the machine can: ISO mode would forbid it. */
@@ -21,8 +24,10 @@
 #endif
 
 #if LANES > 1
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
 #endif
 #define VECTOR(type, bytes) type __attribute__((vector_size(bytes)))
 #define NEAR(type, bytes) type __attribute__((vector_size(bytes), aligned(4), may_alias))
@@ -128,6 +133,38 @@ static inline void store(float *to, float value, int left)
     *to = value;
 }
 #endif
+
+/*: shorts */
+#if LANES > 1
+typedef VECTOR(int16_t, 2 * LANES) shorts;
+typedef int16_t near_shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+#endif
+
+/*: halves */
+/* bfloat16: the upper half of a float. */
+#if LANES > 1
+#if defined(__AVX512BW__)
+#define WIDE16(w) (_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(w))), 16))
+#endif
+#if defined(__AVX2__)
+#define WIDE8(w) (_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(w))), 16))
+#endif
+#if defined(__SSE2__)
+#define WIDE4(w) (_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)(const void *)(w))))
+#else
+typedef uint16_t near_half4 __attribute__((vector_size(8), aligned(2), may_alias));
+typedef VECTOR(uint32_t, 16) uvec4;
+#define WIDE4(w) (__builtin_convertvector(*(const near_half4 *)(w), uvec4) << 16)
+#endif
+#endif
+
+/*: half */
+static inline float wide(uint16_t bits)
+{
+    union { float number; uint32_t bits; } both;
+    both.bits = (uint32_t)bits << 16;
+    return both.number;
+}
 
 /*: sum_lanes */
 static inline float sum_lanes(vec value)
