@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tidegate as tg
+import tidegate.cells
+from tidegate.quantization import product, quantize_rows
 
 FILES = ["CMakeLists.txt", "README.md", "model.c", "model.h", "model_test.c"]
 TOLERANCE = 1e-5  # of the output's scale
@@ -156,6 +158,61 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert type(model[1].layer) is nn.GRU
     assert model[0].weight.dtype is torch.float64
     assert model[0].weight.requires_grad
+
+
+# Shorter weights
+
+
+def test_int8_is_what_torch_quantizes() -> None:
+    weight, x = torch.randn(7, 20), torch.randn(20)
+    weight[3] = 0
+    made = quantize_rows(weight)
+    rest = [row for row in range(7) if row != 3]
+    zeros = torch.zeros(6, dtype=torch.int32)
+    theirs = torch.fake_quantize_per_channel_affine(weight[rest], made.scales[rest], zeros, 0, -127, 127)
+    assert torch.allclose(made.numbers[rest] * made.scales[rest].unsqueeze(-1), theirs, 0, 1e-7)
+    assert torch.equal(made.numbers[3], torch.zeros(20, dtype=torch.int8))
+    step = float(x.abs().max()) / 127
+    whole = torch.round(x / step)
+    expected = (made.numbers.double() @ whole.double()) * made.scales.double() * step
+    assert error(product(x, made).double(), expected) < 1e-6
+
+
+@pytest.mark.parametrize(("weights", "apart"), [("bfloat16", 0.01), ("int8", 0.03)])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_shorter_weights(tmp_path: Path, kind: Any, weights: str, apart: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(Recurrent(kind(33, 70, 2, batch_first=True)), nn.Linear(70, 18), nn.Linear(18, 2))
+    x = torch.randn(1, 200, 33)
+    whole = compiled(tg.export_c(layer, x, tmp_path / "whole"))
+    short = compiled(tg.export_c(layer, x, tmp_path / "short", weights=weights))
+    with torch.no_grad():
+        expected = layer(x)[0]
+    assert error(whole.process(x[0]), expected) < TOLERANCE
+    assert error(short.process(x[0]), expected) < apart
+    assert f"; {weights}: at most" in (tmp_path / "short" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [["-O3", "-march=native"], ["-O3", "-mavx2", "-mfma"], ["-O2"], ["-Os", "-DPLAIN_C"]])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("compiler", ["gcc", "g++", pytest.param("clang", marks=needs_clang)])
+def test_shorter_weights_everywhere(tmp_path: Path, compiler: str, weights: str, flags: list[str]) -> None:
+    """The self-test's numbers are what the arithmetic gives in Python."""
+    if "-mavx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX2")
+    torch.manual_seed(0)
+    blocks = tg.Recurrent(tg.cells.LayerNormGRUCell(19, 35), batch_first=True)
+    folder = tg.export_c(
+        nn.Sequential(Recurrent(blocks), nn.Linear(35, 17)), torch.randn(1, 60, 19), tmp_path, weights=weights
+    )
+    language = ["-x", "c++"] if compiler == "g++" else ["-std=c99"]
+    program = tmp_path / "test"
+    run(compiler, *language, *WARNINGS, *flags, folder / "model.c", folder / "model_test.c", "-o", program)
+    run(program)
+    if compiler == "gcc":
+        sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
+        run("gcc", "-std=c99", "-O1", *flags[1:], *sanitize, folder / "model.c", folder / "model_test.c", "-o", program)
+        run(program)
 
 
 # What is written

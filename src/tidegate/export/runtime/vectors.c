@@ -144,7 +144,9 @@ typedef int16_t near_shorts __attribute__((vector_size(2 * LANES), aligned(2), m
 /* bfloat16: the upper half of a float. */
 #if LANES > 1
 #if defined(__AVX512BW__)
-#define WIDE16(w) (_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(w))), 16))
+/* With a mask: GCC 12 warns of the form without one. */
+#define WIDE16(w) \
+    ((ivec)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i *)(const void *)(w))) << 16)
 #endif
 #if defined(__AVX2__)
 #define WIDE8(w) (_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(w))), 16))
