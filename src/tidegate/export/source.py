@@ -44,6 +44,7 @@ _NAMED = {
     *("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sigmoid", "tanh", "sin", "cos", "erf", "pow", "sign"),
     *("maximum", "minimum"),
 }
+_FEW = 5
 _LINE = 64  # bytes: matrices begin with a cache line, or wide loads would read two
 _REDUCTIONS = {"sum": "sum_of", "mean": "sum_of", "max": "max_of", "dot": "dot_of"}
 
@@ -96,6 +97,7 @@ class _Writer:
         self.quantized: dict[str, str] = {}
         self.quantized_bytes = 0
         self.lines: list[str] = []
+        self.fits_16 = True  # all loops are of no more than a few numbers, or of multiples of 16
 
     def run(self) -> Source:
         for stage in self.stages.order:
@@ -120,13 +122,14 @@ class _Writer:
         self.sections |= {"dot_of"} if any(rows % 4 for rows in floats) else set()
         self.sections |= {"halves"} if halves else set()
         self.sections |= {"absolute", "access", "shorts"} if self.quantized else set()
-        code = [runtime(self.sections)]
+        narrow = "#define NARROW /* 16 lanes would straddle what was stored: no sizes of 16 */\n"
+        code = ["" if self.fits_16 else narrow, runtime(self.sections)]
         code += [products.source(products.FLOAT, floats)] if floats else []
         code += [products.source(products.HALF, halves)] if halves else []
         code += [products_int8.source()] if self.quantized else []
         initial = [value for kept in self.compiled.kept for value in kept.initial]
         return Source(
-            "\n\n".join([*code, *parts]),
+            "\n\n".join(part for part in (*code, *parts) if part),
             "\n".join(self.lines),
             sum(array.size * len(array.texts) for array in self.arrays.values()) + 4 * len(self.vectors),
             self.stages.scratch,
@@ -342,6 +345,8 @@ class _Writer:
     def _loop(self, stage: list[int]) -> None:
         head = self.stages.nodes[stage[0]]
         assert isinstance(head, Instruction)
+        each = head.size // head.groups
+        self.fits_16 &= each < _FEW or each % 16 == 0
         operations = {self.instruction(k).operation for k in stage}
         self.sections |= {_SECTIONS.get(name, name) for name in operations if name in _NAMED or name in _SECTIONS}
         if "clamp" in operations:

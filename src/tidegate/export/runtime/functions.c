@@ -1,3 +1,20 @@
+/*: bounded : types */
+/* x into -limit .. limit; NaN stays. */
+static inline vec bounded(vec x, float limit)
+{
+    const vec high = SPLAT(limit);
+#if LANES == 16
+    return (vec)_mm512_max_ps((__m512)-high, _mm512_min_ps((__m512)high, (__m512)x));
+#elif LANES == 8
+    return (vec)_mm256_max_ps((__m256)-high, _mm256_min_ps((__m256)high, (__m256)x));
+#elif LANES == 4 && defined(__SSE2__)
+    return (vec)_mm_max_ps((__m128)-high, _mm_min_ps((__m128)high, (__m128)x));
+#else
+    const vec below = choose(x > high, high, x);
+    return choose(below < -high, -high, below);
+#endif
+}
+
 /*: split : types */
 /* e^x as (1 + part) 2^whole, part to the relative accuracy that tanh needs near 0. |x| at most 104. */
 static inline ivec split(vec x, vec *part)
@@ -5,13 +22,11 @@ static inline ivec split(vec x, vec *part)
     const vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 2^23: the rounded integer in the low bits */
     const vec whole = shifted - 12582912.0f;
     const vec r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
-    /* Taylor: what is left out is below half a unit in the last place for |r| up to ln 2 / 2. */
-    vec q = r * 1.98412698e-4f + 1.38888889e-3f;
-    q = q * r + 8.33333333e-3f;
-    q = q * r + 4.16666667e-2f;
-    q = q * r + 1.66666667e-1f;
-    q = q * r + 0.5f;
-    *part = r * r * q + r;
+    /* Taylor, in parts that do not wait for each other: what is left out is below half a unit in the last place for |r|
+       up to ln 2 / 2. */
+    const vec r2 = r * r, low = r * 1.66666667e-1f + 0.5f, middle = r * 8.33333333e-3f + 4.16666667e-2f;
+    const vec high = r * 1.98412698e-4f + 1.38888889e-3f;
+    *part = r2 * (r2 * (r2 * high + middle) + low) + r;
     return BITS(shifted) - 0x4b400000;
 }
 
@@ -21,12 +36,11 @@ static inline vec absolute(vec x)
     return FLOAT(BITS(x) & 0x7fffffff);
 }
 
-/*: exp : split */
+/*: exp : split, bounded */
 static inline vec exp_(vec x)
 {
-    vec part, bounded = choose(x < -104.0f, SPLAT(-104.0f), x);
-    bounded = choose(bounded > 104.0f, SPLAT(104.0f), bounded);
-    const ivec whole = split(bounded, &part), half = whole >> 1;
+    vec part;
+    const ivec whole = split(bounded(x, 104.0f), &part), half = whole >> 1;
     const vec scale = FLOAT(POWER(half));
     return (part * scale + scale) * FLOAT(POWER(whole - half));
 }
@@ -42,24 +56,21 @@ static inline vec expm1_(vec x)
     return choose(small, near_zero, exp_(x) - 1.0f);
 }
 
-/*: sigmoid : split, absolute */
+/*: sigmoid : split, bounded */
 static inline vec sigmoid_(vec x)
 {
-    vec part, size = absolute(x);
-    size = choose(size > 87.0f, SPLAT(87.0f), size);
-    const ivec whole = split(-size, &part);
-    const vec scale = FLOAT(POWER(whole)), t = part * scale + scale; /* e^-|x| */
-    return choose(x >= 0.0f, SPLAT(1.0f), t) / (t + 1.0f);
+    vec part;
+    const vec scale = FLOAT(POWER(split(-bounded(x, 87.0f), &part)));
+    return 1.0f / (part * scale + (scale + 1.0f));
 }
 
-/*: tanh : split, absolute */
+/*: tanh : split, bounded */
 static inline vec tanh_(vec x)
 {
-    vec part, doubled = absolute(x) * 2.0f;
-    doubled = choose(doubled > 20.0f, SPLAT(20.0f), doubled);
-    const ivec whole = split(doubled, &part);
-    const vec scale = FLOAT(POWER(whole)), e = part * scale + (scale - 1.0f); /* e^2|x| - 1 */
-    return FLOAT(BITS(e / (e + 2.0f)) | (BITS(x) & (-0x7fffffff - 1)));
+    vec part;
+    const vec scale = FLOAT(POWER(split(bounded(x, 10.0f) * 2.0f, &part)));
+    const vec e = part * scale + (scale - 1.0f); /* e^2x - 1 */
+    return e / (e + 2.0f);
 }
 
 /*: log : types */

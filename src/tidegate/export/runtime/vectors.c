@@ -1,7 +1,7 @@
 /*: types */
 /* Vectors of the machine's width by GCC's and clang's extensions; elsewhere a vector is one number. */
 #if defined(__GNUC__) && !defined(PLAIN_C)
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(NARROW)
 #define LANES 16
 #elif defined(__AVX2__)
 #define LANES 8
