@@ -5,8 +5,8 @@
 
 PATH is a checkout of RTNeural, of which every backend that compiles runs, by its compile-time API; DIR, as often as
 needed, has the headers of Eigen and xsimd. Each figure is the 10th percentile of blocks of 512 steps over `--seconds`,
-the best of `--rounds`. onnxruntime runs the recurrent layer alone, without the Dense, by its Python API on one thread: a
-block of 512, and a step at a time.
+the best of `--rounds`. onnxruntime runs the recurrent layer alone, without the Dense, by its Python API on one thread:
+a block of 512, and a step at a time.
 """
 
 from __future__ import annotations
