@@ -121,7 +121,7 @@ class Model:
             raise TypeError("model: expected the Python model, got TorchScript, whose modules cannot be looked into")
         module: Any = copy.deepcopy(getattr(model, "_orig_mod", model))
         if isinstance(module, torch.nn.RNNCellBase):
-            module = Recurrent(module)
+            module = Recurrent(module, batch_first=isinstance(example, Tensor) and example.shape[:1] == (1,))
         self.module: torch.nn.Module = accelerate(module).eval().float().cpu()
         for name, why in _left_alone(self.module):
             raise RefusedError(f"{name}: {why}")
