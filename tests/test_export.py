@@ -39,7 +39,7 @@ class Amplifier(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(models(), st.data())
 def test_any_model(tmp_path_factory: Any, made: Drawn, data: st.DataObject) -> None:
     model, x = made.model, made.x
