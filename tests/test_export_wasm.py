@@ -87,6 +87,25 @@ def test_node_gives_pytorchs_numbers(made: tuple[Path, nn.Module, torch.Tensor])
 
 
 @needs_compiler
+@needs("node")
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_shorter_weights_in_node(tmp_path: Path, weights: str) -> None:
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(1, 200, 3)
+    folder = tg.export_c(model, x, tmp_path / "net", name="net", wasm=True, weights=weights)
+    script = folder / "run.mjs"
+    (folder / "package.json").write_text('{"type": "module"}')
+    script.write_text(SCRIPT.format(module=folder / "net.js", x=x.flatten().tolist()))
+    done = subprocess.run(["node", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = model(x).flatten()
+    assert torch.allclose(
+        torch.tensor(json.loads(done.stdout)["whole"]), expected, 0, 0.02 * float(expected.abs().max())
+    )
+
+
+@needs_compiler
 def test_its_size(made: tuple[Path, nn.Module, torch.Tensor]) -> None:
     weights = sum(parameter.numel() for parameter in made[1].parameters())
     parts = [gzip.compress((made[0] / file).read_bytes(), mtime=0) for file in ("net.wasm", "net.js")]

@@ -119,7 +119,10 @@ class Model:
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("model: expected the Python model, got TorchScript, whose modules cannot be looked into")
-        module: Any = copy.deepcopy(getattr(model, "_orig_mod", model))
+        try:
+            module: Any = copy.deepcopy(getattr(model, "_orig_mod", model))
+        except Exception as error:
+            raise RefusedError(f"model: copying it raised {type(error).__name__}: {error}") from error
         if isinstance(module, torch.nn.RNNCellBase):
             module = Recurrent(module, batch_first=isinstance(example, Tensor) and example.shape[:1] == (1,))
         self.module: torch.nn.Module = accelerate(module).eval().float().cpu()

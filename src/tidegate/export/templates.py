@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tidegate.export.compile import Compiled
 from tidegate.export.source import Source
 from tidegate.export.text import numbers, table
@@ -78,8 +80,8 @@ def _layout(compiled: Compiled) -> str:
 def implementation(compiled: Compiled, made: Source, name: str, resets: bool) -> str:
     upper = name.upper()
     scratch = f"    float scratch[{made.scratch}];\n" if made.scratch else ""
-    state = "    float *const state = whole->values;\n" if "state" in made.body else "    (void)whole;\n"
-    unused_x = "" if "x" in made.body else "    (void)x;\n"
+    state = "    float *const state = whole->values;\n" if re.search(r"\bstate\b", made.body) else "    (void)whole;\n"
+    unused_x = "" if re.search(r"\bx\b", made.body) else "    (void)x;\n"
     same = set(map(repr, made.initial))
     initial = ""
     if same and same != {"0.0"}:
