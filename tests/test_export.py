@@ -47,15 +47,18 @@ def test_any_model(tmp_path_factory: Any, made: Drawn, data: st.DataObject) -> N
     flags = data.draw(st.sampled_from([["-O2", "-march=native"], ["-O1"], ["-O2", "-DPLAIN_C"]]))
     exported = compiled(folder, flags)
     with torch.no_grad():
+        theirs = model(x)[0]
         expected = model.double()(x.double())[0].float()
-    assert error(exported.process(x[0]), expected) < TOLERANCE
+    # A LayerNorm of nearly equal numbers magnifies roundings: there PyTorch itself is as far off.
+    most = max(TOLERANCE, 4 * error(theirs, expected))
+    assert error(exported.process(x[0]), expected) < most
     # Blocks of any cut, and single steps.
     exported.reset()
     cuts = sorted(data.draw(st.lists(st.integers(0, 200), max_size=3)))
     blocks = zip([0, *cuts], [*cuts, 200], strict=True)
-    assert error(torch.cat([exported.process(x[0, a:b]) for a, b in blocks]), expected) < TOLERANCE
+    assert error(torch.cat([exported.process(x[0, a:b]) for a, b in blocks]), expected) < most
     exported.reset()
-    assert error(torch.stack([exported.step(x[0, t]) for t in range(20)]), expected[:20]) < 20 * TOLERANCE
+    assert error(torch.stack([exported.step(x[0, t]) for t in range(20)]), expected[:20]) < 20 * most
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 33, 40, 64, 127])

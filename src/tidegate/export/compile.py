@@ -33,6 +33,7 @@ class Compiled:
     expected: (T, O), the model's own output; where it gives one for a whole sequence, that after each step. Of weights
         that are stored shorter what they give.
     apart: how far that is from the model's own at most.
+    rounding: how far PyTorch itself is from float64, of the output's scale.
     """
 
     program: Program
@@ -42,6 +43,7 @@ class Compiled:
     example: Tensor
     expected: Tensor
     apart: float = 0.0
+    rounding: float = 0.0
 
 
 @torch.no_grad()
@@ -87,12 +89,13 @@ def compile_step(model: Any, example: Any, weights: str = "float32", longest: in
     found = loop.evaluate(program, given[:steps, 0], states, vectors, matrices)
     if not _alike(found, expected[:steps]):
         raise first_difference(made, compared) or RefusedError("model: its steps are not its output over a sequence")
+    rounding = _rounding(made, x, expected)
     short = stored(matrices, weights)
     apart = 0.0
     if weights != "float32":
         of_short = evaluate(program, given[:, 0], states, vectors, short)
         apart, expected = float((of_short - expected).abs().max()), of_short
-    return Compiled(program, vectors, short, made.kept, given[:, 0], expected, apart)
+    return Compiled(program, vectors, short, made.kept, given[:, 0], expected, apart, rounding)
 
 
 def _expected(made: Model, x: Tensor) -> Tensor:
@@ -106,6 +109,16 @@ def _expected(made: Model, x: Tensor) -> Tensor:
         prefixes = (first_of(made.module(x.narrow(made.time, 0, t + 1))) for t in range(steps))
         return torch.cat(list(prefixes))
     raise RefusedError(f"model: expected an output (1, T, O), (T, 1, O) or (1, O), got {tuple(y.shape)}")
+
+
+def _rounding(made: Model, x: Tensor, expected: Tensor) -> float:
+    """The last use of the module, which is float64 then."""
+    made.module.double()
+    try:
+        exact = _expected(made, x.double() if x.is_floating_point() else x)
+    except RuntimeError:  # a model that makes float32 tensors of its own cannot be run in another dtype
+        return 0.0
+    return float((exact - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
