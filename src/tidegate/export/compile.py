@@ -76,7 +76,7 @@ def compile_step(model: Any, example: Any, weights: str = "float32", longest: in
         raise first_difference(made, compared) or RefusedError(f"model: it cannot be traced: {error}") from None
     if not lowered.program.outputs:
         raise RefusedError("model: its output depends neither on the input nor on a state")
-    shared = [tensor.float() for tensor in lowered.once(*cell.tensors)]
+    shared = [tensor.float().clone() for tensor in lowered.once(*cell.tensors)]
     count = lowered.counts[0]
     vectors, matrices = shared[:count], shared[count : count + lowered.counts[1]]
     if not all(bool(tensor.isfinite().all()) for tensor in (*shared, x, expected)):
