@@ -129,13 +129,16 @@ def rtneural(folder: Path, path: Path, includes: list[str], kind: str, size: int
     source = folder / f"rtneural-{kind}{size}.cpp"
     source.write_text(text.replace("@BIAS@", bias))
     found: dict[str, Path] = {}
-    for backend, more in (("EIGEN", []), ("XSIMD", []), ("STL", ["-ffast-math"])):
+    avx2 = ["-mavx2", "-mfma", "-DRTNEURAL_DEFAULT_ALIGNMENT=32"]
+    native = ["-march=native", "-DRTNEURAL_DEFAULT_ALIGNMENT=64"]
+    variants = [(backend, kind, []) for backend in ("EIGEN", "XSIMD") for kind in ("avx2", "native")]
+    for backend, machine, more in (*variants, ("STL", "avx2", ["-ffast-math"])):
         for compiler in ("g++", "clang++"):
-            flags = ["-std=c++17", "-O3", "-mavx2", "-mfma", *more, "-DRTNEURAL_DEFAULT_ALIGNMENT=32"]
+            flags = ["-std=c++17", "-O3", *(avx2 if machine == "avx2" else native), *more]
             flags += ["-DRTNEURAL_AVX_ENABLED=1", "-DRTNEURAL_NAMESPACE=RTNeural", f"-DRTNEURAL_USE_{backend}=1"]
             flags += [f"-I{path}", f"-I{path / 'modules/json'}", *(f"-I{one}" for one in includes)]
-            name = f"RTNeural {backend} {compiler}{' fast-math' if more else ''}"
-            program = folder / f"{kind}{size} {name}"
+            name = f"RTNeural {backend} {compiler} {machine}{' fast-math' if more else ''}"
+            program = folder / f"{source.stem} {name}"
             if shutil.which(compiler) and built([compiler, *flags, str(source), "-o", str(program)]):
                 found[name] = program
     return found
