@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import tidegate as tg
+from tidegate.cli.machine import describe_machine
 
 SIZES = (8, 16, 32, 64, 128)
 KINDS: dict[str, Any] = {"gru": nn.GRU, "lstm": nn.LSTM}
@@ -205,7 +205,7 @@ def main() -> None:
                 print(f"  {value:10.1f}  {name}", flush=True)
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"machine": platform.processor(), "ns a step": results}, indent=1) + "\n")
+        given.out.write_text(json.dumps({"machine": describe_machine(), "ns a step": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
