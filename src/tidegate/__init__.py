@@ -16,6 +16,7 @@ from tidegate.streaming import Stream
 if TYPE_CHECKING:
     from tidegate import convert
     from tidegate.convert import from_flax, from_keras, from_onnx, from_tf1, to_onnx
+    from tidegate.export import export_c
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "convert",
     "dynamic_rnn",
     "explain",
+    "export_c",
     "from_flax",
     "from_keras",
     "from_onnx",
@@ -49,9 +51,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    """The converters, loaded at first use."""
+    """The ways in and out, loaded at first use."""
     if name == "convert":
         return _import_module("tidegate.convert")
     if name in ("from_flax", "from_keras", "from_onnx", "from_tf1", "to_onnx"):
         return getattr(_import_module("tidegate.convert"), name)
+    if name == "export_c":
+        return _import_module("tidegate.export").export_c
     raise AttributeError(f"module 'tidegate' has no attribute {name!r}")

@@ -37,6 +37,12 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Weights(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 def _stop(message: str, code: int) -> typer.Exit:
     """Print one plain line, never wrapped, so that it can be searched for; the exit is the caller's to raise."""
     typer.echo(f"error: {message}", err=True)
@@ -264,4 +270,34 @@ def convert(
             say=typer.echo,
         )
     except (ConversionError, ImportError, OSError) as error:
+        raise _stop(str(error), 1) from None
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY",
+            help="A torch.nn.Module, or a function without arguments that returns one, or (model, example input).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder for the C files.")],
+    example: Annotated[
+        str | None,
+        typer.Option("--input", metavar="MODULE:ATTRIBUTE", help="The example input, or a function that returns it."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the files and functions.")] = "model",
+    weights: Annotated[Weights, typer.Option(help="How the weights are stored.")] = Weights.float32,
+    resets: Annotated[bool, typer.Option("--resets", help="NAME_process takes marks of new sequences.")] = False,
+    wasm: Annotated[bool, typer.Option("--wasm", help="Also for browsers and Node; needs clang and wasm-ld.")] = False,
+) -> None:
+    """Write one step of a recurrent model as self-contained C, its state explicit."""
+    from tidegate.cli.bench.model.load import ModelError
+    from tidegate.cli.export import run_export
+    from tidegate.errors import ConversionError
+
+    try:
+        run_export(model, example, out, name=name, weights=weights.value, resets=resets, wasm=wasm, say=typer.echo)
+    except (ModelError, ConversionError, TypeError, ValueError, OSError) as error:
         raise _stop(str(error), 1) from None

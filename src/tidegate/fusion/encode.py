@@ -97,7 +97,7 @@ class _Encoder:
             last_read[into] = max(last_read[into], last_read[k])
         places = [-1] * end
         ends_at: dict[int, list[int]] = {}
-        free = _Free()
+        free = Free()
         products = 0
         for k in range(end):
             into = home[k][0] if k in home else k
@@ -178,7 +178,7 @@ class _Encoder:
         )
 
 
-class _Free:
+class Free:
     """Memory whose pieces come back."""
 
     def __init__(self) -> None:

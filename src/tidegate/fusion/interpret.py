@@ -49,7 +49,7 @@ def interpret(
     """As `torch.ops.tidegate.loop`, differentiable, in operations that torch can batch."""
     outputs: list[Sequence[Tensor]] = []
     current = list(states)
-    like = states[0]
+    like = (*states, *inputs)[0]
     valid = None
     if lengths is not None:
         valid = torch.arange(steps).unsqueeze(-1) < lengths  # (T, B)
@@ -60,7 +60,7 @@ def interpret(
             kept = len(states) - program.through_resets
             cut = cuts[t].unsqueeze(-1)
             entering = [s.masked_fill(cut, 0) if k < kept else s for k, s in enumerate(current)]
-        step = _Step(program, [x[t] for x in inputs], entering, vectors, matrices, batch, like)
+        step = Step(program, [x[t] for x in inputs], entering, vectors, matrices, batch, like)
         made = [step.value(operand) for operand in program.outputs]
         leaving = [step.value(operand) for operand in program.next_states]
         if valid is not None:
@@ -81,7 +81,7 @@ def _cuts(resets: Tensor | None, valid: Tensor | None, reverse: bool) -> Tensor 
     return torch.cat((marks[1:], torch.zeros_like(marks[:1])))
 
 
-class _Step:
+class Step:
     def __init__(
         self,
         program: Program,
@@ -109,7 +109,7 @@ class _Step:
         operation, size, groups = instruction.operation, instruction.size, instruction.groups
         operands = [self.value(operand) for operand in instruction.operands]
         if instruction.matrix >= 0:
-            return self._product(instruction, operands[0])
+            return self.product(instruction, operands[0])
         if operation == "concat":
             return torch.cat(operands, -1)
         if operation == "gather":
@@ -131,7 +131,7 @@ class _Step:
             return operand.reshape(self.batch, groups, size // groups)
         return operand.reshape(self.batch, count, 1)
 
-    def _product(self, instruction: Instruction, operand: Tensor) -> Tensor:
+    def product(self, instruction: Instruction, operand: Tensor) -> Tensor:
         matrix = self.matrices[instruction.matrix]
         if instruction.operation == "product":
             matrix = matrix.transpose(-1, -2)

@@ -61,19 +61,26 @@ class Lowered:
     once_for_before: int
 
 
-def lower(trace: Trace) -> Lowered:
+def lower(trace: Trace, whole: bool = False) -> Lowered:
     """Sort and lower.
 
+    Args:
+        whole: all that depends on the input or the state goes into the loop, whose inputs are then the leaves of x_t
+            and whose outputs those of y_t; nothing is left for before and after.
+
     Raises:
-        NotTraceableError: an operation mixes rows, or one that the state needs has no instruction.
+        NotTraceableError: an operation mixes rows, or one that the loop needs has no instruction.
     """
-    split_joint_products(trace)
-    return _Lowering(Rows(trace)).run()
+    if not whole:
+        split_joint_products(trace)
+    return _Lowering(Rows(trace), whole).run()
 
 
 class _Lowering:
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, whole: bool) -> None:
         self.rows, self.trace = rows, rows.trace
+        if whole:
+            rows.reads_state |= rows.reads_input
         self.graph = rows.trace.graph
         results = next(node for node in self.graph.nodes if node.op == "output").args[0]
         self.outputs: list[Any] = list(results[: self.trace.outputs])  # pyright: ignore
@@ -86,11 +93,12 @@ class _Lowering:
         self.operands: dict[Any, Operand] = {}
         self.looped: list[fx.Node] = []
         self._result: tuple[list[int], Layout] | None = None
+        self.whole = whole
 
     def run(self) -> Lowered:
         self._check_results()
         core = self._ancestors(self.leaving) & self.rows.reads_state
-        after = self._after(core)
+        after = set[fx.Node]() if self.whole else self._after(core)
         for node in self.graph.nodes:
             if node in self.rows.reads_state and node not in after and node.op != "output":
                 self._lower(node)
@@ -314,7 +322,8 @@ class _Lowering:
         if node.op == "placeholder":
             layout = self.rows.layouts[node]
             assert layout is not None
-            self.values[node] = self.builder.declare("s", layout.features(values_of(node).shape))
+            bank = "s" if node in self.rows.states else "i"
+            self.values[node] = self.builder.declare(bank, layout.features(values_of(node).shape))
             return
         kind = packet(node)
         try:

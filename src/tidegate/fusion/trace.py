@@ -200,11 +200,12 @@ def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, 
 
 def _graph(step: Callable[..., Any], values: Sequence[Tensor]) -> fx.Graph:
     # Imported where they are used: they take longer than all the rest.
-    from torch._decomp import core_aten_decompositions
+    from torch._decomp import core_aten_decompositions, get_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 
     functional: Any = torch.func.functionalize(step, remove="mutations")
     decompositions: Any = core_aten_decompositions()
+    decompositions.update(get_decompositions([torch.ops.aten.linalg_vector_norm]))
     tracer = make_fx(functional, decompositions, _allow_non_fake_inputs=True, record_stack_traces=True)
     return tracer(*values).graph
 

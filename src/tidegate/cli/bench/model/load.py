@@ -44,25 +44,26 @@ def importing_from_here() -> Generator[None]:
         sys.path.remove(here)
 
 
-def load_subject(model_name: str, input_name: str | None) -> Subject:
+def load_subject(model_name: str, input_name: str | None, option: str = "--model") -> Subject:
     """Build what the names stand for.
 
     Args:
         model_name: of a torch.nn.Module, or of a function without arguments that returns one, or (model, example).
         input_name: of an example, or of a function without arguments that returns one; it replaces the model's own. A
             tuple is the model's positional arguments, a mapping its keyword arguments, anything else its one argument.
+        option: what the user gave `model_name` as.
 
     Raises:
         ModelError: a name leads nowhere or to something else, or the user's code raises.
     """
-    found = find_named("--model", model_name)
-    built = found if isinstance(found, Module) else _call("--model", model_name, found)
+    found = find_named(option, model_name)
+    built = found if isinstance(found, Module) else _call(option, model_name, found)
     example: Any = None
     if isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], Module):
         built, example = built
     if not isinstance(built, Module):
         raise ModelError(
-            f"--model: {model_name} returned {type(built).__name__}: expected a torch.nn.Module, or (model, input)"
+            f"{option}: {model_name} returned {type(built).__name__}: expected a torch.nn.Module, or (model, input)"
         )
     if input_name is not None:
         example = find_named("--input", input_name)
@@ -70,7 +71,7 @@ def load_subject(model_name: str, input_name: str | None) -> Subject:
             example = _call("--input", input_name, example)
     if example is None:
         raise ModelError(
-            f"--model: no example input: {model_name} returned a model alone. Return (model, example input), or name "
+            f"{option}: no example input: {model_name} returned a model alone. Return (model, example input), or name "
             "one with --input module:attribute"
         )
     if isinstance(example, tuple):

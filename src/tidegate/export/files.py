@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an export writes, all or nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tidegate.export import wasm as wasm_files
+from tidegate.export.compile import Compiled, compile_step
+from tidegate.export.source import Source, source
+from tidegate.export.stored import KINDS
+from tidegate.export.templates import cmake, header, implementation, readme, self_test
+
+
+def export_c(
+    model: Any,
+    example: Any,
+    out: str | Path,
+    *,
+    name: str = "model",
+    weights: str = "float32",
+    resets: bool = False,
+    wasm: bool = False,
+) -> Path:
+    """Write one step of a model as self-contained C99: no allocation, no libm, its state explicit.
+
+    The model becomes `y_t, state' = f(x_t, state)`. Its recurrent layers (tidegate's or torch.nn's RNN, LSTM and GRU,
+    forward direction, with all their options; their cells; any cell in `tidegate.Recurrent` or `dynamic_rnn`) give the
+    state, and so does the past of causal convolutions: steps of a constant that are put before a sequence. Around them
+    may stand what the tracer of cells takes: Linear, LayerNorm, activations, sums, slices, and BatchNorm; Embedding,
+    whose index is then a number of x. A copy of the model is exported, in eval and in float32.
+
+    Args:
+        model: a torch.nn.Module that is called as model(example) and returns y, or a tuple that begins with it.
+        example: (1, T, I) or (T, 1, I), as the model takes it; (T, I) for one sequence of the layers' `batch_first`.
+            Of a model of indices the same without I. The first 256 steps become the self-test.
+        out: a folder, made if need be; files of these names in it are replaced, all or none.
+        name: of the files and, in capitals, of the macros: letters, digits and _.
+        weights: "float32"; "bfloat16" or "int8" for matrices of at least 16 rows and columns, the others stay float32.
+            int8 by the arithmetic of `tidegate.quantization`: rows by a scale each, what they multiply as it comes. The
+            self-test's numbers are those of these weights; README.md says how far they are from the model's own.
+        resets: `NAME_process` also takes a mark for each step that begins a new sequence.
+        wasm: also NAME.wasm, NAME.js, a module for browsers and Node, and index.html, a page that runs the self-test.
+
+    Returns:
+        the folder.
+
+    Raises:
+        TypeError, ValueError: names the argument, what was expected and what came.
+        ConversionError: the model is no such step; names the module and says why. Nothing is written.
+        FileNotFoundError: `wasm`, and there is no clang or no wasm-ld.
+    """
+    _check_name(name)
+    if weights not in KINDS:
+        raise ValueError(f"weights: expected one of {', '.join(KINDS)}, got {weights!r}")
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: expected a folder, got the file {folder}")
+    if wasm:
+        wasm_files.check_tools()
+    compiled = compile_step(model, example, weights)
+    made = source(compiled)
+    texts = files(compiled, made, name, weights, resets)
+    more = wasm_files.files(compiled, made, name, texts, resets) if wasm else {}
+    return write(folder, {**texts, **more})
+
+
+def files(compiled: Compiled, made: Source, name: str, weights: str, resets: bool) -> dict[str, str]:
+    """The text of every file."""
+    return {
+        f"{name}.h": header(compiled, made, name, resets),
+        f"{name}.c": implementation(compiled, made, name, resets),
+        f"{name}_test.c": self_test(compiled, name, weights, resets),
+        "CMakeLists.txt": cmake(name),
+        "README.md": readme(compiled, made, name, weights, resets),
+    }
+
+
+def write(folder: Path, contents: Mapping[str, str | bytes]) -> Path:
+    """Put files into a folder: first beside it, then all by renaming."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for file, content in contents.items():
+            (beside / file).write_bytes(content.encode() if isinstance(content, str) else content)
+        if not folder.exists():
+            beside.chmod(0o755)
+            os.replace(beside, folder)
+            return folder
+        for file in contents:
+            os.replace(beside / file, folder / file)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+# CMake's own targets.
+_RESERVED = ("all", "clean", "help", "install", "package", "test")
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+        raise ValueError(f"name: expected letters, digits and _, beginning with a letter, got {name!r}")
+    if name in _RESERVED:
+        raise ValueError(f"name: expected none of {', '.join(_RESERVED)}, CMake's own targets, got {name!r}")

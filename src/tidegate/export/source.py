@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program's stages as C: a step over the state, x and y, with the runtime that it needs in front."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tidegate.export import products, products_int8
+from tidegate.export.compile import Compiled
+from tidegate.export.rewrite import Move, Node, Piece, Product, rewritten
+from tidegate.export.stages import Copy, Place, Stages, is_elementwise, staged
+from tidegate.export.text import number, numbers, runtime, table
+from tidegate.fusion.program import Argument, Instruction, Operand
+from tidegate.quantization import Quantized
+
+# Of one operand or more, as C; the runtime's function of the same name but for those with a form of their own.
+_OPERATORS = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "muladd": "{} * {} + {}"}
+_FORMS = {
+    **_OPERATORS,
+    "copy": "{}",
+    "constant": "{}",
+    "neg": "-{}",
+    "reciprocal": "1.0f / {}",
+    "abs": "absolute({})",
+    "relu": "choose({0} <= 0.0f, SPLAT(0.0f), {0})",
+    "maximum": "maximum({}, {})",
+    "minimum": "minimum({}, {})",
+    "where": "choose({} != 0.0f, {}, {})",
+    "sign": "sign_({})",
+    "pow": "pow_({}, {})",
+    **{name: f"{name}_({{}})" for name in ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sigmoid", "tanh")},
+    **{name: f"{name}_({{}})" for name in ("sin", "cos", "erf")},
+    **{
+        name: f"truth({{}} {sign} {{}})"
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="), ("eq", "=="), ("ne", "!="))
+    },
+}
+_PLAIN = {*_OPERATORS, "copy", "constant", "neg", "reciprocal"}  # those that are the same for one number
+_SECTIONS = {"abs": "absolute", **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), "truth")}
+_NAMED = {
+    *("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sigmoid", "tanh", "sin", "cos", "erf", "pow", "sign"),
+    *("maximum", "minimum"),
+}
+_FEW = 5
+_LINE = 64  # bytes: matrices begin with a cache line, or wide loads would read two
+_REDUCTIONS = {"sum": "sum_of", "mean": "sum_of", "max": "max_of", "dot": "dot_of"}
+
+
+@dataclass
+class Source:
+    """Attributes:
+    text: what `model.c` has before its functions.
+    body: of the step.
+    weights: bytes of all that is constant in it.
+    scratch: numbers of scratch memory.
+    stack: bytes of numbers that a step has on its stack.
+    initial: the state before the first step.
+    """
+
+    text: str
+    body: str
+    weights: int
+    scratch: int
+    stack: int
+    initial: list[float] = field(default_factory=list[float])
+
+
+@dataclass
+class _Array:
+    """Constants of one kind, as C."""
+
+    kind: str
+    texts: list[str] = field(default_factory=list[str])
+
+    @property
+    def size(self) -> int:
+        """Of a number, in bytes."""
+        return {"float": 4, "uint16_t": 2, "int8_t": 1}[self.kind]
+
+
+def source(compiled: Compiled) -> Source:
+    return _Writer(compiled).run()
+
+
+class _Writer:
+    def __init__(self, compiled: Compiled) -> None:
+        self.compiled, self.program = compiled, compiled.program
+        self.stages: Stages = staged(rewritten(self.program), self.program)
+        self.sections: set[str] = set()
+        self.vectors: list[float] = []
+        self.known_vectors: dict[tuple[float, ...], int] = {}
+        self.arrays = {"weights": _Array("float"), "halves": _Array("uint16_t"), "bytes": _Array("int8_t")}
+        self.product_rows: dict[str, list[int]] = {"weights": [], "halves": []}
+        self.quantized: dict[str, str] = {}
+        self.quantized_bytes = 0
+        self.lines: list[str] = []
+        self.fits_16 = True  # all loops are of no more than a few numbers, or of multiples of 16
+
+    def run(self) -> Source:
+        for stage in self.stages.order:
+            node = self.stages.nodes[stage[0]]
+            if is_elementwise(node):
+                self._loop(stage)
+            elif isinstance(node, Product):
+                self._product(stage[0], node)
+            elif isinstance(node, Move):
+                self._move(self.stages.homes[stage[0]], node)
+            else:
+                self._reduction(stage[0], node)
+        for copy in self.stages.copies:
+            self._copy(copy)
+        parts: list[str] = []
+        parts += [
+            table(f"ALIGNED {array.kind}", name, array.texts) for name, array in self.arrays.items() if array.texts
+        ]
+        if self.vectors:
+            parts.append(table("float", "vectors", numbers(self.vectors)))
+        floats, halves = self.product_rows.values()
+        self.sections |= {"dot_of"} if any(rows % 4 for rows in floats) else set()
+        self.sections |= {"halves"} if halves else set()
+        self.sections |= {"absolute", "access", "shorts"} if self.quantized else set()
+        narrow = "#define NARROW /* 16 lanes would straddle what was stored: no sizes of 16 */\n"
+        code = ["" if self.fits_16 else narrow, runtime(self.sections)]
+        code += [products.source(products.FLOAT, floats)] if floats else []
+        code += [products.source(products.HALF, halves)] if halves else []
+        code += [products_int8.source()] if self.quantized else []
+        initial = [value for kept in self.compiled.kept for value in kept.initial]
+        return Source(
+            "\n\n".join(part for part in (*code, *parts) if part),
+            "\n".join(self.lines),
+            sum(array.size * len(array.texts) for array in self.arrays.values()) + 4 * len(self.vectors),
+            self.stages.scratch,
+            4 * self.stages.scratch + self.quantized_bytes,
+            initial,
+        )
+
+    # Where numbers are
+
+    def _at(self, place: Place) -> str:
+        return f"{place.base} + {place.offset}" if place.offset else place.base
+
+    def _vector(self, values: Tensor) -> int:
+        """Where numbers stand among the vectors."""
+        key = tuple(values.tolist())
+        if key not in self.known_vectors:
+            self.known_vectors[key] = len(self.vectors)
+            self.vectors += key
+        return self.known_vectors[key]
+
+    def parameter(self, operand: Operand) -> Tensor:
+        return self.compiled.vectors[operand.number][operand.offset : operand.offset + operand.size]
+
+    def address(self, operand: Operand) -> str:
+        if operand.bank == "p":
+            return self._at(Place("vectors", self._vector(self.parameter(operand))))
+        return self._at(self.stages.place(operand))
+
+    def _single(self, argument: Argument) -> str:
+        """One number as a C expression."""
+        if not isinstance(argument, Operand):
+            return number(argument)
+        if argument.bank == "p":
+            return number(float(self.parameter(argument)))
+        place = self.stages.place(argument)
+        return f"{place.base}[{place.offset}]"
+
+    # Stages
+
+    def _product(self, k: int, node: Product) -> None:
+        """Pieces of one form in one product, those of other forms added to it."""
+        rows, home = node.size // node.groups, self._at(self.stages.homes[k])
+        bias = "0"
+        if node.biases:
+            total = sum(self.parameter(bias) for bias in node.biases)
+            assert isinstance(total, Tensor)
+            bias = self._at(Place("vectors", self._vector(total)))
+        for name in ("weights", "halves"):
+            pieces = [piece for piece in node.pieces if self._array_of(piece) == name]
+            if pieces:
+                self._product_of(name, node, pieces, rows, bias, home)
+                bias = home
+        for piece in node.pieces:
+            if self._array_of(piece) == "bytes":
+                self._product_of_bytes(node, piece, rows, bias, home)
+                bias = home
+
+    def _array_of(self, piece: Piece) -> str:
+        matrix = self.compiled.matrices[piece.matrix]
+        if isinstance(matrix, Quantized):
+            return "bytes"
+        return "halves" if matrix.dtype is torch.bfloat16 else "weights"
+
+    def _product_of(self, name: str, node: Product, pieces: list[Piece], rows: int, bias: str, home: str) -> None:
+        matrices = [self.compiled.matrices[piece.matrix] for piece in pieces]
+        parts = [
+            self._rows(matrix, piece, node)
+            for matrix, piece in zip(matrices, pieces, strict=True)
+            if isinstance(matrix, Tensor)
+        ]
+        blocks = [products.laid_out(torch.cat([part[b] for part in parts], -1)) for b in range(parts[0].shape[0])]
+        at = self._at(Place(name, self._add(name, blocks)))
+        function = "product" if name == "weights" else "product_half"
+        self.product_rows[name].append(rows)
+        given = [(self.address(p.operand), p.operand.size // node.groups) for p in pieces]
+        (x, n), (x2, n2) = (given[0], given[1] if len(given) == 2 else (given[0][0], 0))
+        if node.groups == 1:
+            self.lines.append(f"    {function}({at}, {x}, {n}, {x2}, {n2}, {bias}, {home}, {rows});")
+            return
+        step = f" + g * {rows * n}" if len(blocks) > 1 else ""
+        self.lines += [
+            f"    for (int g = 0; g < {node.groups}; ++g)",
+            f"        {function}({at}{step}, {x} + g * {n}, {n}, {x}, 0, 0, {home} + g * {rows}, {rows});",
+        ]
+
+    def _product_of_bytes(self, node: Product, piece: Piece, rows: int, bias: str, home: str) -> None:
+        matrix = self.compiled.matrices[piece.matrix]
+        assert isinstance(matrix, Quantized)
+        numbers, scales = self._rows(matrix.numbers, piece, node), self._rows(matrix.scales, piece, node)
+        blocks = [products_int8.laid_out(block) for block in numbers]
+        at, of_scales = self._add("bytes", blocks), self._vector(scales.flatten())
+        n = piece.operand.size // node.groups
+        for g in range(node.groups):
+            block = g if len(blocks) > 1 else 0
+            q = self._quantized(piece.operand.part(g * n, n))
+            weights = self._at(Place("bytes", at + block * blocks[0].numel()))
+            scale = self._at(Place("vectors", of_scales + block * rows))
+            to = f"{home} + {g * rows}" if g else home
+            self.lines.append(f"    product_int8({weights}, {scale}, {q}, scale_of_{q}, {n}, {bias}, {to}, {rows});")
+
+    def _quantized(self, operand: Operand) -> str:
+        """The name of an operand's whole numbers, made once."""
+        key = f"{operand}"
+        if key not in self.quantized:
+            name = self.quantized[key] = f"q{len(self.quantized)}"
+            room = operand.size + operand.size % 2
+            self.quantized_bytes += 2 * room
+            self.lines += [
+                f"    int16_t {name}[{room}];",
+                f"    const float scale_of_{name} = quantized({self.address(operand)}, {operand.size}, {name});",
+            ]
+        return self.quantized[key]
+
+    def _add(self, name: str, pieces: list[Tensor]) -> int:
+        """Where numbers come to stand in an array of constants."""
+        array = self.arrays[name]
+        array.texts += ["0"] * (-len(array.texts) % (_LINE // array.size))
+        at = len(array.texts)
+        for piece in pieces:
+            if name == "weights":
+                array.texts += numbers(piece.tolist())
+            elif name == "halves":
+                array.texts += [f"0x{value & 0xFFFF:04x}" for value in piece.view(torch.int16).tolist()]
+            else:
+                array.texts += map(str, piece.tolist())
+        return at
+
+    @staticmethod
+    def _rows(whole: Tensor, piece: Piece, node: Product) -> Tensor:
+        return whole if node.groups > 1 else whole[:, piece.first : piece.first + node.size]
+
+    def _reduction(self, k: int, node: Node) -> None:
+        assert isinstance(node, Instruction)
+        function = _REDUCTIONS[node.operation]
+        self.sections.add(function)
+        operands = [operand for operand in node.operands if isinstance(operand, Operand)]
+        each = operands[0].size // node.groups
+        scale = f" * {number(1 / each)}" if node.operation == "mean" else ""
+        home = self.stages.homes[k]
+        if node.groups == 1:
+            given = ", ".join(map(self.address, operands))
+            self.lines.append(f"    {home.base}[{home.offset}] = {function}({given}, {each}){scale};")
+            return
+        given = ", ".join(f"{self.address(operand)} + g * {each}" for operand in operands)
+        self.lines += [
+            f"    for (int g = 0; g < {node.groups}; ++g)",
+            f"        {home.base}[{home.offset} + g] = {function}({given}, {each}){scale};",
+        ]
+
+    def _copy(self, copy: Copy) -> None:
+        move = copy.source
+        if isinstance(move, Operand):
+            move = Move(move.size, tuple(move.part(k, 1) for k in range(move.size)))
+        self._move(copy.target, move)
+
+    def _move(self, target: Place, move: Move) -> None:
+        """Runs of numbers at a steady distance, in order."""
+        at = 0
+        while at < move.size:
+            first = move.sources[at]
+            if not isinstance(first, Operand):
+                count = self._equal_numbers(move, at)
+                self._fill(target, at, count, number(first))
+                at += count
+                continue
+            count, step = self._run_of(move, at)
+            self._copy_run(target, at, first, count, step)
+            at += count
+
+    @staticmethod
+    def _equal_numbers(move: Move, at: int) -> int:
+        end = at
+        while end < move.size and repr(move.sources[end]) == repr(move.sources[at]):
+            end += 1
+        return end - at
+
+    @staticmethod
+    def _run_of(move: Move, at: int) -> tuple[int, int]:
+        first = move.sources[at]
+        following = move.sources[at + 1] if at + 1 < move.size else None
+        assert isinstance(first, Operand)
+        if not isinstance(following, Operand) or following[:2] != first[:2]:
+            return 1, 1
+        step, end = following.offset - first.offset, at + 2
+        while end < move.size:
+            source = move.sources[end]
+            if not isinstance(source, Operand) or source != first.part(step * (end - at), 1):
+                break
+            end += 1
+        return end - at, step
+
+    def _fill(self, target: Place, at: int, count: int, value: str) -> None:
+        place = self._at(target._replace(offset=target.offset + at))
+        if count == 1:
+            self.lines.append(f"    {target.base}[{target.offset + at}] = {value};")
+        else:
+            self.lines.append(f"    for (int i = 0; i < {count}; ++i) ({place})[i] = {value};")
+
+    def _copy_run(self, target: Place, at: int, first: Operand, count: int, step: int) -> None:
+        if count == 1:
+            self._fill(target, at, 1, self._single(first))
+            return
+        place = self._at(target._replace(offset=target.offset + at))
+        if first.bank == "p":
+            whole = self.compiled.vectors[first.number]
+            values = torch.stack([whole[first.offset + step * k] for k in range(count)])
+            source, step = self._at(Place("vectors", self._vector(values))), 1
+        else:
+            source = self._at(self.stages.place(first))
+        index = "i" if step == 1 else f"i * {step}" if step else "0"
+        self.lines.append(f"    for (int i = 0; i < {count}; ++i) ({place})[i] = ({source})[{index}];")
+
+    def _loop(self, stage: list[int]) -> None:
+        head = self.stages.nodes[stage[0]]
+        assert isinstance(head, Instruction)
+        each = head.size // head.groups
+        self.fits_16 &= each < _FEW or each % 16 == 0
+        operations = {self.instruction(k).operation for k in stage}
+        self.sections |= {_SECTIONS.get(name, name) for name in operations if name in _NAMED or name in _SECTIONS}
+        if "clamp" in operations:
+            self.sections |= {"maximum", "minimum"}
+        self.lines += _Loop(self, stage, head, operations <= _PLAIN).lines()
+
+    def instruction(self, k: int) -> Instruction:
+        node = self.stages.nodes[k]
+        assert isinstance(node, Instruction)
+        return node
+
+
+class _Loop:
+    """Instructions that share a loop: what they read is loaded first, what stays is stored last."""
+
+    def __init__(self, writer: _Writer, stage: list[int], head: Instruction, is_plain: bool) -> None:
+        self.writer, self.stage, self.head = writer, stage, head
+        self.each = head.size // head.groups
+        self.is_scalar = self.each == 1 and is_plain
+        self.loads: list[str] = []
+        self.names: dict[tuple[Operand, bool], str] = {}
+
+    def lines(self) -> list[str]:
+        kind = "float" if self.is_scalar else "vec"
+        body = [f"const {kind} v{k} = {self._expression(self.writer.instruction(k))};" for k in self.stage]
+        homes = self.writer.stages.homes
+        stores = [self._store(k) for k in self.stage if k in homes]
+        inside = [*self.loads, *body, *stores]
+        groups, each = self.head.groups, self.each
+        if not self.is_scalar:
+            self.writer.sections.add("access")
+            if each > 1:
+                inside = [f"for (int i = 0; i < {each}; i += LANES) {{", *_indented(inside), "}"]
+            else:
+                inside = ["{", *_indented(inside), "}"]
+        elif groups == 1:
+            inside = ["{", *_indented(inside), "}"]
+        if groups > 1:
+            inside = [f"for (int g = 0; g < {groups}; ++g) {{", *_indented(inside), "}"]
+        return _indented(inside)
+
+    def _index(self, of_each: int) -> str:
+        terms = [f"g * {of_each}" if of_each > 1 else "g"] if self.head.groups > 1 else []
+        terms += ["i"] if of_each > 1 else []
+        return " + ".join(terms)
+
+    def _store(self, k: int) -> str:
+        place = self.writer.stages.homes[k]
+        index = self._index(self.each)
+        address = f"{place.base} + {place.offset}" + (f" + {index}" if index else "")
+        if self.is_scalar:
+            return f"*({address}) = v{k};"
+        return f"store({address}, v{k}, {self._left()});"
+
+    def _left(self) -> str:
+        return f"{self.each} - i" if self.each > 1 else "1"
+
+    def _value(self, argument: Argument) -> str:
+        if not isinstance(argument, Operand):
+            return self._spread(number(argument))
+        if argument.bank == "v" and argument.number in self.stage:
+            return f"v{argument.number}"
+        whole = argument.size == self.head.size and self.head.size > 1
+        of_group = not whole and argument.size == self.head.groups and self.head.groups > 1
+        if not whole and not of_group and argument.bank == "p":
+            return self._spread(number(float(self.writer.parameter(argument))))
+        key = (argument, whole)
+        if key not in self.names:
+            self.names[key] = f"{argument.bank}{argument.number}_{argument.offset}{'' if whole else '_one'}"
+            self.loads.append(self._load(argument, whole, of_group))
+        return self.names[key]
+
+    def _load(self, operand: Operand, whole: bool, of_group: bool) -> str:
+        name, address = self.names[(operand, whole)], self.writer.address(operand)
+        if self.is_scalar:
+            index = self._index(1) if whole or of_group else "0"
+            return f"const float {name} = ({address})[{index or '0'}];"
+        if whole and self.each > 1:
+            return f"const vec {name} = load({address} + {self._index(self.each)}, {self._left()});"
+        index = self._index(1) if whole or of_group else ""
+        return f"const vec {name} = SPLAT(({address})[{index or '0'}]);"
+
+    def _spread(self, value: str) -> str:
+        return value if self.is_scalar else f"SPLAT({value})"
+
+    def _expression(self, instruction: Instruction) -> str:
+        if instruction.operation == "clamp":
+            value, low, high = instruction.operands
+            text = self._value(value)
+            if low != float("-inf"):
+                text = f"maximum({text}, {self._value(low)})"
+            return text if high == float("inf") else f"minimum({text}, {self._value(high)})"
+        return _FORMS[instruction.operation].format(*map(self._value, instruction.operands))
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]

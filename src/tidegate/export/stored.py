@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a program's matrices are stored, and what the program gives with matrices that are stored so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tidegate.fusion.interpret import Step
+from tidegate.fusion.program import Instruction, Program
+from tidegate.quantization import Quantized, product, quantize_rows
+
+KINDS = ("float32", "bfloat16", "int8")
+_SMALLEST = 16  # rows and columns: smaller ones stay float32, they weigh nothing and an output layer is among them
+
+Stored = Tensor | Quantized
+
+
+def stored(matrices: Sequence[Tensor], weights: str) -> list[Stored]:
+    """Matrices (blocks, rows, columns) as they are stored: float32 or bfloat16 tensors, or quantized."""
+    return [_stored(matrix, weights) if min(matrix.shape[1:]) >= _SMALLEST else matrix for matrix in matrices]
+
+
+def _stored(matrix: Tensor, weights: str) -> Stored:
+    if weights == "int8":
+        return quantize_rows(matrix)
+    return matrix.bfloat16() if weights == "bfloat16" else matrix
+
+
+def evaluate(
+    program: Program, x: Tensor, states: Sequence[Tensor], vectors: Sequence[Tensor], matrices: Sequence[Stored]
+) -> Tensor:
+    """The output (T, m) of a sequence of one row (T, n), step by step, by the arithmetic of `tidegate.quantization`."""
+    current, outputs = list(states), list[Tensor]()
+    for t in range(x.shape[0]):
+        step = _StoredStep(program, [x[t : t + 1]], current, vectors, matrices)
+        outputs.append(step.value(program.outputs[0]))
+        current = [step.value(operand) for operand in program.next_states]
+    return torch.cat(outputs)
+
+
+class _StoredStep(Step):
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        matrices: Sequence[Stored],
+    ) -> None:
+        self.stored = matrices
+        super().__init__(program, inputs, states, vectors, (), 1, (*states, *inputs)[0])
+
+    def product(self, instruction: Instruction, operand: Tensor) -> Tensor:
+        matrix, groups = self.stored[instruction.matrix], instruction.groups
+        parts = operand.reshape(groups, -1)
+        blocks = (matrix.numbers if isinstance(matrix, Quantized) else matrix).shape[0]
+        results = [_multiplied(part, matrix, k if blocks > 1 else 0) for k, part in enumerate(parts)]
+        result = torch.cat(results).unsqueeze(0)
+        return result if instruction.bias is None else result + self.value(instruction.bias)
+
+
+def _multiplied(x: Tensor, matrix: Stored, block: int) -> Tensor:
+    if isinstance(matrix, Quantized):
+        return product(x, Quantized(matrix.numbers[block], matrix.scales[block]))
+    return torch.mv(matrix[block].float(), x)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""int8 and bfloat16 weights: the arithmetic, in torch's operations, that every backend of it has to give.
+
+A matrix is quantized row by row, symmetrically: w = q s with s = max|w| / 127 and q in -127..127. What it multiplies is
+quantized as it comes, with one scale for all its numbers: x = p t with t = max|x| / 127. Sums of q p are exact
+integers; then y = (sum q p) (s t). Rounding is to nearest, halves to even.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+
+
+class Quantized(NamedTuple):
+    """A matrix (..., rows, columns).
+
+    Attributes:
+        numbers: int8, of its shape.
+        scales: float32 (..., rows); of a row of zeros 0.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+
+
+def quantize_rows(weight: Tensor) -> Quantized:
+    """A matrix (..., rows, columns), each row with a scale of its own."""
+    numbers, scales = _quantize(weight.float())
+    return Quantized(numbers.to(torch.int8), scales)
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    largest = x.abs().amax(-1)
+    factor = torch.where(largest > 0, LARGEST / largest, 0.0)
+    return torch.round(x * factor.unsqueeze(-1)), largest / LARGEST
+
+
+def product(x: Tensor, weight: Quantized) -> Tensor:
+    """x (columns) quantized as it comes, by a matrix (rows, columns): float32 (rows)."""
+    numbers, scale = _quantize(x.float())
+    # Sums below 2^53 are exact in float64.
+    sums = torch.mv(weight.numbers.double(), numbers.double()).float()
+    return sums * (weight.scales * scale)

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models written as C, compiled with gcc and held against PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import WARNINGS, Drawn, Recurrent, compiled, error, models
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tidegate as tg
+import tidegate.cells
+from tidegate.quantization import product, quantize_rows
+
+FILES = ["CMakeLists.txt", "README.md", "model.c", "model.h", "model_test.c"]
+TOLERANCE = 1e-5  # of the output's scale
+
+needs_clang = pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
+
+
+class Amplifier(nn.Module):
+    """The shape of a guitar amplifier's model: one sample in, one out, added to the input."""
+
+    def __init__(self, size: int = 40, kind: Any = nn.GRU, **options: Any) -> None:
+        super().__init__()
+        self.rec = kind(1, size, batch_first=True, **options)
+        self.lin = nn.Linear(size, 1)
+
+    def forward(self, x: Tensor, h: Any = None) -> tuple[Tensor, Any]:
+        y, h = self.rec(x, h)
+        return self.lin(y) + x, h
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(models(), st.data())
+def test_any_model(tmp_path_factory: Any, made: Drawn, data: st.DataObject) -> None:
+    model, x = made.model, made.x
+    folder = tg.export_c(model, x[:, :40], tmp_path_factory.mktemp("any"))
+    flags = data.draw(st.sampled_from([["-O2", "-march=native"], ["-O1"], ["-O2", "-DPLAIN_C"]]))
+    exported = compiled(folder, flags)
+    with torch.no_grad():
+        theirs = model(x)[0]
+        expected = model.double()(x.double())[0].float()
+    # A LayerNorm of nearly equal numbers magnifies roundings: there PyTorch itself is as far off.
+    most = max(TOLERANCE, 4 * error(theirs, expected))
+    assert error(exported.process(x[0]), expected) < most
+    # Blocks of any cut, and single steps.
+    exported.reset()
+    cuts = sorted(data.draw(st.lists(st.integers(0, 200), max_size=3)))
+    blocks = zip([0, *cuts], [*cuts, 200], strict=True)
+    assert error(torch.cat([exported.process(x[0, a:b]) for a, b in blocks]), expected) < most
+    exported.reset()
+    assert error(torch.stack([exported.step(x[0, t]) for t in range(20)]), expected[:20]) < 20 * most
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 33, 40, 64, 127])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_sizes(tmp_path: Path, kind: Any, size: int) -> None:
+    torch.manual_seed(size)
+    model, x = Amplifier(size, kind), torch.randn(1, 200, 1)
+    exported = compiled(tg.export_c(model, x, tmp_path))
+    with torch.no_grad():
+        assert error(exported.process(x[0]), model(x)[0][0]) < TOLERANCE
+
+
+def test_the_state_is_plain_numbers(tmp_path: Path) -> None:
+    x = torch.randn(1, 50, 1)
+    exported = compiled(tg.export_c(Amplifier(8), x, tmp_path))
+    first = exported.process(x[0, :30])
+    saved = exported.state.clone()
+    rest = exported.process(x[0, 30:])
+    exported.reset()
+    assert torch.equal(exported.process(x[0, :30]), first)
+    exported.state.copy_(saved)
+    assert torch.equal(exported.process(x[0, 30:]), rest)
+
+
+def test_resets_in_blocks(tmp_path: Path) -> None:
+    layer = tg.GRU(3, 5, batch_first=True)
+    x, resets = torch.randn(1, 50, 3), torch.rand(50) < 0.2
+    exported = compiled(tg.export_c(layer, x, tmp_path, resets=True))
+    with torch.no_grad():
+        expected = layer(x, resets=resets.unsqueeze(0))[0][0]
+    assert error(exported.process(x[0], resets), expected) < TOLERANCE
+
+
+def test_an_initial_state_of_the_models_own(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(2, 6, batch_first=True)
+            self.first = nn.Parameter(torch.randn(1, 1, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gru(x, self.first.expand(1, x.shape[0], 6).contiguous())[0]
+
+    model, x = Model(), torch.randn(1, 20, 2)
+    exported = compiled(tg.export_c(model, x, tmp_path))
+    with torch.no_grad():
+        assert error(exported.process(x[0]), model(x)[0]) < TOLERANCE
+
+
+def test_what_a_model_gives_for_a_whole_sequence(tmp_path: Path) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(11, 4)
+            self.lstm = nn.LSTM(4, 5, proj_size=3, num_layers=2, batch_first=True)
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, index: Tensor) -> Tensor:
+            return self.last(self.lstm(self.embedding(index))[1][0][-1])
+
+    model, index = Words(), torch.randint(0, 11, (1, 30))
+    exported = compiled(tg.export_c(model, index, tmp_path))
+    with torch.no_grad():
+        assert error(exported.process(index[0])[-1], model(index)[0]) < TOLERANCE
+
+
+def test_cells_in_the_models_own_loop(tmp_path: Path) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.GRUCell(3, 5), nn.LSTMCell(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.new_zeros(x.shape[0], 5)
+            state, outputs = None, []
+            for t in range(x.shape[1]):
+                h = self.first(x[:, t], h)
+                state = self.second(h, state)
+                outputs.append(state[0])
+            return torch.stack(outputs, 1)
+
+    model, x = Loop(), torch.randn(1, 40, 3)
+    exported = compiled(tg.export_c(model, x, tmp_path))
+    with torch.no_grad():
+        assert error(exported.process(x[0]), model(x)[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+def test_forms_of_the_example(tmp_path: Path, time_major: bool) -> None:
+    layer, x = nn.GRU(3, 4, batch_first=not time_major), torch.randn(20, 3)
+    one = tg.export_c(layer, x, tmp_path / "a")
+    two = tg.export_c(layer, x.unsqueeze(1 if time_major else 0), tmp_path / "b")
+    assert all((one / file).read_bytes() == (two / file).read_bytes() for file in FILES)
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Recurrent(nn.GRU(4, 4, batch_first=True)), nn.Dropout(0.5)).double()
+    tg.export_c(model, torch.randn(1, 20, 3), tmp_path)
+    assert model.training
+    assert type(model[1].layer) is nn.GRU
+    assert model[0].weight.dtype is torch.float64
+    assert model[0].weight.requires_grad
+
+
+# Shorter weights
+
+
+def test_int8_is_what_torch_quantizes() -> None:
+    weight, x = torch.randn(7, 20), torch.randn(20)
+    weight[3] = 0
+    made = quantize_rows(weight)
+    rest = [row for row in range(7) if row != 3]
+    zeros = torch.zeros(6, dtype=torch.int32)
+    theirs = torch.fake_quantize_per_channel_affine(weight[rest], made.scales[rest], zeros, 0, -127, 127)
+    assert torch.allclose(made.numbers[rest] * made.scales[rest].unsqueeze(-1), theirs, 0, 1e-7)
+    assert torch.equal(made.numbers[3], torch.zeros(20, dtype=torch.int8))
+    step = float(x.abs().max()) / 127
+    whole = torch.round(x / step)
+    expected = (made.numbers.double() @ whole.double()) * made.scales.double() * step
+    assert error(product(x, made).double(), expected) < 1e-6
+
+
+@pytest.mark.parametrize(("weights", "apart"), [("bfloat16", 0.01), ("int8", 0.03)])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_shorter_weights(tmp_path: Path, kind: Any, weights: str, apart: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(Recurrent(kind(33, 70, 2, batch_first=True)), nn.Linear(70, 18), nn.Linear(18, 2))
+    x = torch.randn(1, 200, 33)
+    whole = compiled(tg.export_c(layer, x, tmp_path / "whole"))
+    short = compiled(tg.export_c(layer, x, tmp_path / "short", weights=weights))
+    with torch.no_grad():
+        expected = layer(x)[0]
+    assert error(whole.process(x[0]), expected) < TOLERANCE
+    assert error(short.process(x[0]), expected) < apart
+    assert f"; {weights}: at most" in (tmp_path / "short" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [["-O3", "-march=native"], ["-O3", "-mavx2", "-mfma"], ["-O2"], ["-Os", "-DPLAIN_C"]])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("compiler", ["gcc", "g++", pytest.param("clang", marks=needs_clang)])
+def test_shorter_weights_everywhere(tmp_path: Path, compiler: str, weights: str, flags: list[str]) -> None:
+    """The self-test's numbers are what the arithmetic gives in Python."""
+    if "-mavx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX2")
+    torch.manual_seed(0)
+    blocks = tg.Recurrent(tg.cells.LayerNormGRUCell(19, 35), batch_first=True)
+    folder = tg.export_c(
+        nn.Sequential(Recurrent(blocks), nn.Linear(35, 17)), torch.randn(1, 60, 19), tmp_path, weights=weights
+    )
+    language = ["-x", "c++"] if compiler == "g++" else ["-std=c99"]
+    program = tmp_path / "test"
+    run(compiler, *language, *WARNINGS, *flags, folder / "model.c", folder / "model_test.c", "-o", program)
+    run(program)
+    if compiler == "gcc":
+        sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
+        run("gcc", "-std=c99", "-O1", *flags[1:], *sanitize, folder / "model.c", folder / "model_test.c", "-o", program)
+        run(program)
+
+
+# What is written
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    torch.manual_seed(0)
+    x = torch.randn(1, 100, 3)
+    stack = nn.Sequential(Recurrent(nn.LSTM(3, 21, 2, batch_first=True)), nn.LayerNorm(21), nn.Linear(21, 3), nn.GELU())
+    return tg.export_c(stack, x, tmp_path_factory.mktemp("written"))
+
+
+def test_the_files(folder: Path) -> None:
+    assert sorted(file.name for file in folder.iterdir()) == FILES
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_same_bytes_every_time(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 100, 3)
+    stack = nn.Sequential(Recurrent(nn.LSTM(3, 21, 2, batch_first=True)), nn.LayerNorm(21), nn.Linear(21, 3), nn.GELU())
+    again = tg.export_c(stack, x, tmp_path)
+    assert all((folder / file).read_bytes() == (again / file).read_bytes() for file in FILES)
+
+
+@pytest.mark.parametrize("flags", [["-O3", "-march=native"], ["-O3", "-mavx2", "-mfma"], ["-O3"], ["-Os", "-DPLAIN_C"]])
+@pytest.mark.parametrize(
+    "compiler",
+    [["gcc", "-std=c99"], ["g++", "-x", "c++"], pytest.param(["clang", "-std=c99"], marks=needs_clang)],
+    ids=lambda words: words[0],
+)
+def test_it_compiles_without_a_warning_and_its_test_passes(
+    folder: Path, tmp_path: Path, compiler: list[str], flags: list[str]
+) -> None:
+    if "-mavx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX2")
+    program = tmp_path / "test"
+    run(*compiler, *WARNINGS, *flags, folder / "model.c", folder / "model_test.c", "-o", program)
+    assert "largest difference" in run(program)
+
+
+def test_cmake_builds_it(folder: Path, tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    run("cmake", "-S", folder, "-B", tmp_path)
+    run("cmake", "--build", tmp_path)
+    run("ctest", "--test-dir", tmp_path)
+
+
+@pytest.mark.parametrize("flags", [["-march=native"], [], ["-DPLAIN_C"]])
+def test_under_sanitizers(folder: Path, tmp_path: Path, flags: list[str]) -> None:
+    program = tmp_path / "test"
+    sanitize = "-fsanitize=address,undefined"
+    files = (folder / "model.c", folder / "model_test.c")
+    run("gcc", "-std=c99", "-O1", *flags, sanitize, "-fno-sanitize-recover", *files, "-o", program)
+    run(program)
+
+
+@pytest.mark.parametrize("flags", [["-O3", "-march=native"], ["-Os", "-DPLAIN_C"]])
+def test_it_calls_nothing_and_keeps_nothing(folder: Path, tmp_path: Path, flags: list[str]) -> None:
+    file = tmp_path / "model.o"
+    run("gcc", "-std=c99", *flags, "-c", folder / "model.c", "-o", file)
+    kinds = {line.split()[-1]: line.split()[-2] for line in run("nm", file).splitlines()}
+    assert {name for name, kind in kinds.items() if kind == "U"} <= {"memcpy", "memset", "memmove"}
+    assert {name for name, kind in kinds.items() if kind in "BbDdCc"} == set()
+    assert {name for name, kind in kinds.items() if kind == "T"} == {"model_reset", "model_step", "model_process"}
+
+
+# What is refused
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 8, batch_first=True)
+        self.look = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.gru(x)[0]
+        return self.look(y, y, y)[0]
+
+
+class Mean(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(x)[0].mean(1, keepdim=True) + self.gru(x)[0]
+
+
+class OwnGRU(nn.GRU):
+    pass
+
+
+class Branch(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if float(input.detach().sum()) > -1e9 else input
+
+
+def _conv(**options: Any) -> nn.Module:
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 3, **options)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+    return Conv()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Attention(), r"look \(MultiheadAttention\): attention looks at all steps"),
+        (Mean(), r"model \(Mean\): a step of it is not what it gives over a whole sequence"),
+        (nn.GRU(4, 4, bidirectional=True), r"model \(GRU\): it runs both ways"),
+        (tg.GRU(4, 4, reverse=True), r"model \(GRU\): it runs from the end"),
+        (_conv(padding=1), r"conv \(Conv1d\): it looks ahead"),
+        (_conv(), r"conv \(Conv1d\): .*shorter than its input: put 2 steps of zeros before it"),
+        (_conv(stride=2, padding=2), r"conv \(Conv1d\): its stride over time is 2"),
+        (nn.GRU(4, 4), "it is given several steps for one step of the input: does the example have its time first"),
+        (nn.Sequential(Recurrent(OwnGRU(4, 4, batch_first=True))), r"0.layer \(OwnGRU\): a subclass of torch.nn.GRU"),
+        (Branch(4, 4), "it cannot be traced: it looks at values"),
+        (nn.Sequential(nn.Linear(5, 4)), r"0 \(Linear\): a step of it raised RuntimeError"),
+        (nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), r"1 \(Softmax\): a step of it is not what it gives"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_refusals_name_the_module_and_leave_nothing(tmp_path: Path, model: nn.Module, message: str) -> None:
+    with pytest.raises(tg.ConversionError, match=message):
+        tg.export_c(model, torch.randn(1, 20, 4), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"example": [1.0]}, TypeError, "example: expected a tensor"),
+        ({"example": torch.zeros(3)}, ValueError, r"example: expected \(T, I\), .* got \(3,\)"),
+        ({"example": torch.zeros(2, 5, 3)}, ValueError, "example: expected one sequence"),
+        ({"model": len}, TypeError, "model: expected a torch.nn.Module, got builtin_function"),
+        ({"name": "a-b"}, ValueError, "name: expected letters"),
+        ({"name": "test"}, ValueError, "name: expected none of"),
+        ({"weights": "int4"}, ValueError, "weights: expected one of"),
+        ({"out": __file__}, ValueError, "out: expected a folder"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], error: Any, message: str) -> None:
+    given = {"model": nn.GRU(3, 4), "example": torch.zeros(5, 3), "out": tmp_path / "out", **arguments}
+    with pytest.raises(error, match=message):
+        tg.export_c(**given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tg.export_c(nn.GRU(3, 4), torch.zeros(5, 3), tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    (out / "mine.txt").write_text("mine")
+    written: list[Path] = []
+    plain = Path.write_bytes
+
+    def failing(self: Path, content: bytes) -> int:
+        written.append(self)
+        if len(written) == 3:
+            raise OSError("no space left")
+        return plain(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", failing)
+    with pytest.raises(OSError, match="no space left"):
+        tg.export_c(nn.GRU(3, 4), torch.zeros(5, 3), out)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before | {"mine.txt": b"mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from tidegate.cli.app import app
+
+    text = "import torch\ndef build():\n    return torch.nn.GRU(3, 4), torch.zeros(5, 1, 3)\n"
+    (tmp_path / "my_export_model.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["export", "my_export_model:build", "--out", "c", "--name", "amp"])
+    assert done.exit_code == 0, done.output
+    assert sorted(file.name for file in (tmp_path / "c").iterdir())[-2:] == ["amp.h", "amp_test.c"]
+    failed = CliRunner().invoke(app, ["export", "my_export_model:nothing", "--out", "d"])
+    assert failed.exit_code == 1
+    assert "my_export_model has no 'nothing'" in failed.output
