@@ -205,6 +205,18 @@ def test_bench_refuses_a_shape_that_is_none(text: str) -> None:
     assert "--shape: expected B,T,I,H" in result.stderr
 
 
+@pytest.mark.parametrize(("slower", "code"), [(1.0, 0), (1.02, 0), (1.5, 1)])
+def test_bench_check_fails_where_torch_nn_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, code: int
+) -> None:
+    monkeypatch.setattr(measure, "interleave", lambda runs, *_: dict.fromkeys(runs, 1.0) | {"tidegate": slower})
+    options = ["--kind", "rnn", "--mode", "infer", "--shape", "2,3,4,5", "--out", tmp_path]
+    result = run("bench", "--quick", "--check", *options)
+    assert result.exit_code == code
+    told = "slower than torch.nn by more than 3 %:\n  rnn infer B2 T3 I4 H5: 0.67x of torch.nn"
+    assert (told in result.output) == bool(code)
+
+
 def test_bench_refuses_to_time_wrong_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = measure.build_call
 

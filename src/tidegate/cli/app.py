@@ -127,13 +127,16 @@ def bench(
     peers: Annotated[
         bool, typer.Option(help="Also time onnxruntime, openvino and jax where installed; of a --cell torch.compile.")
     ] = True,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if any line is more than 3 % slower than torch.nn.")
+    ] = False,
     out: Annotated[Path, typer.Option(file_okay=False, help="Where JSON files and pictures go.")] = Path("out/bench"),
 ) -> None:
     """Time this machine against torch.nn and other runtimes, your model before and after `tidegate.accelerate`, or any
     cell over a sequence."""
     if cell:
         given = {"--kind": kind, "--layers": layers > 1, "--bidirectional": bidirectional, "--steps": steps}
-        given |= {"--model": model, "--input": example}
+        given |= {"--model": model, "--input": example, "--check": check}
         unused = [name for name, value in given.items() if value]
         cell_modes = tuple(item.value for item in mode or (Mode.infer, Mode.train))
         return _bench_cells(
@@ -150,7 +153,7 @@ def bench(
     modes = tuple(item.value for item in mode or (Mode if model is None else (Mode.infer,)))
     if model is not None or example is not None:
         given = {"--kind": kind, "--shape": shape, "--layers": layers > 1, "--bidirectional": bidirectional}
-        given |= {"--dtype": dtype is not DType.float32, "--steps": steps, "--no-peers": not peers}
+        given |= {"--dtype": dtype is not DType.float32, "--steps": steps, "--no-peers": not peers, "--check": check}
         unused = [name for name, value in given.items() if value]
         return _bench_model(model, example, modes, unused, threads=threads, quick=quick, out=out)
     from tidegate.cli.bench import BenchError, Plan, run_bench
@@ -165,9 +168,13 @@ def bench(
     kinds = tuple(item.value for item in kind or Kind)
     plan = Plan(kinds, modes, shapes, layers, bidirectional, dtype.value, steps, threads, quick, peers)
     try:
-        run_bench(plan, out)
+        slower = run_bench(plan, out)
     except BenchError as error:
         raise _stop(str(error), 1) from None
+    if check and slower:
+        lines = "\n".join(f"  {result.case}: {result.ratio:.2f}x of torch.nn" for result in slower)
+        raise _stop(f"slower than torch.nn by more than 3 %:\n{lines}", 1)
+    return None
 
 
 def _bench_model(

@@ -75,6 +75,8 @@ _ONE_STEP = (
     Shape(1, 1, 512, 512),
     Shape(1, 1, 640, 640),  # transducer predictor
     Shape(33, 1, 16, 16),  # tiny speech enhancement
+    Shape(64, 1, 512, 512),
+    Shape(256, 1, 512, 512),
     Shape(240, 1, 512, 512),  # recommendation
 )
 # Streams, and how many layers each has.

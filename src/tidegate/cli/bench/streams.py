@@ -50,6 +50,11 @@ class StreamResult:
     clock_seconds: float
     notes: list[str] = field(default_factory=list[str])
 
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as torch.nn, by the median."""
+        return self.times_as_fast("tidegate")
+
     def sessions_per_core(self, name: str) -> float:
         """Rows that a core can advance by one step in each 10 ms frame, at the median latency."""
         return self.case.shape.batch * FRAME_SECONDS / self.latencies[name].p50 / self.threads
