@@ -79,14 +79,8 @@ def _step(call: Call) -> tuple[Tensor, ...]:
     unbatched = call.layout is Layout.UNBATCHED_STEP
     if unbatched:
         input = input.unsqueeze(0)
-    given = call.states
-    if any(state is None for state in given):
-        zeros = input.new_zeros((input.shape[0], call.hidden_size))
-        states = [zeros if state is None else state for state in given]
-    else:
-        states = _given(call)
-    if unbatched:
-        states = [state if state.dim() == 2 else state.unsqueeze(0) for state in states]
+    zeros = input.new_zeros((input.shape[0], call.hidden_size)) if any(state is None for state in call.states) else None
+    states: Any = [zeros if state is None else state.unsqueeze(0) if unbatched else state for state in call.states]
     if call.cell.name == "lstm":
         new = torch.lstm_cell(input, states, *weights)
     elif call.cell.name == "rnn":
