@@ -51,6 +51,8 @@ class Recurrent(torch.nn.Module):
         TypeError, ValueError: names the argument, what was expected and what came.
     """
 
+    checkpoint_every: int = 0
+
     def __init__(
         self,
         cells: Layer | Sequence[Layer],
