@@ -246,7 +246,7 @@ def test_an_accelerated_module_does_not_read_it() -> None:
 def test_less_is_kept() -> None:
     """Bytes that the graph holds on to, as saved-tensor hooks see them."""
 
-    def kept_bytes(layer: torch.nn.Module, x: Tensor) -> int:
+    def kept_bytes(layer: torch.nn.Module, x: Tensor, **options: Any) -> int:
         seen: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -254,12 +254,14 @@ def test_less_is_kept() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer(x)
+            layer(x, **options)
         return sum(seen.values())
 
     x = torch.randn(4096, 1, 1)
     kept, plain = kept_bytes(tg.GRU(1, 16, checkpoint_every=64), x), kept_bytes(tg.GRU(1, 16), x)
     assert kept < plain / 10
+    kept, plain = (kept_bytes(tg.LSTM(1, 16, checkpoint_every=k), x, return_states=True) for k in (64, None))
+    assert kept < plain / 5
 
 
 @pytest.mark.parametrize("make", [
@@ -293,3 +295,100 @@ def test_exported() -> None:
 def assert_same_float(found: list[Tensor], expected: list[Tensor]) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("make", [
+    lambda **kw: tg.LSTM(I, I, 2, **kw),
+    lambda **kw: tg.GRU(I, I, 2, bidirectional=False, **kw),
+    lambda **kw: tg.RNN(I, I, bidirectional=True, **kw),
+    lambda **kw: tg.Recurrent(cells.LayerNormGRUCell(I, I), **kw),
+], ids=["LSTM", "GRU", "RNN", "Recurrent"])  # fmt: skip
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_that_keep_their_graph(make: Any, tied: bool) -> None:
+    """Of the weights, which the entering states come of, too; of weights and states that stand in two places."""
+    kept, plain = twins(make, 4)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    found = []
+    for layer in (kept, plain):
+        if tied and getattr(layer, "num_layers", 1) == 2:
+            layer.weight_hh_l1, layer.weight_ih_l1 = layer.weight_hh_l0, layer.weight_ih_l0
+        weights = list(layer.parameters())
+        first = torch.autograd.grad(layer(x)[0].square().sum(), weights, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), weights)
+        found.append([*(grad.detach() for grad in first), *second])
+    assert_same(*found)
+
+
+def test_a_state_in_two_places() -> None:
+    kept, plain = twins(lambda **kw: tg.LSTM(I, H, **kw), 4)
+    x, s = (torch.randn(n, B, k, dtype=torch.float64, requires_grad=True) for n, k in ((T, I), (1, H)))
+    for create_graph in (False, True):
+        found = [
+            [
+                grad.detach()
+                for grad in torch.autograd.grad(layer(x, (s, s))[0].sum(), [x, s], create_graph=create_graph)
+            ]
+            for layer in (kept, plain)
+        ]
+        assert_same(*found)
+
+
+class Moody(torch.nn.Module):
+    """A cell that does otherwise in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.state_size = torch.nn.Linear(2 * I, I), I
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        new = torch.tanh(self.linear(torch.cat((x, h), -1))) * self.scale
+        return new * 2 if self.training else new
+
+
+@pytest.mark.parametrize("make", [
+    lambda **kw: tg.GRU(I, I, **kw),
+    lambda **kw: tg.Recurrent(tg.GRUCell(I, I), **kw),
+    lambda **kw: tg.Recurrent(torch.nn.LSTMCell(I, I), **kw),
+    lambda **kw: tg.Recurrent(Moody(), **kw),
+], ids=["GRU", "our cell", "torch.nn's cell", "own cell"])  # fmt: skip
+def test_what_changes_between_forward_and_backward(make: Any) -> None:
+    """Tensors that functional_call lent for the forward alone, and the mode."""
+    kept, plain = twins(make, 6)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    lent = {name: 1.5 * tensor.detach() for name, tensor in plain.state_dict().items()}
+    found = []
+    for layer in (kept, plain):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in lent.items()}
+        output, _ = torch.func.functional_call(layer.train(), leaves, (x,))
+        layer.eval()
+        found.append([output.detach(), *torch.autograd.grad(output.square().sum(), list(leaves.values()))])
+        assert not layer.training
+        assert not any(module.training for module in layer.modules())
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("every", [-1, 2.0, True, "8"])
+@pytest.mark.parametrize("make", [lambda: tg.GRU(I, H), lambda: tg.Recurrent(tg.GRUCell(I, H))])
+def test_an_attribute_set_to_what_it_cannot_be(make: Any, every: Any) -> None:
+    layer = make()
+    layer.checkpoint_every = every
+    with pytest.raises(ValueError, match="checkpoint_every: expected a number of steps, or 0 or None for none, got"):
+        layer(torch.randn(T, B, I))
+
+
+def test_a_recurrent_from_before_there_was_checkpoint_every() -> None:
+    layer = tg.Recurrent(tg.GRUCell(I, H))
+    del layer.__dict__["checkpoint_every"]
+    assert pickle.loads(pickle.dumps(layer))(torch.randn(T, B, I))[0].shape == (T, B, H)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_all_states_of_a_long_sequence(kind: str) -> None:
+    kept, plain = twins(lambda **kw: LAYERS[kind](I, H, 2, **kw), 6)
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    found = []
+    for layer in (kept, plain):
+        loss = sum(leaf.square().sum() for leaf in pytree.tree_leaves(layer(x, return_states=True)))
+        found.append([loss.detach(), *torch.autograd.grad(loss, [x, *layer.parameters()])])
+    assert_same(*found)

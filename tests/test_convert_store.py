@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.prune
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -204,8 +204,19 @@ JSON = st.recursive(
 )
 
 
+def test_checkpoint_every_set_to_none(tmp_path):
+    layer = tg.GRU(3, 4, checkpoint_every=8)
+    layer.checkpoint_every = None
+    tg.convert.save(layer, tmp_path / "layer.safetensors")
+    assert tg.convert.load(tmp_path / "layer.safetensors").checkpoint_every == 0
+
+
+# A single layer with dropout is one that torch's constructor makes, with a warning.
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout after all but last")
 @quick
 @given(st.sampled_from(sorted(GOOD["arguments"])), JSON)
+@example("dropout", 1)
+@example("dropout", 0.5)
 def test_any_json_in_an_arguments_place_is_read_or_refused(tmp_path_factory, name, value):
     path = tmp_path_factory.getbasetemp() / "header.safetensors"
     header = {**GOOD, "arguments": {**GOOD["arguments"], name: value}}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from typing import Any
@@ -212,6 +213,66 @@ def test_time_scales_and_saturation() -> None:
         found["f"]
     with pytest.raises(ValueError, match="directions: expected 0 or more, got -1"):
         tg.inspect(layer, torch.randn(T, B, I), directions=-1)
+
+
+def test_a_gate_that_is_one_keeps_for_ever() -> None:
+    found = tg.inspect(tg.LSTM(I, H, forget_bias=40.0), torch.randn(T, B, I))
+    assert found[0].time_scales().tolist() == [float("inf")] * H
+    assert "time scales by f: inf to inf steps, median inf" in str(found)
+
+
+def test_a_reach_whose_square_is_no_float32() -> None:
+    layer = tg.RNN(I, H)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(1e-3)
+    x = torch.randn(11, B, I)
+    found, exact = tg.inspect(layer, x), tg.inspect(layer.double(), x.double())
+    assert float(exact[0].reach["h"].min()) < 1e-30
+    torch.testing.assert_close(found[0].reach["h"].double(), exact[0].reach["h"], rtol=1e-4, atol=0)
+    assert found[0].reach["h"].dtype == torch.float32
+
+
+def test_nothing_changes_but_by_the_call() -> None:
+    """Buffers and random numbers are those that a call leaves."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.state_size = torch.nn.Linear(I + H, H), torch.nn.BatchNorm1d(H), H
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return torch.dropout(torch.tanh(self.norm(self.linear(torch.cat((x, h), -1)))), 0.3, self.training)
+
+    layer, x = tg.Recurrent(Normed()), torch.randn(T, B, I)
+    layer(x)  # the first call tries how the cell can be run
+    twin = copy.deepcopy(layer)
+    torch.manual_seed(1)
+    output, _ = layer(x)
+    random = torch.get_rng_state()
+    torch.manual_seed(1)
+    torch.testing.assert_close(tg.inspect(twin, x).result[0], output)
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(twin.state_dict(), layer.state_dict())
+
+
+def test_nothing_to_see() -> None:
+    layer, x = tg.GRU(I, H), torch.randn(T, B, I)
+    found = tg.inspect(layer, x, lengths=[0] * B)
+    assert str(found) == "gru\n  all rows have length 0"
+    assert found[0].steps_reached().tolist() == [0] * B
+    with pytest.raises(ValueError, match="input: expected steps and rows to look at, got T = 9, B = 0"):
+        tg.inspect(layer, x[:, :0])
+    with pytest.raises(ValueError, match="input: expected steps and rows to look at, got T = 0, B = 3"):
+        tg.inspect(tg.Recurrent(tg.GRUCell(I, H)), x[:0])
+    with pytest.raises(ValueError, match="reach: expected one, got none"):
+        tg.inspect(layer, x, directions=0)[0].steps_reached()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside of torch\.inference_mode"):
+        tg.inspect(layer, x)
+    with torch.no_grad():
+        assert tg.inspect(layer, x)[0].reach["h"].all()
+    for directions in (2.5, "3", True):
+        with pytest.raises(ValueError, match="directions: expected 0 or more, got"):
+            tg.inspect(layer, x, directions=directions)
 
 
 @needs_matplotlib

@@ -126,6 +126,8 @@ def test_a_gate_that_keeps(kind, name, init):
 def test_what_is_no_scheme_of_a_cell():
     with pytest.raises(ValueError, match="init: expected chrono: and the longest dependency in steps, 3 or more"):
         tg.GRU(3, 4, init="chrono")
+    with pytest.raises(ValueError, match=r"init: expected one of torch, .*, got \['keras'\]"):
+        tg.GRU(3, 4, init=["keras"])
     with pytest.raises(ValueError, match="init: chrono is for the gates of an LSTM or a GRU, got it for rnn"):
         tg.RNN(3, 4, init="chrono:20")
     with pytest.raises(ValueError, match="init: expected bias=True with chrono"):

@@ -97,6 +97,12 @@ def test_resets_of_marks() -> None:
     (lambda: rl.resets_of_is_init(torch.full((2, 3), 0.5)), "is_init: expected True and False, or 1 and 0"),
     (lambda: rl.resets_of_episode_starts(torch.zeros(7), 2), r"episode_starts: expected \(B\*T,\), a multiple of seq"),
     (lambda: rl.resets_of_dones(torch.zeros(7)), r"dones: expected \(T, B\)"),
+    (lambda: rl.resets_of_dones(torch.zeros(7, 2), torch.tensor([1, 2])), "first: expected True and False, or 1 and 0"),
+    (
+        lambda: rl.resets_of_dones(torch.zeros(7, 2), torch.zeros(3)),
+        r"first: expected one mark, or \(B,\) = \(2,\), got \(3,\)",
+    ),
+    (lambda: rl.resets_of_episode_starts(torch.zeros(6), 0), "sequences: expected a number of rows, 1 or more, got 0"),
 ])  # fmt: skip
 def test_refusals(call: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -142,6 +142,24 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a piece": ({"data": ["x"]}, TypeError, "data: expected tensors, or nests of them, in every piece, got str"),
     "module": ({"module": lambda x, state: x}, ValueError, r"module: expected it to return \(output, state\), got Ten"),
     "lengths": ({"lengths": [24, 2, 3]}, ValueError, r"lengths: expected 0..T = 0..23, got 24"),
+    "negative lengths": ({"lengths": [3, -1, 3]}, ValueError, r"lengths: expected 0..T = 0..23, got -1"),
+    "negative lengths of pieces": (
+        {"data": [X], "lengths": [3, -1, 3]}, ValueError, "lengths: expected 0 or more, got -1",
+    ),
+    "lengths of pieces": ({"data": [X], "lengths": [24, 2, 3]}, ValueError, r"lengths: expected 0..T = 0..23, got 24"),
+    "a list of resets": (
+        {"resets": [True] * T}, TypeError, "resets: expected a tensor, or a function of a chunk, got list",
+    ),
+    "dim": ({"dim": -3}, ValueError, "dim: expected a dimension, 0 or more, or None, got -3"),
+    "both ways": ({"module": tg.GRU(I, H, bidirectional=True)}, ValueError, "forward alone.*, got bidirectional=True"),
+    "torch.nn's both ways": ({"module": torch.nn.GRU(I, H, bidirectional=True)}, ValueError, "got bidirectional=True"),
+    "reverse": ({"module": tg.LSTM(I, H, reverse=True)}, ValueError, "forward alone.*, got reverse=True"),
+    "a reverse Recurrent": (
+        {"module": tg.Recurrent(tg.GRUCell(I, H), reverse=True)}, ValueError, "forward alone.*, got reverse=True",
+    ),
+    "pairs": (
+        {"module": tg.Recurrent([(tg.GRUCell(I, H), tg.GRUCell(I, H))])}, ValueError, "forward alone.*, got a pair",
+    ),
 }  # fmt: skip
 
 
@@ -150,3 +168,35 @@ def test_refusals(case: str) -> None:
     given, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         list(tg.tbptt(**{"module": tg.GRU(I, H), "data": X, "steps": 5, **given}))
+
+
+def test_wrong_lengths_are_told_before_the_first_chunk() -> None:
+    with pytest.raises(ValueError, match=r"lengths: expected 0..T = 0..23, got 99"):
+        tg.tbptt(tg.GRU(I, H), X, 5, lengths=[99, 2, 3])
+
+
+def test_a_dataloaders_lists() -> None:
+    """Its pieces (input, target) come as lists; a layer would take a list for rows of a batch."""
+    x, target = torch.randn(T, I), torch.randn(T, I)
+    layer = tg.GRU(I, H)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, target), batch_size=6)
+    found = list(tg.tbptt(layer, loader, 5))
+    torch.testing.assert_close(torch.cat([output for _, output in found]), layer(x)[0])
+    torch.testing.assert_close(torch.cat([wanted for (_, wanted), _ in found]), target)
+
+
+def test_a_module_without_a_state() -> None:
+    run = tg.tbptt(lambda x, state: (2 * x, None), X, 5)
+    assert [len(output) for _, output in run] == [5, 5, 5, 5, 3]
+    assert run.state is None
+
+
+def test_an_error_of_the_datas_own() -> None:
+    def pieces() -> Iterator[Tensor]:
+        yield X
+        raise OSError("the disk is gone")
+
+    run = iter(tg.tbptt(tg.GRU(I, H), pieces(), 5))
+    assert [len(next(run)[1]) for _ in range(4)] == [5, 5, 5, 5], "the whole chunks before it"
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(run)

@@ -39,7 +39,9 @@ def resets_of_episode_starts(episode_starts: Tensor, sequences: int) -> Tensor:
         sequences: B, the states' second dimension.
     """
     marks = _read("episode_starts", episode_starts)
-    if marks.dim() != 1 or sequences < 1 or marks.shape[0] % sequences:
+    if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"sequences: expected a number of rows, 1 or more, got {sequences!r}")
+    if marks.dim() != 1 or marks.shape[0] % sequences:
         came = tuple(episode_starts.shape)
         raise ValueError(f"episode_starts: expected (B*T,), a multiple of sequences = {sequences}, got {came}")
     return marks.view(sequences, -1).transpose(0, 1)
@@ -54,10 +56,14 @@ def resets_of_dones(dones: Tensor, first: Tensor | bool = True, time: int = 0) -
         time: the dimension of T.
     """
     marks = _read("dones", dones)
+    begins = _read("first", torch.as_tensor(first, device=marks.device))
     if marks.dim() != 2 or time not in (0, 1):
         raise ValueError(f"dones: expected (T, B), or (B, T) with time=1, got {tuple(dones.shape)} with time={time!r}")
+    rows = marks.shape[1 - time]
+    if begins.shape not in ((), (rows,)):
+        raise ValueError(f"first: expected one mark, or (B,) = ({rows},), got {tuple(begins.shape)}")
     shifted = marks.roll(1, time)
-    shifted.select(time, 0).copy_(torch.as_tensor(first, dtype=torch.bool, device=marks.device))
+    shifted.narrow(time, 0, min(1, marks.shape[time])).copy_(begins.unsqueeze(-1 if time else 0))
     return shifted
 
 

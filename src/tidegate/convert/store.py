@@ -25,7 +25,7 @@ _CLASSES: dict[str, type[torch.nn.Module]] = {
 _NUMBER = (int, float)
 _SIZES = {"input_size": int, "hidden_size": int, "bias": bool, "init": str}
 _LAYER = {"num_layers": int, "batch_first": bool, "dropout": _NUMBER, "bidirectional": bool, "reverse": bool,
-          "checkpoint_every": int}  # fmt: skip
+          "checkpoint_every": (int, type(None))}  # fmt: skip
 
 
 def _argument_types(kind: type[Any]) -> dict[str, Any]:

@@ -23,10 +23,11 @@ __all__ = ["Inspection", "LayerInspection", "inspect"]
 def inspect(module: Callable[..., Any], *args: Any, directions: int = 64, **kwargs: Any) -> Inspection:
     """Run `module(*args, **kwargs)` and note what happens inside every recurrent layer of tidegate's in it.
 
-    It runs step by step, in plain torch operations, and so slowly: choose a few rows. Of a layer of tidegate's the
-    names are the equations': r, z, n, h of a GRU; i, f, g, o, h, c of an LSTM; h of an RNN. Of any other cell in a
-    `Recurrent` or `dynamic_rnn` they are those of the local variables of its forward, as they stand when it returns:
-    whatever holds a row for each row of the batch. Of cells inside of a cell too, under their modules' names.
+    It runs step by step, in plain torch operations, and so slowly: choose a few rows. Buffers are left as a call leaves
+    them. Of a layer of tidegate's the names are the equations': r, z, n, h of a GRU; i, f, g, o, h, c of an LSTM; h of
+    an RNN. Of any other cell in a `Recurrent` or `dynamic_rnn` they are those of the local variables of its forward,
+    as they stand when it returns: whatever holds a row for each row of the batch. Of cells inside of a cell too, under
+    their modules' names.
 
     Args:
         module: a layer, a `Recurrent`, or anything that contains some. torch.nn's layers are seen after `accelerate`.
@@ -37,10 +38,15 @@ def inspect(module: Callable[..., Any], *args: Any, directions: int = 64, **kwar
         an Inspection: one LayerInspection for each layer and direction, in the order in which they run.
 
     Raises:
-        ValueError: there was no recurrent layer to be seen.
+        ValueError: there was no recurrent layer to be seen, or no step or row for it.
+        RuntimeError: in `torch.inference_mode()`, which records no gradients; `torch.no_grad()` is no hindrance.
     """
-    if isinstance(directions, bool) or directions < 0:
+    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"directions: expected 0 or more, got {directions!r}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "inspect: expected to run outside of torch.inference_mode(), where gradients can be followed"
+        )
     found: list[LayerInspection] = []
 
     def note(run: Call | CellRun) -> Any:

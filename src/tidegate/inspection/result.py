@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class LayerInspection:
         if not bool(((gate >= 0) & (gate <= 1)).all()):
             least, most = float(gate.min()), float(gate.max())
             raise ValueError(f"name: expected a gate, with values in 0..1, got {name!r} with {least:.3g}..{most:.3g}")
-        return -1 / gate.log().mean(0)
+        return 1 / gate.log().mean(0).abs()  # of a gate that is 1 throughout infinite
 
     def saturation(self, margin: float = 0.1) -> dict[str, Saturation]:
         """Of each value that stays within 0..1 the shares below `margin` and above 1 - `margin`; of each that stays
@@ -93,7 +92,13 @@ class LayerInspection:
 
     def steps_reached(self, share: float = 0.01) -> Tensor:
         """How many steps back from a row's last the gradient of h_T is still `share` of what it is there, (B,): the
-        steps until h's reach first falls below it."""
+        steps until h's reach first falls below it.
+
+        Raises:
+            ValueError: `inspect` was asked for no directions.
+        """
+        if not self.reach:
+            raise ValueError("reach: expected one, got none; inspect(..., directions=0) follows no gradients")
         norms = next(iter(self.reach.values()))
         backward = norms if self.reverse else norms.flip(0)
         known = ~backward.isnan()
@@ -101,6 +106,8 @@ class LayerInspection:
         return (known & ~fallen).sum(0)
 
     def __str__(self) -> str:
+        if not bool(self.valid.any()):
+            return f"{self.name}\n  all rows have length 0"
         lines = [self.name, f"  {'':10}{'mean':>8}{'least':>8}{'most':>8}{'low':>7}{'high':>7}"]
         shares = self.saturation()
         for name in self.values:
@@ -111,7 +118,7 @@ class LayerInspection:
             lines.append(row)
         if self.carries:
             scales = self.time_scales().double()
-            least, median, most = (float(torch.quantile(scales, share)) for share in (0.0, 0.5, 1.0))
+            least, median, most = (float(number) for number in (scales.min(), scales.median(), scales.max()))
             lines.append(f"  time scales by {self.carries}: {least:.1f} to {most:.1f} steps, median {median:.1f}")
         if self.reach:
             reached = self.steps_reached()

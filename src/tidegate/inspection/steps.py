@@ -90,6 +90,8 @@ class _Walk:
     ) -> None:
         self.step, self.state, self.states, self.valid = step, state, states, valid
         (self.steps, self.rows), self.reverse = sizes, reverse
+        if not (self.steps and self.rows):
+            raise ValueError(f"input: expected steps and rows to look at, got T = {self.steps}, B = {self.rows}")
         self.fresh = over_time.fresh_steps(resets, valid, reverse)
         self.values: list[Named] = [{} for _ in range(self.steps)]
         self.left: list[list[Tensor]] = [[] for _ in range(self.steps)]  # the states that leave each step
@@ -141,7 +143,8 @@ class _Walk:
             drawn = torch.randint(2, (directions, size), generator=torch.Generator().manual_seed(0))
             seeds, scale = (2 * drawn - 1).to(last), float(directions)
         places = [k for k, leaf in enumerate(self.left[0]) if leaf.is_floating_point()]
-        sums = {k: torch.zeros(self.steps, self.rows, dtype=last.dtype, device=last.device) for k in places}
+        # The square of what a float32 holds is often less than a float32 holds.
+        sums = {k: torch.zeros(self.steps, self.rows, dtype=torch.float64, device=last.device) for k in places}
         sources = [leaves[k] for leaves in self.left for k in places]
         for some in seeds.split(max(1, _MOST_NUMBERS // max(1, sum(leaf.numel() for leaf in sources)))):
             rows = some.view(-1, 1, *last.shape[1:]).expand(-1, *last.shape)
@@ -151,8 +154,8 @@ class _Walk:
             for place, gradient in enumerate(found):
                 t, k = divmod(place, len(places))
                 if gradient is not None:
-                    sums[places[k]][t] += gradient.flatten(2).square().sum((0, 2))
-        of_states = {self.states[k]: (total / (size * scale)).sqrt() for k, total in sums.items()}
+                    sums[places[k]][t] += gradient.flatten(2).double().square().sum((0, 2))
+        of_states = {self.states[k]: (total / (size * scale)).sqrt().to(last.dtype) for k, total in sums.items()}
         return {name: self._over_time(list(norms)) for name, norms in of_states.items()}
 
 
@@ -215,12 +218,15 @@ def _held(frames: list[tuple[Any, dict[str, Any]]]) -> Named:
 def _names_of_rows(cell: Any, codes: dict[CodeType, Any], inputs: Nest, state: Nest, noise: Nest | None) -> set[str]:
     """The variables that hold a row for each row of the batch: of a batch with every row twice, twice as many."""
     given = (over_time.at(0, inputs), state, *([] if noise is None else [over_time.at(0, noise)]))
+    buffers = {buffer: buffer.clone() for buffer in cell.buffers()} if isinstance(cell, torch.nn.Module) else {}
     shapes: list[dict[str, tuple[int, ...]]] = []
     for twice in (False, True):
         rows = over_time.mapped(lambda leaf: torch.cat((leaf, leaf)), given) if twice else given
         with torch.random.fork_rng(devices=[]), _returning(codes) as frames, backend("reference"):
             cell(*rows)
         shapes.append({name: tuple(tensor.shape) for name, tensor in _held(frames).items() if tensor.dim()})
+    for buffer, before in buffers.items():
+        buffer.copy_(before)
     once, both = shapes
     return {name for name, shape in once.items() if both.get(name) == (2 * shape[0], *shape[1:])}
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tidegate import ops
 from tidegate.backends import find_faults as find_our_faults
 from tidegate.call import Call, Layer, Layout, layer_by_layer
 from tidegate.cell import Cell, Options, States
-from tidegate.nn import over_time
+from tidegate.nn import over_time, segments
 
 
 class _EveryState(torch.nn.Module):
@@ -43,9 +42,9 @@ _STEPS: WeakKeyDictionary[torch.nn.Module, dict[int, _EveryState]] = WeakKeyDict
 
 
 def run(
-    module: torch.nn.Module, call: Call, find_faults: Callable[[Call], None]
+    module: torch.nn.Module, call: Call, find_faults: Callable[[Call], None], every: int
 ) -> tuple[Tensor, Sequence[Tensor], tuple[Tensor, ...]]:
-    """A recorded call with all its states.
+    """A call with all its states, recorded in segments of `every` steps; 0 to keep everything.
 
     Returns:
         output and final states, as `ops.run`, and of each state (T, L*D, B, size), unbatched (T, L*D, size): what every
@@ -58,11 +57,12 @@ def run(
 
     def run_layer(layer: Layer) -> tuple[Tensor, ...]:
         if len(layer.states) == 1:
-            output, final = ops.run(layer.call())
+            output, final = segments.run(layer.call(), every=every)
             found.append((output,))
             return output, final.squeeze(0)
         step = _step(steps, len(found), layer)
-        everything, finals = over_time.run(step, layer.input, layer.states, layer.lengths, layer.resets, layer.reverse)
+        marks = (layer.lengths, layer.resets, layer.reverse)
+        everything, finals = over_time.run(step, layer.input, layer.states, *marks, every=every)
         found.append(everything)
         return (everything[0], *finals)
 

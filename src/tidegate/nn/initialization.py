@@ -130,7 +130,9 @@ def read_scheme(value: str, cell: Cell) -> str:
     Raises:
         ValueError: it is none of them, or none of this cell's.
     """
-    if isinstance(value, str) and value.startswith("chrono"):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"init: expected one of {', '.join(SCHEMES)}, chrono:784, got {value!r}")
+    if value.startswith("chrono"):
         longest = value.removeprefix(CHRONO)
         if cell not in (LSTM, GRU):
             raise ValueError(f"init: chrono is for the gates of an LSTM or a GRU, got it for {cell.name}")

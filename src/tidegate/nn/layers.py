@@ -239,7 +239,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             find_faults(call)  # before the states are indexed
             call = call._replace(states=self._permuted(states, packed and packed.sorted_indices))
         if return_states:
-            output, finals, states = every_state.run(self, call, find_faults)
+            output, finals, states = every_state.run(self, call, find_faults, every)
             finals = self._permuted(tuple(finals), None)
             return (output, finals, states) if len(states) > 1 else (output, next(iter(finals)), next(iter(states)))
         run = partial(segments.run, every=every) if every else ops.run

@@ -104,8 +104,7 @@ def run(
     given = (inputs,) if noise is None else (inputs, noise)
     run_part = partial(_run_part, cell, whole, reverse, fuse)
     if segments.applies(pytree.tree_leaves(inputs)[0].shape[0], every):
-        reads = list(cell.parameters()) if isinstance(cell, torch.nn.Module) else []
-        return segments.run_cell(run_part, given, state, segments.Marks(lengths, resets), reverse, every, reads)
+        return segments.run_cell(run_part, given, state, segments.Marks(lengths, resets), reverse, every, cell)
     return run_part(given, state, segments.Marks(lengths, resets))
 
 

@@ -51,6 +51,8 @@ class Recurrent(torch.nn.Module):
         TypeError, ValueError: names the argument, what was expected and what came.
     """
 
+    checkpoint_every: int = 0
+
     def __init__(
         self,
         cells: Layer | Sequence[Layer],
@@ -71,6 +73,11 @@ class Recurrent(torch.nn.Module):
             raise ValueError("reverse: expected False with a pair of cells, which runs both ways already")
         if self.dropout > 0 and len(layers) == 1:
             warnings.warn(f"dropout: drops out between layers; {dropout} does nothing with one layer", stacklevel=2)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether there is a layer that runs both ways."""
+        return any(map(_is_pair, self.cells))
 
     def extra_repr(self) -> str:
         given = {name: getattr(self, name) for name in _OPTIONS}
@@ -172,7 +179,7 @@ class Recurrent(torch.nn.Module):
         Raises:
             ValueError: a layer runs in reverse, `state` does not fit, or it is needed and is None.
         """
-        if self.reverse or any(map(_is_pair, self.cells)):
+        if self.reverse or self.has_pairs:
             option = "reverse=False" if self.reverse else "one cell a layer"
             raise ValueError(
                 f"stream: expected {option}; the reverse direction begins at a sequence's last step, "

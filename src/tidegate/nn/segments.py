@@ -8,7 +8,8 @@ Letters: T steps, B rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -78,6 +79,7 @@ def uncompiled(forward: Callable[..., Any], every: int) -> Callable[..., Any] | 
     In the graph there would be a node for each segment, and Inductor would run them all again before the first
     gradient: no memory would be saved.
     """
+    read_every(every)  # an attribute, which may have been set to anything
     if not (every and torch.is_grad_enabled() and torch.compiler.is_compiling()) or torch.compiler.is_exporting():
         return None
     return torch.compiler.disable(forward, reason="tidegate: checkpoint_every runs outside of the graph")
@@ -113,19 +115,19 @@ def run_cell(
     marks: Marks,
     reverse: bool,
     every: int,
-    reads: Sequence[Tensor],
+    cell: Any,
 ) -> tuple[Nest, Nest]:
     """A cell over a sequence, of which nobody knows all the tensors that it reads: torch's checkpoints find them.
 
     Args:
         run_segment: (inputs, entering state, marks) of a segment -> its outputs and the state that leaves it.
         inputs, state, marks, reverse, every: as `in_segments` takes them.
-        reads: those that are known, which must not change in place.
+        cell: of a module the parameters are known, which must not change in place.
     """
     refuse_transforms()
 
     def checkpointed(inputs: Nest, state: Nest, marks: Marks) -> tuple[Nest, Nest]:
-        return checkpoint.checkpoint(_Unchanged(run_segment, reads), inputs, state, marks, use_reentrant=False)
+        return checkpoint.checkpoint(_Unchanged(run_segment, cell), inputs, state, marks, use_reentrant=False)
 
     return in_segments(checkpointed, inputs, state, marks, reverse, every)
 
@@ -183,9 +185,13 @@ class _Segment(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         call = ctx.call.with_tensors(tensors)._replace(lengths=lengths, resets=resets)
         is_first_order = not torch.is_grad_enabled()
-        wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
         if is_first_order:
             call, wanted = detached(call, needs)
+        else:
+            # Aliases: each gradient is of one place, and stops there. The state that enters comes of the weights, too.
+            tensors = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
+            wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+            call = call.with_tensors(tensors)
         with torch.enable_grad(), backend(ctx.named):
             results = ops.run(call)
         pairs = [(result, grad) for result, grad in zip(results, gradients, strict=True) if grad is not None]
@@ -243,18 +249,23 @@ class _Join(torch.autograd.Function):
 
 
 class _Unchanged:
-    """A segment's function: what it reads must be what it was when the function is called again.
+    """A segment's function: when it is called again, the cell is for that call what it was at first, with the tensors
+    that `functional_call` lent it, and in train or eval mode.
 
     Raises:
         RuntimeError: a tensor was changed in place, as torch says it.
     """
 
-    def __init__(self, function: Callable[[Nest, Nest, Marks], tuple[Nest, Nest]], reads: Sequence[Tensor]) -> None:
-        self.function, self.reads = function, reads
+    def __init__(self, function: Callable[[Nest, Nest, Marks], tuple[Nest, Nest]], cell: Any) -> None:
+        self.function = function
+        self.cell = cell if isinstance(cell, torch.nn.Module) else torch.nn.Module()
+        self.reads = dict(self.cell.named_parameters())
+        self.held = {**self.reads, **dict(self.cell.named_buffers())}
+        self.modes = {module: module.training for module in self.cell.modules()}
         self.versions: list[int] = []
 
     def __call__(self, inputs: Nest, state: Nest, marks: Marks) -> tuple[Nest, Nest]:
-        tensors = [leaf for leaf in (*self.reads, *pytree.tree_leaves((inputs, state))) if leaf is not None]
+        tensors = [leaf for leaf in (*self.reads.values(), *pytree.tree_leaves((inputs, state))) if leaf is not None]
         versions = [version_of(tensor) for tensor in tensors]
         self.versions = self.versions or versions
         for tensor, now, then in zip(tensors, versions, self.versions, strict=True):
@@ -264,7 +275,37 @@ class _Unchanged:
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"{what} is at version {now}; expected version {then} instead."
                 )
-        return self.function(inputs, state, marks)
+        now = {**dict(self.cell.named_parameters()), **dict(self.cell.named_buffers())}
+        others = {name: tensor for name, tensor in self.held.items() if now.get(name) is not tensor}
+        with _in_modes(self.modes):
+            if not others:
+                return self.function(inputs, state, marks)
+            lent = {f"cell.{name}": tensor for name, tensor in others.items()}
+            return torch.func.functional_call(_Around(self.cell, self.function), lent, (inputs, state, marks))
+
+
+class _Around(torch.nn.Module):
+    """A function that calls a module, as a module that has it."""
+
+    def __init__(self, cell: torch.nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.cell, self.function = cell, function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+@contextmanager
+def _in_modes(modes: dict[torch.nn.Module, bool]) -> Generator[None]:
+    """Modules in train or eval mode as given, inside the block."""
+    others = {module: module.training for module, mode in modes.items() if module.training is not mode}
+    for module in others:
+        module.training = modes[module]
+    try:
+        yield
+    finally:
+        for module, mode in others.items():
+            module.training = mode
 
 
 def _between(marks: Marks, start: int, end: int) -> Marks:

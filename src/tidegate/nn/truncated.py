@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tidegate.nn.layers import RecurrentLayer
+from tidegate.nn.recurrent import Recurrent
+
 Nest: TypeAlias = Any  # a tensor, or any nest of tuples, lists and dicts of tensors
 Marks: TypeAlias = "Tensor | Callable[[Nest], Tensor] | None"
 
@@ -36,7 +39,8 @@ class tbptt:  # noqa: N801  (it is called like a function; an object because it 
         data: one sequence, or what it comes in, piece by piece. A sequence is a tensor, or a tuple whose first part is
             the module's input and whose others, targets say, are cut alike; a part may be a nest of tensors. Any other
             iterable, a generator or a DataLoader say, gives pieces of that form, of any lengths: they are cut and
-            joined to chunks, and never held for longer than a chunk needs.
+            joined to chunks, and never held for longer than a chunk needs. A piece that is a list, as a DataLoader
+            makes it, is taken as a tuple.
         steps: of a chunk; the last one may be shorter.
         state: the state that enters the first step, as `module` takes it; None for its zeros.
         resets: bool, cut like `data` and handed on as `resets=`; or a function that gives a chunk's, of the chunk.
@@ -71,12 +75,21 @@ class tbptt:  # noqa: N801  (it is called like a function; an object because it 
         if not isinstance(data, (Tensor, tuple, Iterable)):
             came = type(data).__name__
             raise TypeError(f"data: expected a tensor, a tuple of them, or an iterable of such pieces, got {came}")
+        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"dim: expected a dimension, 0 or more, or None, got {dim!r}")
+        way = _other_way(module)
+        if way:
+            raise ValueError(f"module: expected one that runs forward alone, as a chunk knows no later one, got {way}")
         is_whole = isinstance(data, (Tensor, tuple))
+        if resets is not None and not isinstance(resets, Tensor) and not callable(resets):
+            raise TypeError(f"resets: expected a tensor, or a function of a chunk, got {type(resets).__name__}")
         if isinstance(resets, Tensor) and not is_whole:
             raise TypeError("resets: expected a function of a chunk with data that comes in pieces, got a Tensor")
         self.module, self.data, self.steps, self.state = module, data, steps, state
         self._first, self._resets, self._dim = state, resets, dim
         self._lengths = None if lengths is None else torch.as_tensor(lengths)
+        if self._lengths is not None:
+            self._check_lengths(_steps_of(data, self._time(data)) if is_whole else None)
 
     def __iter__(self) -> Iterator[tuple[Nest, Any]]:
         self.state, start = self._first, 0
@@ -89,15 +102,23 @@ class tbptt:  # noqa: N801  (it is called like a function; an object because it 
                 given["lengths"] = (self._lengths - start).clamp(0, count)
             start += count
             yield chunk, self._run(_input(chunk), given)
-        if self._lengths is not None and self._lengths.numel() and int(self._lengths.max()) > start:
-            raise ValueError(f"lengths: expected 0..T = 0..{start}, got {int(self._lengths.max())}")
+        if self._lengths is not None:
+            self._check_lengths(start)
+
+    def _check_lengths(self, steps: int | None) -> None:
+        """Against T; None while it is not known."""
+        given = [] if self._lengths is None else self._lengths.flatten().tolist()
+        wrong = [length for length in given if length < 0 or (steps is not None and length > steps)]
+        if wrong:
+            expected = "0 or more" if steps is None else f"0..T = 0..{steps}"
+            raise ValueError(f"lengths: expected {expected}, got {wrong[0]}")
 
     def _run(self, input: Nest, given: dict[str, Any]) -> Any:
         result = self.module(input, self.state, **given)
         if not isinstance(result, tuple) or len(result) != 2:
             raise ValueError(f"module: expected it to return (output, state), got {type(result).__name__}")
         output, state = result
-        self.state = pytree.tree_map(Tensor.detach, state)
+        self.state = pytree.tree_map_only(Tensor, Tensor.detach, state)
         return output
 
     def _chunks(self) -> Iterator[tuple[Nest, ...]]:
@@ -119,7 +140,7 @@ class tbptt:  # noqa: N801  (it is called like a function; an object because it 
 
     def _pieces(self) -> Iterable[tuple[Nest, ...]]:
         if not isinstance(self.data, (Tensor, tuple)):
-            return ((piece,) for piece in self.data)
+            return ((tuple(piece) if isinstance(piece, list) else piece,) for piece in self.data)
         return [(self.data, self._resets) if isinstance(self._resets, Tensor) else (self.data,)]
 
     def _time(self, data: Nest) -> int:
@@ -127,6 +148,17 @@ class tbptt:  # noqa: N801  (it is called like a function; an object because it 
         if self._dim is not None:
             return self._dim
         return 1 if getattr(self.module, "batch_first", False) and _tensors(_input(data))[0].dim() > 2 else 0
+
+
+def _other_way(module: Any) -> str:
+    """Of a layer or a `Recurrent` that runs backward, too, what says so."""
+    if isinstance(module, torch.nn.RNNBase) and module.bidirectional:
+        return "bidirectional=True"
+    if isinstance(module, RecurrentLayer) and module._is_reverse():
+        return "reverse=True"
+    if isinstance(module, Recurrent):
+        return "reverse=True" if module.reverse else "a pair of cells" if module.has_pairs else ""
+    return ""
 
 
 def _input(data: Nest) -> Nest:
