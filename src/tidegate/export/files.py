@@ -83,29 +83,35 @@ def files(compiled: Compiled, made: Source, name: str, weights: str, resets: boo
 
 
 def write(folder: Path, contents: Mapping[str, str | bytes]) -> Path:
-    """Put files into a folder: first beside it, then all by renaming."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """Put files into a folder: first aside, then all by renaming."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in contents:
+        if (folder / file).is_dir():
+            raise ValueError(f"out: expected files to replace, got the folder {folder / file}")
+    aside = Path(tempfile.mkdtemp(prefix=".tidegate-", dir=folder))
     try:
         for file, content in contents.items():
-            (beside / file).write_bytes(content.encode() if isinstance(content, str) else content)
-        if not folder.exists():
-            beside.chmod(0o755)
-            os.replace(beside, folder)
-            return folder
+            (aside / file).write_bytes(content.encode() if isinstance(content, str) else content)
         for file in contents:
-            os.replace(beside / file, folder / file)
+            os.replace(aside / file, folder / file)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
     return folder
 
 
 # CMake's own targets.
-_RESERVED = ("all", "clean", "help", "install", "package", "test")
+_TARGETS = ("all", "clean", "help", "install", "package", "test")
+# Headers that the files include: NAME.h would stand before them.
+_HEADERS = ("immintrin", "stdint", "stdio", "time", "wasm_simd128")
 
 
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise ValueError(f"name: expected letters, digits and _, beginning with a letter, got {name!r}")
-    if name in _RESERVED:
-        raise ValueError(f"name: expected none of {', '.join(_RESERVED)}, CMake's own targets, got {name!r}")
+    if name in _TARGETS:
+        raise ValueError(f"name: expected none of {', '.join(_TARGETS)}, CMake's own targets, got {name!r}")
+    if name in _HEADERS:
+        raise ValueError(f"name: expected none of {', '.join(_HEADERS)}, the compiler's own headers, got {name!r}")
