@@ -125,6 +125,11 @@ def test_what_a_model_gives_for_a_whole_sequence(tmp_path: Path) -> None:
         assert error(exported.process(index[0])[-1], model(index)[0]) < TOLERANCE
 
 
+def test_an_index_that_the_embedding_does_not_have_is_a_row_of_zeros(tmp_path: Path) -> None:
+    exported = compiled(tg.export_c(nn.Embedding(5, 3), torch.arange(5), tmp_path))
+    assert torch.equal(exported.process(torch.tensor([5.0, -1.0, 0.5])), torch.zeros(3, 3))
+
+
 def test_cells_in_the_models_own_loop(tmp_path: Path) -> None:
     class Loop(nn.Module):
         def __init__(self) -> None:
