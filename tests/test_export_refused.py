@@ -126,6 +126,7 @@ def test_refusals_name_the_module_and_leave_nothing(tmp_path: Path, model: nn.Mo
         ({"name": "time"}, ValueError, "name: expected none of .* headers"),
         ({"name": "test"}, ValueError, "name: expected none of"),
         ({"weights": "int4"}, ValueError, "weights: expected one of"),
+        ({"out": None}, TypeError, "out: expected a path, got NoneType"),
         ({"out": __file__}, ValueError, "out: expected a folder"),
     ],
 )

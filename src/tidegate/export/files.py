@@ -21,7 +21,7 @@ from tidegate.export.templates import cmake, header, implementation, readme, sel
 def export_c(
     model: Any,
     example: Any,
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     name: str = "model",
     weights: str = "float32",
@@ -59,9 +59,7 @@ def export_c(
     _check_name(name)
     if weights not in KINDS:
         raise ValueError(f"weights: expected one of {', '.join(KINDS)}, got {weights!r}")
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {folder}")
+    folder = _folder(out)
     if wasm:
         wasm_files.check_tools()
     compiled = compile_step(model, example, weights)
@@ -106,6 +104,15 @@ def write(folder: Path, contents: Mapping[str, str | bytes]) -> Path:
 _TARGETS = ("all", "clean", "help", "install", "package", "test")
 # Headers that the files include: NAME.h would stand before them.
 _HEADERS = ("immintrin", "stdint", "stdio", "time", "wasm_simd128")
+
+
+def _folder(out: Any) -> Path:
+    if not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"out: expected a path, got {type(out).__name__}")
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: expected a folder, got the file {folder}")
+    return folder
 
 
 def _check_name(name: Any) -> None:
