@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import WARNINGS, Drawn, Recurrent, compiled, error, models
+from exported import WARNINGS, Drawn, Function, Recurrent, compiled, error, models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -125,6 +125,11 @@ def test_what_a_model_gives_for_a_whole_sequence(tmp_path: Path) -> None:
         assert error(exported.process(index[0])[-1], model(index)[0]) < TOLERANCE
 
 
+def test_an_index_that_the_embedding_does_not_have_is_a_row_of_zeros(tmp_path: Path) -> None:
+    exported = compiled(tg.export_c(nn.Embedding(5, 3), torch.arange(5), tmp_path))
+    assert torch.equal(exported.process(torch.tensor([5.0, -1.0, 0.5])), torch.zeros(3, 3))
+
+
 def test_cells_in_the_models_own_loop(tmp_path: Path) -> None:
     class Loop(nn.Module):
         def __init__(self) -> None:
@@ -163,6 +168,23 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert model[0].weight.requires_grad
 
 
+@pytest.mark.parametrize("flags", [["-O2", "-march=native"], ["-O1"], ["-O2", "-DPLAIN_C"]])
+@pytest.mark.parametrize("power", [-3, -2, 4, 5, 2.5, [2.0, -3.0, 0.0, 5.0, 1.0]])
+def test_powers_of_negative_numbers(tmp_path: Path, power: Any, flags: list[str]) -> None:
+    exponent = torch.tensor(power) if isinstance(power, list) else power
+    x = torch.randn(1, 50, 5).abs() if power == 2.5 else torch.randn(1, 50, 5)
+    exported = compiled(tg.export_c(Function(lambda x: x**exponent), x, tmp_path), flags)
+    expected = x[0] ** exponent
+    assert torch.allclose(exported.process(x[0]), expected, 1e-5, 0)
+
+
+@pytest.mark.parametrize("function", [lambda x: x, lambda x: x + 1e-50, lambda x: x * 3.4028234e38, lambda x: 0.0 * x])
+def test_small_models_and_constants_at_the_limits_of_float32(tmp_path: Path, function: Any) -> None:
+    x = torch.rand(1, 50, 4)
+    exported = compiled(tg.export_c(Function(function), x, tmp_path))
+    assert torch.equal(exported.process(x[0]), function(x)[0])
+
+
 # Shorter weights
 
 
@@ -179,6 +201,21 @@ def test_int8_is_what_torch_quantizes() -> None:
     whole = torch.round(x / step)
     expected = (made.numbers.double() @ whole.double()) * made.scales.double() * step
     assert error(product(x, made).double(), expected) < 1e-6
+
+
+def test_int8_of_numbers_near_zero_is_zero(tmp_path: Path) -> None:
+    """A state that has died away, as after a second of silence."""
+    layer = nn.RNN(1, 20, nonlinearity="relu", batch_first=True)
+    with torch.no_grad():
+        layer.weight_hh_l0.copy_(torch.eye(20) / 8)
+        layer.bias_hh_l0.zero_()
+        layer.bias_ih_l0.zero_()
+    x = torch.zeros(1, 200, 1)
+    x[0, 0] = 1
+    for flags in (["-O2", "-march=native"], ["-O2", "-DPLAIN_C"]):
+        exported = compiled(tg.export_c(layer, x, tmp_path, weights="int8"), flags)
+        with torch.no_grad():
+            assert torch.allclose(exported.process(x[0]), layer(x)[0][0], 0, 1e-2)
 
 
 @pytest.mark.parametrize(("weights", "apart"), [("bfloat16", 0.01), ("int8", 0.03)])
@@ -290,88 +327,7 @@ def test_it_calls_nothing_and_keeps_nothing(folder: Path, tmp_path: Path, flags:
     assert {name for name, kind in kinds.items() if kind == "T"} == {"model_reset", "model_step", "model_process"}
 
 
-# What is refused
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru = nn.GRU(4, 8, batch_first=True)
-        self.look = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.gru(x)[0]
-        return self.look(y, y, y)[0]
-
-
-class Mean(Attention):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gru(x)[0].mean(1, keepdim=True) + self.gru(x)[0]
-
-
-class OwnGRU(nn.GRU):
-    pass
-
-
-class Branch(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if float(input.detach().sum()) > -1e9 else input
-
-
-def _conv(**options: Any) -> nn.Module:
-    class Conv(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv1d(4, 4, 3, **options)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x.transpose(1, 2)).transpose(1, 2)
-
-    return Conv()
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (Attention(), r"look \(MultiheadAttention\): attention looks at all steps"),
-        (Mean(), r"model \(Mean\): a step of it is not what it gives over a whole sequence"),
-        (nn.GRU(4, 4, bidirectional=True), r"model \(GRU\): it runs both ways"),
-        (tg.GRU(4, 4, reverse=True), r"model \(GRU\): it runs from the end"),
-        (_conv(padding=1), r"conv \(Conv1d\): it looks ahead"),
-        (_conv(), r"conv \(Conv1d\): .*shorter than its input: put 2 steps of zeros before it"),
-        (_conv(stride=2, padding=2), r"conv \(Conv1d\): its stride over time is 2"),
-        (nn.GRU(4, 4), "it is given several steps for one step of the input: does the example have its time first"),
-        (nn.Sequential(Recurrent(OwnGRU(4, 4, batch_first=True))), r"0.layer \(OwnGRU\): a subclass of torch.nn.GRU"),
-        (Branch(4, 4), "it cannot be traced: it looks at values"),
-        (nn.Sequential(nn.Linear(5, 4)), r"0 \(Linear\): a step of it raised RuntimeError"),
-        (nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), r"1 \(Softmax\): a step of it is not what it gives"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_refusals_name_the_module_and_leave_nothing(tmp_path: Path, model: nn.Module, message: str) -> None:
-    with pytest.raises(tg.ConversionError, match=message):
-        tg.export_c(model, torch.randn(1, 20, 4), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"example": [1.0]}, TypeError, "example: expected a tensor"),
-        ({"example": torch.zeros(3)}, ValueError, r"example: expected \(T, I\), .* got \(3,\)"),
-        ({"example": torch.zeros(2, 5, 3)}, ValueError, "example: expected one sequence"),
-        ({"model": len}, TypeError, "model: expected a torch.nn.Module, got builtin_function"),
-        ({"name": "a-b"}, ValueError, "name: expected letters"),
-        ({"name": "test"}, ValueError, "name: expected none of"),
-        ({"weights": "int4"}, ValueError, "weights: expected one of"),
-        ({"out": __file__}, ValueError, "out: expected a folder"),
-    ],
-)
-def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], error: Any, message: str) -> None:
-    given = {"model": nn.GRU(3, 4), "example": torch.zeros(5, 3), "out": tmp_path / "out", **arguments}
-    with pytest.raises(error, match=message):
-        tg.export_c(**given)
-    assert list(tmp_path.iterdir()) == []
+# How it is written
 
 
 def test_files_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +349,23 @@ def test_files_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before | {"mine.txt": b"mine"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_stands_in_the_way_of_a_file_stops_all_of_them(tmp_path: Path) -> None:
+    (tmp_path / "model.c").mkdir()
+    with pytest.raises(ValueError, match=r"out: expected files to replace, got the folder .*model\.c"):
+        tg.export_c(nn.GRU(3, 4), torch.zeros(5, 3), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.c"]
+
+
+def test_a_new_folder_goes_if_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Path, content: bytes) -> int:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", failing)
+    with pytest.raises(OSError, match="no space left"):
+        tg.export_c(nn.GRU(3, 4), torch.zeros(5, 3), tmp_path / "with spaces")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

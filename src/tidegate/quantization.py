@@ -3,7 +3,8 @@
 
 A matrix is quantized row by row, symmetrically: w = q s with s = max|w| / 127 and q in -127..127. What it multiplies is
 quantized as it comes, with one scale for all its numbers: x = p t with t = max|x| / 127. Sums of q p are exact
-integers; then y = (sum q p) (s t). Rounding is to nearest, halves to even.
+integers; then y = (sum q p) (s t). Rounding is to nearest, halves to even. What is nowhere above 2^-100 counts as
+zeros: 127 / max|x| would leave float32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 127
+SMALLEST = 2.0**-100
 
 
 class Quantized(NamedTuple):
@@ -36,7 +38,7 @@ def quantize_rows(weight: Tensor) -> Quantized:
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(-1)
-    factor = torch.where(largest > 0, LARGEST / largest, 0.0)
+    factor = torch.where(largest > SMALLEST, LARGEST / largest, 0.0)
     return torch.round(x * factor.unsqueeze(-1)), largest / LARGEST
 
 

@@ -4,7 +4,8 @@
 `step.py` makes one step of a model, with `sites.py` standing where it keeps a past; `compile.py` lowers it by `fusion`
 to a program and holds it against the model; `faults.py` says which module is not what its steps are. The rest is a
 backend of that program: `rewrite.py` takes it apart for C, `stages.py` says what shares a loop and where values are,
-`products.py` how matrices lie, `source.py` writes a step, `templates.py` the files around it; `runtime/` is C.
+`products.py` how matrices lie, `source.py` and `loops.py` write a step, `templates.py` the files around it;
+`runtime/` is C.
 """
 
 from tidegate.export.files import export_c

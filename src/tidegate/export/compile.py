@@ -18,7 +18,8 @@ from tidegate.fusion.lower import lower
 from tidegate.fusion.program import Program
 from tidegate.fusion.trace import Cell, NotTraceableError, trace
 
-_COMPARED_STEPS = 48  # also of the search for a fault, where a step takes a millisecond
+_SEARCHED_STEPS = 48  # for the module at fault: a step takes a millisecond there
+_VARIED_STEPS = 16
 _TOLERANCE = 1e-4  # of the output's scale: what is looked for is another computation, not a rounding
 
 
@@ -60,10 +61,8 @@ def compile_step(model: Any, example: Any, weights: str = "float32", longest: in
     """
     made = Model(model, example)
     x = made.example.narrow(made.time, 0, min(made.steps, longest))
-    expected = _expected(made, x)
-    compared = x.narrow(made.time, 0, min(x.shape[made.time], _COMPARED_STEPS))
-    step_x = x.select(made.time, 0)
-    pair = torch.cat((step_x, step_x))
+    expected = made.guarded(lambda: _expected(made, x))
+    pair = torch.cat((x.select(made.time, 0),) * 2)
     try:
         cell = Cell(made.step)
         lowered = lower(trace(cell, pair, tuple(made.initial(2))), whole=True)
@@ -73,7 +72,7 @@ def compile_step(model: Any, example: Any, weights: str = "float32", longest: in
             cause = cause.__cause__
         if cause is not None:
             raise cause from None
-        raise first_difference(made, compared) or RefusedError(f"model: it cannot be traced: {error}") from None
+        raise _fault(made, x) or RefusedError(f"model: it cannot be traced: {error}") from None
     if not lowered.program.outputs:
         raise RefusedError("model: its output depends neither on the input nor on a state")
     shared = [tensor.float().clone() for tensor in lowered.once(*cell.tensors)]
@@ -81,21 +80,44 @@ def compile_step(model: Any, example: Any, weights: str = "float32", longest: in
     vectors, matrices = shared[:count], shared[count : count + lowered.counts[1]]
     if not all(bool(tensor.isfinite().all()) for tensor in (*shared, x, expected)):
         raise RefusedError("model: expected finite parameters, example and output, got infinities or NaN")
-    given = x.transpose(0, 1) if made.time else x  # (T, 1, ...)
-    given = given.reshape(given.shape[0], 1, -1).float()
-    steps = compared.shape[made.time]
     states = [state.flatten(1) for state in made.initial(1)]
     program = lowered.program
-    found = loop.evaluate(program, given[:steps, 0], states, vectors, matrices)
-    if not _alike(found, expected[:steps]):
-        raise first_difference(made, compared) or RefusedError("model: its steps are not its output over a sequence")
+    for sequence in (x, *_varied(x, made.time)):
+        whole = expected if sequence is x else made.guarded(lambda sequence=sequence: _expected(made, sequence))
+        found = loop.evaluate(program, _steps(made, sequence), states, vectors, matrices)
+        if not _alike(found, whole):
+            raise _fault(made, sequence) or RefusedError("model: its steps are not its output over a sequence")
+    given = _steps(made, x)
     rounding = _rounding(made, x, expected)
     short = stored(matrices, weights)
     apart = 0.0
     if weights != "float32":
-        of_short = evaluate(program, given[:, 0], states, vectors, short)
+        of_short = evaluate(program, given, states, vectors, short)
         apart, expected = float((of_short - expected).abs().max()), of_short
-    return Compiled(program, vectors, short, made.kept, given[:, 0], expected, apart, rounding)
+    return Compiled(program, vectors, short, made.kept, given, expected, apart, rounding)
+
+
+def _steps(made: Model, x: Tensor) -> Tensor:
+    """(T, I), indices as numbers."""
+    given = x.select(1 - made.time, 0)
+    return given.reshape(given.shape[0], -1).float()
+
+
+def _varied(x: Tensor, time: int) -> list[Tensor]:
+    """A sequence like x with steps that differ, where x has none: equal steps do not tell which of them is read."""
+    first = x.narrow(time, 0, 1)
+    if x.shape[time] > 1 and not bool((x == first).all()):
+        return []
+    if not x.is_floating_point():
+        raise ValueError(f"example: expected indices that differ, got {x.shape[time]} equal to {int(x.flatten()[0])}")
+    shape = list(x.shape)
+    shape[time] = max(x.shape[time], _VARIED_STEPS)
+    return [first + torch.randn(shape, generator=torch.Generator().manual_seed(0))]
+
+
+def _fault(made: Model, x: Tensor) -> RefusedError | None:
+    few = x.narrow(made.time, 0, min(x.shape[made.time], _SEARCHED_STEPS))
+    return made.guarded(lambda: first_difference(made, few))
 
 
 def _expected(made: Model, x: Tensor) -> Tensor:
@@ -116,7 +138,11 @@ def _rounding(made: Model, x: Tensor, expected: Tensor) -> float:
     made.module.double()
     try:
         exact = _expected(made, x.double() if x.is_floating_point() else x)
-    except RuntimeError:  # a model that makes float32 tensors of its own cannot be run in another dtype
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # a model that makes float32 tensors of its own cannot be run in another dtype
         return 0.0
     return float((exact - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 

@@ -21,7 +21,7 @@ from tidegate.export.templates import cmake, header, implementation, readme, sel
 def export_c(
     model: Any,
     example: Any,
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     name: str = "model",
     weights: str = "float32",
@@ -59,9 +59,7 @@ def export_c(
     _check_name(name)
     if weights not in KINDS:
         raise ValueError(f"weights: expected one of {', '.join(KINDS)}, got {weights!r}")
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {folder}")
+    folder = _folder(out)
     if wasm:
         wasm_files.check_tools()
     compiled = compile_step(model, example, weights)
@@ -83,29 +81,44 @@ def files(compiled: Compiled, made: Source, name: str, weights: str, resets: boo
 
 
 def write(folder: Path, contents: Mapping[str, str | bytes]) -> Path:
-    """Put files into a folder: first beside it, then all by renaming."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """Put files into a folder: first aside, then all by renaming."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in contents:
+        if (folder / file).is_dir():
+            raise ValueError(f"out: expected files to replace, got the folder {folder / file}")
+    aside = Path(tempfile.mkdtemp(prefix=".tidegate-", dir=folder))
     try:
         for file, content in contents.items():
-            (beside / file).write_bytes(content.encode() if isinstance(content, str) else content)
-        if not folder.exists():
-            beside.chmod(0o755)
-            os.replace(beside, folder)
-            return folder
+            (aside / file).write_bytes(content.encode() if isinstance(content, str) else content)
         for file in contents:
-            os.replace(beside / file, folder / file)
+            os.replace(aside / file, folder / file)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
     return folder
 
 
 # CMake's own targets.
-_RESERVED = ("all", "clean", "help", "install", "package", "test")
+_TARGETS = ("all", "clean", "help", "install", "package", "test")
+# Headers that the files include: NAME.h would stand before them.
+_HEADERS = ("immintrin", "stdint", "stdio", "time", "wasm_simd128")
+
+
+def _folder(out: Any) -> Path:
+    if not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"out: expected a path, got {type(out).__name__}")
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: expected a folder, got the file {folder}")
+    return folder
 
 
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise ValueError(f"name: expected letters, digits and _, beginning with a letter, got {name!r}")
-    if name in _RESERVED:
-        raise ValueError(f"name: expected none of {', '.join(_RESERVED)}, CMake's own targets, got {name!r}")
+    if name in _TARGETS:
+        raise ValueError(f"name: expected none of {', '.join(_TARGETS)}, CMake's own targets, got {name!r}")
+    if name in _HEADERS:
+        raise ValueError(f"name: expected none of {', '.join(_HEADERS)}, the compiler's own headers, got {name!r}")

@@ -42,7 +42,7 @@ def _panel(width: int, lanes: int) -> str:
         f"static inline void sums_{width}(const int8_t *w, const int16_t *q, int pairs, const float *scales,",
         "                           float scale, const float *from, float *y, int rows)",
         "{",
-        f"    ivec {', '.join(f'{name} = zero_bits' for name in names)};",
+        f"    ivec {', '.join(f'{name} = zero_bits()' for name in names)};",
     ]
     for c in (columns, 1) if columns > 1 else (1,):
         lines.append(f"    for (; pairs >= {c}; pairs -= {c}, q += {2 * c}, w += {2 * width * c}) {{")
@@ -76,7 +76,7 @@ static float quantized(const float *x, int n, int16_t *q)
 #else
     largest = most;
 #endif
-    factor = largest > 0 ? 127.0f / largest : 0.0f;
+    factor = largest > 7.88860905e-31f ? 127.0f / largest : 0.0f; /* 2^-100 */
     for (int i = 0; i < n; i += LANES) {
         const vec scaled = load(x + i, n - i) * factor;
         const ivec whole = BITS(scaled + 12582912.0f) - 0x4b400000; /* 1.5 2^23: the rounded integer in the low bits */
@@ -96,7 +96,7 @@ static float quantized(const float *x, int n, int16_t *q)
 #if LANES > 1
 static inline ivec two_of(const int16_t *q)
 {
-    return (int32_t)((uint32_t)(uint16_t)q[0] | (uint32_t)(uint16_t)q[1] << 16) + zero_bits;
+    return (int32_t)((uint32_t)(uint16_t)q[0] | (uint32_t)(uint16_t)q[1] << 16) + zero_bits();
 }
 
 /* sum[r] + w[2 r] q[0] + w[2 r + 1] q[1] */

@@ -237,8 +237,12 @@ class _Pads(TorchFunctionMode):
             y = torch.bmm(window.transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1).flatten(1)
         return y if bias is None else y + bias
 
-    @staticmethod
-    def _embedding(index: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    def _embedding(
+        self, index: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+        *args: Any, **kwargs: Any,
+    ) -> Tensor | None:  # fmt: skip
+        if max_norm is not None:
+            raise self.sites.refuse("its max_norm changes the weights while the model runs")
         places = torch.arange(weight.shape[0])
         return F.linear((index.unsqueeze(-1) == places).to(weight.dtype), weight.t())
 

@@ -10,40 +10,13 @@ from torch import Tensor
 
 from tidegate.export import products, products_int8
 from tidegate.export.compile import Compiled
+from tidegate.export.loops import Loop
 from tidegate.export.rewrite import Move, Node, Piece, Product, rewritten
 from tidegate.export.stages import Copy, Place, Stages, is_elementwise, staged
 from tidegate.export.text import number, numbers, runtime, table
 from tidegate.fusion.program import Argument, Instruction, Operand
 from tidegate.quantization import Quantized
 
-# Of one operand or more, as C; the runtime's function of the same name but for those with a form of their own.
-_OPERATORS = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "muladd": "{} * {} + {}"}
-_FORMS = {
-    **_OPERATORS,
-    "copy": "{}",
-    "constant": "{}",
-    "neg": "-{}",
-    "reciprocal": "1.0f / {}",
-    "abs": "absolute({})",
-    "relu": "choose({0} <= 0.0f, SPLAT(0.0f), {0})",
-    "maximum": "maximum({}, {})",
-    "minimum": "minimum({}, {})",
-    "where": "choose({} != 0.0f, {}, {})",
-    "sign": "sign_({})",
-    "pow": "pow_({}, {})",
-    **{name: f"{name}_({{}})" for name in ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sigmoid", "tanh")},
-    **{name: f"{name}_({{}})" for name in ("sin", "cos", "erf")},
-    **{
-        name: f"truth({{}} {sign} {{}})"
-        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="), ("eq", "=="), ("ne", "!="))
-    },
-}
-_PLAIN = {*_OPERATORS, "copy", "constant", "neg", "reciprocal"}  # those that are the same for one number
-_SECTIONS = {"abs": "absolute", **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), "truth")}
-_NAMED = {
-    *("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sigmoid", "tanh", "sin", "cos", "erf", "pow", "sign"),
-    *("maximum", "minimum"),
-}
 _FEW = 5
 _LINE = 64  # bytes: matrices begin with a cache line, or wide loads would read two
 _REDUCTIONS = {"sum": "sum_of", "mean": "sum_of", "max": "max_of", "dot": "dot_of"}
@@ -343,104 +316,7 @@ class _Writer:
         self.lines.append(f"    for (int i = 0; i < {count}; ++i) ({place})[i] = ({source})[{index}];")
 
     def _loop(self, stage: list[int]) -> None:
-        head = self.stages.nodes[stage[0]]
-        assert isinstance(head, Instruction)
-        each = head.size // head.groups
-        self.fits_16 &= each < _FEW or each % 16 == 0
-        operations = {self.instruction(k).operation for k in stage}
-        self.sections |= {_SECTIONS.get(name, name) for name in operations if name in _NAMED or name in _SECTIONS}
-        if "clamp" in operations:
-            self.sections |= {"maximum", "minimum"}
-        self.lines += _Loop(self, stage, head, operations <= _PLAIN).lines()
-
-    def instruction(self, k: int) -> Instruction:
-        node = self.stages.nodes[k]
-        assert isinstance(node, Instruction)
-        return node
-
-
-class _Loop:
-    """Instructions that share a loop: what they read is loaded first, what stays is stored last."""
-
-    def __init__(self, writer: _Writer, stage: list[int], head: Instruction, is_plain: bool) -> None:
-        self.writer, self.stage, self.head = writer, stage, head
-        self.each = head.size // head.groups
-        self.is_scalar = self.each == 1 and is_plain
-        self.loads: list[str] = []
-        self.names: dict[tuple[Operand, bool], str] = {}
-
-    def lines(self) -> list[str]:
-        kind = "float" if self.is_scalar else "vec"
-        body = [f"const {kind} v{k} = {self._expression(self.writer.instruction(k))};" for k in self.stage]
-        homes = self.writer.stages.homes
-        stores = [self._store(k) for k in self.stage if k in homes]
-        inside = [*self.loads, *body, *stores]
-        groups, each = self.head.groups, self.each
-        if not self.is_scalar:
-            self.writer.sections.add("access")
-            if each > 1:
-                inside = [f"for (int i = 0; i < {each}; i += LANES) {{", *_indented(inside), "}"]
-            else:
-                inside = ["{", *_indented(inside), "}"]
-        elif groups == 1:
-            inside = ["{", *_indented(inside), "}"]
-        if groups > 1:
-            inside = [f"for (int g = 0; g < {groups}; ++g) {{", *_indented(inside), "}"]
-        return _indented(inside)
-
-    def _index(self, of_each: int) -> str:
-        terms = [f"g * {of_each}" if of_each > 1 else "g"] if self.head.groups > 1 else []
-        terms += ["i"] if of_each > 1 else []
-        return " + ".join(terms)
-
-    def _store(self, k: int) -> str:
-        place = self.writer.stages.homes[k]
-        index = self._index(self.each)
-        address = f"{place.base} + {place.offset}" + (f" + {index}" if index else "")
-        if self.is_scalar:
-            return f"*({address}) = v{k};"
-        return f"store({address}, v{k}, {self._left()});"
-
-    def _left(self) -> str:
-        return f"{self.each} - i" if self.each > 1 else "1"
-
-    def _value(self, argument: Argument) -> str:
-        if not isinstance(argument, Operand):
-            return self._spread(number(argument))
-        if argument.bank == "v" and argument.number in self.stage:
-            return f"v{argument.number}"
-        whole = argument.size == self.head.size and self.head.size > 1
-        of_group = not whole and argument.size == self.head.groups and self.head.groups > 1
-        if not whole and not of_group and argument.bank == "p":
-            return self._spread(number(float(self.writer.parameter(argument))))
-        key = (argument, whole)
-        if key not in self.names:
-            self.names[key] = f"{argument.bank}{argument.number}_{argument.offset}{'' if whole else '_one'}"
-            self.loads.append(self._load(argument, whole, of_group))
-        return self.names[key]
-
-    def _load(self, operand: Operand, whole: bool, of_group: bool) -> str:
-        name, address = self.names[(operand, whole)], self.writer.address(operand)
-        if self.is_scalar:
-            index = self._index(1) if whole or of_group else "0"
-            return f"const float {name} = ({address})[{index or '0'}];"
-        if whole and self.each > 1:
-            return f"const vec {name} = load({address} + {self._index(self.each)}, {self._left()});"
-        index = self._index(1) if whole or of_group else ""
-        return f"const vec {name} = SPLAT(({address})[{index or '0'}]);"
-
-    def _spread(self, value: str) -> str:
-        return value if self.is_scalar else f"SPLAT({value})"
-
-    def _expression(self, instruction: Instruction) -> str:
-        if instruction.operation == "clamp":
-            value, low, high = instruction.operands
-            text = self._value(value)
-            if low != float("-inf"):
-                text = f"maximum({text}, {self._value(low)})"
-            return text if high == float("inf") else f"minimum({text}, {self._value(high)})"
-        return _FORMS[instruction.operation].format(*map(self._value, instruction.operands))
-
-
-def _indented(lines: list[str]) -> list[str]:
-    return [f"    {line}" for line in lines]
+        loop = Loop(self, stage)
+        self.fits_16 &= loop.each < _FEW or loop.each % 16 == 0
+        self.sections |= loop.sections
+        self.lines += loop.lines()

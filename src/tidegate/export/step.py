@@ -100,6 +100,8 @@ def first_of(output: Any) -> Tensor:
     found: Any = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(found, Tensor):
         raise RefusedError(f"model: expected a tensor or a tuple that begins with one, got {type(found).__name__}")
+    if not found.is_floating_point():
+        raise RefusedError(f"model: expected an output of floating-point numbers, got {found.dtype}")
     return found
 
 
@@ -134,17 +136,25 @@ class Model:
         self.example, self.time = _read_example(example, self.module)
         self.step = Step(self.module, self.time, self.names.current)
         with torch.no_grad():
-            rows = [_ROWS if k == 1 - self.time else size for k, size in enumerate(self.example.shape)]
-            self.kept = self._guarded(lambda: self.step.find_states(self.example.expand(rows).select(self.time, 0)))
+            self.kept = self.guarded(lambda: self.step.find_states(self._rows()))
 
-    def _guarded(self, run: Callable[[], Any]) -> Any:
+    def _rows(self) -> Tensor:
+        """Steps that differ, one a row: what depends on the input is then not the same in all of them."""
+        steps = self.example.select(1 - self.time, 0)
+        if steps.is_floating_point():
+            shifts = torch.arange(_ROWS).reshape(-1, *(1,) * (steps.dim() - 1)) / 8
+            return steps[:1] + shifts
+        return torch.cat((steps[torch.arange(_ROWS - 1) % self.steps], torch.zeros_like(steps[:1])))
+
+    def guarded(self, run: Callable[[], Any]) -> Any:
+        """What `run` gives; an error in it names the module that was running."""
         try:
             return run()
         except RefusedError:
             raise
         except Exception as error:
             place = self.names.failed or self.names.current()
-            raise RefusedError(f"{place}: a step of it raised {type(error).__name__}: {error}") from error
+            raise RefusedError(f"{place}: it raised {type(error).__name__}: {error}") from error
 
     def initial(self, rows: int) -> list[Tensor]:
         return [torch.tensor(kept.initial).reshape(1, *kept.sizes).expand(rows, *kept.sizes) for kept in self.kept]

@@ -39,7 +39,8 @@ def runtime(wanted: Iterable[str], with_types: bool = True) -> str:
 
 
 def number(value: float) -> str:
-    """A float32 as C has it: nine digits give every one back."""
+    """The nearest float32 as C has it: nine digits give every one back."""
+    value = as_float32(value)
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value}")
     text = f"{value:.9g}"
@@ -57,4 +58,7 @@ def numbers(values: Iterable[float]) -> list[str]:
 
 
 def as_float32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)

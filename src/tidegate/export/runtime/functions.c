@@ -187,10 +187,16 @@ static inline vec erf_(vec x)
     return choose(x == x, FLOAT(BITS(value) | (BITS(x) & (-0x7fffffff - 1))), x);
 }
 
-/*: pow : exp, log */
+/*: pow : exp, log, absolute */
+/* Of a negative number a whole power, whose sign is that of an odd one; from 2^22 on all powers count as even. */
 static inline vec pow_(vec a, vec b)
 {
-    return choose(b == 0.0f, SPLAT(1.0f), exp_(b * log_(a)));
+    const vec shifted = b + 12582912.0f; /* 1.5 2^23: the rounded integer in the low bits */
+    const mask large = absolute(b) >= 4194304.0f, whole = (shifted - 12582912.0f == b) | large;
+    const mask negative = (BITS(a) >> 31) != 0, odd = ((BITS(shifted) & 1) != 0) & whole & ~large;
+    const vec size = exp_(b * log_(absolute(a))), value = choose(odd & negative, -size, size);
+    const vec real = choose((a < 0.0f) & ~whole, log_(a), value);
+    return choose((b == 0.0f) | (a == 1.0f), SPLAT(1.0f), real);
 }
 
 /*: sign : types */

@@ -48,9 +48,13 @@ typedef NEAR(float, 64) near_vec16;
 #define BITS(x) ((ivec)(x))
 #define FLOAT(x) ((vec)(x))
 #define CONVERTED(x) __builtin_convertvector(x, vec)
-#define SPLAT(x) ((x) - (vec)zero_bits)
+#define SPLAT(x) ((x) - (vec)zero_bits())
 #define POWER(n) (((n) + 127) << 23) /* the bits of 2^n */
-static const ivec zero_bits = {0};
+static inline ivec zero_bits(void)
+{
+    const ivec zero = {0};
+    return zero;
+}
 
 static inline vec choose(mask chosen, vec a, vec b)
 {
@@ -99,7 +103,7 @@ static inline vec load(const float *from, int left)
 #elif defined(__AVX2__)
     return (vec)_mm256_maskload_ps(from, _mm256_loadu_si256((const __m256i *)(const void *)(first_lanes + 8 - left)));
 #else
-    vec value = FLOAT(zero_bits);
+    vec value = FLOAT(zero_bits());
     for (int i = 0; i < LANES - 1; ++i)
         if (i < left) value[i] = from[i];
     return value;
