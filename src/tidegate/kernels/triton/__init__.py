@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU backend: the recurrence in CUDA C++ and Triton, the large products around it in torch. Imports both at first use.
+"""The GPU backend: the recurrence in CUDA C++ and Triton, the large products around it in torch. Imports them late.
 
 The input's product comes before the loop and the gradients of input, weights and biases after it, each one product
 over all steps; sums are deterministic. What the forward keeps has a row a step and batch row: r z n (W_hn h + b_hn) for
