@@ -104,11 +104,9 @@ def unsupported_reasons(call: Call) -> list[str]:
 def slower_reasons(call: Call) -> list[str]:
     """Why torch's operators, cuDNN's among them, run a call faster; empty if they do not. Measured on an H200, against
     what a user calls, host and all: benchmarks/results. Never raises."""
-    from tidegate.kernels.triton import launch
-
     if call.is_step:
         return ["one step is two products and a pointwise kernel, in torch, too"]
-    device = launch.device_on(call.input.device)
+    device = plan.device_on(call.input.device)
     return [*plan.slower_reasons(plan.size_of(call), call.layers * call.directions, device)]
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -47,18 +46,9 @@ KINDS = {
 }
 
 
-@functools.cache
-def _properties(index: int) -> plan.Device:
-    properties = torch.cuda.get_device_properties(index)
-    return plan.Device(False, True, properties.multi_processor_count, (properties.major, properties.minor))
-
-
 def device_on(device: torch.device) -> plan.Device:
     """What a plan has to know of a device."""
-    if INTERPRETED:
-        return plan.Device(True)
-    index: Any = device.index
-    return _properties(torch.cuda.current_device() if index is None else index)
+    return plan.Device(True) if INTERPRETED else plan.device_on(device)
 
 
 def plan_of(call: Layer, backward: bool = False) -> plan.Plan:

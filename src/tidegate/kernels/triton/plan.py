@@ -111,6 +111,18 @@ class Settings:
 settings = Settings()
 
 
+@functools.cache
+def _properties(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(False, True, properties.multi_processor_count, (properties.major, properties.minor))
+
+
+def device_on(device: torch.device) -> Device:
+    """A GPU as a plan sees it."""
+    index: Any = device.index
+    return _properties(torch.cuda.current_device() if index is None else index)
+
+
 @contextlib.contextmanager
 def using(kernel: str = "", recompute: bool = False, precision: str = "", **config: int) -> Generator[None]:
     """Decide what `Settings` lists for every call inside the block. A call's backward belongs inside it, too.
