@@ -213,3 +213,14 @@ def test_a_loop_on_a_gpu_is_told_once_with_what_prevents_a_kernel():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             backends.select(call, "")
+
+
+@needs.compiled_operators
+@pytest.mark.parametrize("cell", [tg.GRUCell, tg.LSTMCell, tg.RNNCell])
+def test_one_step_of_many_rows_is_left_to_torch(cell: Any) -> None:
+    few, many = cell(8, 64), cell(8, 512)
+    with torch.no_grad():
+        assert tg.explain(few, torch.rand(16, 8)).backend == "cpu"
+        found = tg.explain(many, torch.rand(256, 8))
+    assert found.backend == "aten"
+    assert "one step, and B*hidden_size is" in found.calls[0].reasons["cpu"][0]

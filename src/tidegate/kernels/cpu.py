@@ -37,6 +37,9 @@ _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
     )
 }
 
+# B * hidden_size from which one step is quicker in torch's operators, by instruction set.
+_MANY = {"avx2": {"gru": 2**13, "rnn": 2**14, "lstm": 2**15}, "avx512": {"gru": 2**16, "rnn": 2**16, "lstm": 2**16}}
+
 _GATES = {
     kind[0]: len(cell.gates) for cell in (RNN, LSTM, GRU) for (name, _), kind in _KINDS.items() if name == cell.name
 }
@@ -148,6 +151,10 @@ def slower_reasons(call: Call) -> list[str]:
     an LSTM's h' depends on c', cost more to call than they save. RNN 1.03 to 1.2 of torch.nn's time (Zen 4, H 16 to
     512), LSTM 0.8 to 1.3 (AVX-512 with AMX, one thread, B 1 to 256, H 16 to 512, 2026-11-26; GRU there 0.8 to 1.2).
 
+    One step of many rows: the products are all there is, and torch's are packed. From B*H on that `_MANY` says, 0.4 to
+    0.97 of torch.nn's speed; below, 0.9 to 1.4 (Xeon, two threads, B 64 to 512, H 128 to 512, 2026-11-26, by
+    `tidegate bench --mode cell`; with AVX2 all sides held to AVX2).
+
     Large products in bfloat16, where the processor multiplies matrices (AMX): torch's use that, the kernels its
     vectors. No such processor has timed them; from these sizes on torch was the quicker on Zen 4 while its products ran
     at twice the kernels' rate. On Zen 4 both use the same instructions now, and nothing is left to torch. Measured
@@ -156,6 +163,13 @@ def slower_reasons(call: Call) -> list[str]:
     """
     if call.cell is not GRU and call.layout >= Layout.STEP and call.records():
         return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
+    if call.layout == Layout.STEP and call.input.dtype is torch.float32:
+        entries = call.batch * call.hidden_size
+        if entries >= min(_MANY["avx2"].values()):
+            many = _MANY["avx512" if layout().startswith("avx512") else "avx2"][call.cell.name]
+            if entries >= many:
+                return [f"one step, and B*hidden_size is {many} or more"]
+        return []
     if call.input.dtype is not torch.bfloat16 or not dispatch.multiplies_matrices():
         return []
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
