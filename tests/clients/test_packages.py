@@ -43,7 +43,9 @@ def test_awd_lstm_trains_as_before() -> None:
         gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
     assert "rnns.0.weight_hh_l0_raw" in gradients[0]
     for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+        # float32, many steps: 1.6e-6 of the largest entry seen.
+        most = 5e-6 * float(expected.abs().max())
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=most, msg=name)
 
 
 def test_silero_vad() -> None:
@@ -117,4 +119,5 @@ def test_captum() -> None:
         method = IntegratedGradients(lambda x, rnn=rnn: readout(rnn(x)[0].mean(1)))
         found.append(method.attribute(x, target=1, return_convergence_delta=True))
     assert found[0][1].abs().max() < 1e-4
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
+    # float32: 7e-8 of the largest seen.
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=5e-7 * float(found[1][0].abs().max()))

@@ -12,9 +12,10 @@ ours.load_state_dict(theirs.state_dict())
 x = torch.randn(9, 3, 12)
 for layer in (theirs, ours):
     layer(x)[0].square().sum().backward()
-torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
+# float32: seen on every instruction set, 1.8e-7 of outputs up to 1, and 4e-7 of a gradient's largest entry.
+torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=5e-7)
 for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-    torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-6 * float(other.grad.abs().max()))
 refused = ""
 try:
     ours(torch.randn(9, 3, 13))

@@ -43,7 +43,7 @@ def test_g2p_ens_encoder(tmp_path: Path) -> None:
     try:
         file = distribution("g2p-en").locate_file("g2p_en/checkpoint20.npz")
     except ModuleNotFoundError:
-        pytest.skip("g2p-en is not installed")
+        pytest.skip("g2p-en is not installed: make test-recipes installs it")
     arrays = {name: torch.from_numpy(np.asarray(value)) for name, value in np.load(str(file)).items()}
     embedding = nn.Embedding.from_pretrained(arrays["enc_emb"])
     gru = nn.GRU(256, 256, batch_first=True)
@@ -80,7 +80,7 @@ def test_resemblyzers_encoder(tmp_path: Path) -> None:
     try:
         file = distribution("resemblyzer").locate_file("resemblyzer/pretrained.pt")
     except ModuleNotFoundError:
-        pytest.skip("resemblyzer is not installed")
+        pytest.skip("resemblyzer is not installed: make test-recipes installs it")
     weights = torch.load(str(file), map_location="cpu")["model_state"]
 
     class Encoder(nn.Module):
