@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,8 @@ import needs
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from command_line import bench, write_module
 
-from tidegate.cli.app import app
 from tidegate.cli.bench.agreement import BenchError
 from tidegate.cli.bench.cells import CellPlan, contenders, measure
 from tidegate.cli.bench.cells.contenders import build_contenders, build_yardstick, loop
@@ -32,24 +29,6 @@ pytestmark = needs.compiled_operators
 
 BRIEF = Effort(rounds=1, slice_seconds=0)
 SMALL = ("--shape", "2,7,4,6", "--threads", 1)
-_fresh = (f"users_cells_{number}" for number in itertools.count())
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", *(str(argument) for argument in arguments)])
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write_module(here: Path, text: str) -> str:
-    """A module of the user's in the current directory; its name, new each time, for modules are imported once."""
-    name = next(_fresh)
-    (here / f"{name}.py").write_text(textwrap.dedent(text))
-    return name
 
 
 CELLS = """
@@ -89,7 +68,7 @@ CELLS = """
 def test_it_times_cells_of_ours_and_of_users(here: Path) -> None:
     name = write_module(here, CELLS)
     options = ("--cell", f"{name}:Leaky", "--cell", "lstm", "--quick", *SMALL, "--out", here / "out")
-    result = run(*options)
+    result = bench(*options)
     assert result.exit_code == 0, result.output
     for text in (f"{name}:Leaky, inference", "LSTM, training", "B2 T7 I4 H6", "over loop", "over tg.LSTM", "peak MB"):
         assert text in result.output
@@ -109,7 +88,7 @@ def test_it_times_cells_of_ours_and_of_users(here: Path) -> None:
 
 def test_a_function_with_state_sizes_of_its_own(here: Path) -> None:
     name = write_module(here, CELLS)
-    result = run("--cell", f"{name}:pair", "--quick", *SMALL, "--mode", "infer", "--dtype", "float64", "--out", here)
+    result = bench("--cell", f"{name}:pair", "--quick", *SMALL, "--mode", "infer", "--dtype", "float64", "--out", here)
     assert result.exit_code == 0, result.output
 
 
@@ -128,14 +107,14 @@ def test_a_function_with_state_sizes_of_its_own(here: Path) -> None:
 )
 def test_what_cannot_be_timed_is_refused_with_its_reason(here: Path, cell: str, code: int, text: str) -> None:
     name = write_module(here, CELLS)
-    result = run("--cell", cell.format(name), "--quick", *SMALL, "--out", here)
+    result = bench("--cell", cell.format(name), "--quick", *SMALL, "--out", here)
     assert result.exit_code == code, result.output
     assert text.format(name) in result.output
     assert not (here / "cell.json").exists()
 
 
 def test_options_that_do_not_go_with_it() -> None:
-    result = run("--cell", "MGU", "--kind", "gru", "--layers", 2, "--mode", "stream")
+    result = bench("--cell", "MGU", "--kind", "gru", "--layers", 2, "--mode", "stream")
     assert result.exit_code == 2
     for option in ("--kind", "--layers", "--mode stream"):
         assert option in result.output

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import bench, write_module
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
-from typer.testing import CliRunner, Result
 
 import tidegate
-from tidegate.cli.app import app
 from tidegate.cli.bench.agreement import find_difference
 from tidegate.cli.bench.model import measure
 from tidegate.cli.bench.model.load import Subject
@@ -28,24 +25,6 @@ from tidegate.cli.bench.timing import Effort
 
 PAGE = Path(__file__).parents[1] / "docs" / "faster-models.md"
 BRIEF = Effort(rounds=1, slice_seconds=0)
-_fresh = (f"users_{number}" for number in itertools.count())
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", *(str(argument) for argument in arguments)])
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write_module(here: Path, text: str) -> str:
-    """A module of the user's in the current directory; its name, new each time, for modules are imported once."""
-    name = next(_fresh)
-    (here / f"{name}.py").write_text(textwrap.dedent(text))
-    return name
 
 
 MODELS = """
@@ -91,7 +70,7 @@ def test_it_finds_times_and_compares_every_recurrent_module(here: Path) -> None:
     name = write_module(here, MODELS)
     threads = torch.get_num_threads()
     options = ("--mode", "infer", "--mode", "train", "--quick", "--threads", 1, "--out", here / "out")
-    result = run("--model", f"{name}:build", *options)
+    result = bench("--model", f"{name}:build", *options)
     assert result.exit_code == 0, result.output
     for text in ("first, again", "2 x B2 T7 I6 H5", "B2 T7 I5 H4, 2 layers, both directions", "7 x B2 T1 I8 H3"):
         assert text in result.output
@@ -116,7 +95,7 @@ def test_it_finds_times_and_compares_every_recurrent_module(here: Path) -> None:
 @pytest.mark.parametrize("options", [("model_alone", "example"), ("model_alone", "batch"), ("Model", "batch")])
 def test_the_example_may_come_from_elsewhere(here: Path, options: tuple[str, str]) -> None:
     name = write_module(here, MODELS)
-    result = run("--model", f"{name}:{options[0]}", "--input", f"{name}:{options[1]}", "--quick", "--out", here)
+    result = bench("--model", f"{name}:{options[0]}", "--input", f"{name}:{options[1]}", "--quick", "--out", here)
     assert result.exit_code == 0, result.output
     steps = 7 if options[1] == "example" else 9
     assert f"T{steps} I6 H5" in result.output
@@ -168,7 +147,7 @@ def test_what_is_wrong_is_said(here: Path, options: str, message: str) -> None:
         def silent(): return Silent(3, 2), torch.randn(4, 2, 3)
     """
     name = write_module(here, text)
-    result = run(*options.replace("NAME", name).split(), "--out", here)
+    result = bench(*options.replace("NAME", name).split(), "--out", here)
     assert result.exit_code == 2, result.output
     assert f"error: {message.replace('NAME', name)}" in result.stderr
     if "raised" in message:
@@ -179,7 +158,7 @@ def test_what_is_wrong_is_said(here: Path, options: str, message: str) -> None:
 
 def test_an_error_while_importing_shows_the_users_line(here: Path) -> None:
     name = write_module(here, "import no_such_package_of_mine")
-    result = run("--model", f"{name}:build")
+    result = bench("--model", f"{name}:build")
     assert result.exit_code == 2
     assert f"error: --model: importing {name} raised ModuleNotFoundError" in result.stderr
     assert f'{name}.py", line 1' in result.stderr
@@ -193,7 +172,7 @@ def test_results_that_differ_are_an_error(here: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(measure.SIDES, "tidegate", spoil)
     name = write_module(here, MODELS)
-    result = run("--model", f"{name}:build", "--quick", "--out", here)
+    result = bench("--model", f"{name}:build", "--quick", "--out", here)
     assert result.exit_code == 1
     assert "The results do not agree." in result.output
     assert "the accelerated model's results are not the model's" in result.stderr
@@ -276,10 +255,9 @@ def test_the_page_can_be_followed(here: Path) -> None:
     """docs/faster-models.md: its my_model.py, its command, and every line of the table that it shows."""
     page = PAGE.read_text(encoding="utf-8")
     (module,) = re.findall(r"```python\n# my_model.py\n(.*?)```", page, re.DOTALL)
-    name = next(_fresh)
-    (here / f"{name}.py").write_text(module)
+    name = write_module(here, module)
     (command,) = re.findall(r"```\ntidegate bench (--model my_model:.*?)\n```", page)
-    result = run(*command.replace("my_model", name).split(), "--quick")
+    result = bench(*command.replace("my_model", name).split(), "--quick")
     assert result.exit_code == 0, result.output
     assert (here / "out/bench/model.png").exists()
     for text in ("B8 T40 I64 H96, 2 layers, both directions", "the whole model", "torch.nn.GRU"):

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from command_line import bench
 
-from tidegate.cli.app import app
 from tidegate.cli.bench import Plan, latency, memory, streams
 from tidegate.cli.bench.agreement import BenchError
 from tidegate.cli.bench.candidates import build_input, build_module
@@ -27,10 +26,6 @@ from tidegate.cli.bench.shapes import Case, Shape
 from tidegate.cli.bench.stream_picture import target
 from tidegate.cli.bench.streams import StreamResult
 from tidegate.cli.bench.worker import PeerProcess, installed_peers
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", *(str(argument) for argument in arguments)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -49,7 +44,7 @@ def test_streams_give_table_json_and_picture(tmp_path: Path, dtype: str) -> None
         "--threads",
         1,
     )
-    result = run(*options, "--no-peers", "--out", tmp_path)
+    result = bench(*options, "--no-peers", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     for text in ("GRU, one step of a stream", "RNN, one step", "B2 I4 H5 2 layers", "p99.9", "over 1,500 steps"):
         assert text in result.output
@@ -82,7 +77,7 @@ def test_a_stream_with_wrong_steps_is_not_timed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_stream_has_one_direction() -> None:
-    result = run("--mode", "stream", "--bidirectional")
+    result = bench("--mode", "stream", "--bidirectional")
     assert result.exit_code == 2
     assert "error: --mode stream: a stream has one direction" in result.stderr
 
@@ -250,7 +245,7 @@ def test_the_machines_rates_are_measured_once_each() -> None:
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_every_mode_runs_in_other_dtypes(tmp_path: Path, dtype: str) -> None:
     modes = ("--mode", "infer", "--mode", "train", "--mode", "cell")
-    result = run("--quick", *modes, "--shape", "2,3,4,5", "--dtype", dtype, "--threads", 1, "--out", tmp_path)
+    result = bench("--quick", *modes, "--shape", "2,3,4,5", "--dtype", dtype, "--threads", 1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
     assert {entry["case"]["dtype"] for entry in found["results"]} == {dtype}

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from command_line import run
 
 from tidegate import backends, cli
-from tidegate.cli.app import app
 from tidegate.cli.bench import measure
 from tidegate.cli.bench.onnx_models import onnx_model
 from tidegate.cli.bench.report import geometric_mean
@@ -32,10 +31,6 @@ GOOD = "\n".join(
         for step in range(2 + index)
     ]
 )
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
 
 
 def is_picture(path: Path) -> bool:

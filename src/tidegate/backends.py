@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tidegate import dispatch, reference
-from tidegate.call import Call, Layer, Layout, layer_by_layer
+from tidegate.call import Call, Layer, Layout, Unit, layer_by_layer
 from tidegate.checks import check, check_lengths, refuse_sparse
 from tidegate.errors import UnsupportedError
 from tidegate.fusion import backend as fused
@@ -23,14 +23,19 @@ from tidegate.scope import Ran, scope
 
 Gradients = tuple["Tensor | None", ...]
 T = TypeVar("T", Tensor, "Tensor | None")
+U = TypeVar("U", bound=Unit)
 
 
-def _nothing(call: Any) -> tuple[int, ...]:
+def _nothing(call: Unit) -> tuple[int, ...]:
     return (0,)
 
 
 def _no_reasons(call: Call) -> list[str]:
     return []
+
+
+def _always(call: Unit) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Backend:
         availability: reasons why this machine cannot run it at all; empty when it can.
         takes_stacks: it takes a whole `Call`; else it is given a `Layer` at a time.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd.
+        any_order: of a composite one, whether the gradient of a call or layer that autograd recorded can be
+            differentiated in turn.
         forward: `(call, save) -> (output, *final states[, saved])`, not recording autograd. One that takes stacks gives
             no output of a step, and may give more of it before `saved`, for `gradients` to put together; it saves a
             tensor for each layer.
@@ -68,6 +75,7 @@ class Backend:
     availability: Callable[[], Sequence[str]] = tuple
     takes_stacks: bool = False
     composite: Callable[..., tuple[Tensor, ...]] | None = None
+    any_order: Callable[[Unit], bool] = _always
     forward: Callable[..., Sequence[Tensor]] | None = None
     backward: Callable[..., Gradients] | None = None
     saved_shape: Callable[..., tuple[int, ...]] = _nothing
@@ -104,7 +112,14 @@ CPU = Backend(
     checks="all",
     slower_reasons=cpu.slower_reasons,
 )
-ATEN = Backend("aten", aten.unsupported_reasons, takes_stacks=True, composite=aten.forward, checks="steps")
+ATEN = Backend(
+    "aten",
+    aten.unsupported_reasons,
+    takes_stacks=True,
+    composite=aten.forward,
+    any_order=aten.any_order,
+    checks="steps",
+)
 FUSED = Backend(
     "fused",
     fused.unsupported_reasons,
@@ -231,7 +246,7 @@ def _reasons(candidate: Backend, call: Call) -> list[str]:
     return _reasons_to_leave(candidate, call)
 
 
-def describe(call: Call | Layer) -> str:
+def describe(call: Unit) -> str:
     """A call in one line: gru(T=50, B=8, I=64, H=256, float32, cpu)."""
     call = call.call() if isinstance(call, Layer) else call
     sizes = call.sizes()
@@ -255,7 +270,7 @@ def _refusal(call: Call, name: str) -> str:
     return "\n".join(lines)
 
 
-def _note(chosen: Backend, what: str, call: Call | Layer) -> None:
+def _note(chosen: Backend, what: str, call: Unit) -> None:
     if scope.trace is not None:
         scope.trace.append(Ran(chosen.name, what, describe(call), int(chosen is CPU)))
 
@@ -278,7 +293,7 @@ def run(chosen: Backend, call: Call) -> Sequence[Tensor]:
     return chosen.forward(call)
 
 
-def run_composite(chosen: Backend, call: Call | Layer) -> tuple[Tensor, ...]:
+def run_composite(chosen: Backend, call: Unit) -> tuple[Tensor, ...]:
     """`Backend.composite`, recorded by autograd where that records: of a call, or of what it takes."""
     if isinstance(call, Call) and not chosen.takes_stacks:
         return layer_by_layer(call, lambda layer: run_composite(chosen, layer))
@@ -352,7 +367,7 @@ def run_backward(
         raise
 
 
-def _refuse_sparse_gradients(call: Call | Layer, gradients: Gradients) -> None:
+def _refuse_sparse_gradients(call: Unit, gradients: Gradients) -> None:
     names = ["grad_output", *(f"grad_{state}_n" for state in call.cell.states)]
     if isinstance(call, Call) and call.is_step:
         del names[0]  # of a step that opens its gate, the last has none
@@ -383,7 +398,7 @@ def _owned(results: Sequence[T], arguments: Sequence[Tensor | None]) -> tuple[T,
     return tuple(owned)
 
 
-def detached(layer: Any, needs: tuple[bool, ...]) -> tuple[Any, list[Tensor]]:
+def detached(layer: U, needs: tuple[bool, ...]) -> tuple[U, list[Tensor]]:
     """A call or a layer on leaves of a graph of its own, and those of them that a gradient is needed of."""
     leaves = [
         None if tensor is None else tensor.detach().requires_grad_(need)

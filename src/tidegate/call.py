@@ -9,12 +9,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tidegate.cell import Cell, Options, Sizes, States, Weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class _Number(enum.IntEnum):
@@ -76,12 +79,12 @@ class Call(NamedTuple):
         """What a gradient may be asked of, in order: input, states, weights."""
         return (self.input, *self.states, *self.weights)
 
-    def with_tensors(self, tensors: Sequence[Any]) -> Call:
+    def with_tensors(self, tensors: Sequence[Any]) -> Self:
         """The same call on other tensors, given in the order of `tensors`."""
         split = 1 + len(self.states)
         return self._replace(input=tensors[0], states=tuple(tensors[1:split]), weights=tuple(tensors[split:]))
 
-    def to(self, dtype: torch.dtype) -> Call:
+    def to(self, dtype: torch.dtype) -> Self:
         """The same call computed in `dtype`."""
         return self.with_tensors([None if tensor is None else tensor.to(dtype) for tensor in self.tensors])
 
@@ -139,12 +142,19 @@ class Call(NamedTuple):
                 input = input.unsqueeze(place)
             for place in {Layout.UNBATCHED: (1,), Layout.STEP: (0,), Layout.UNBATCHED_STEP: (0, 0)}[layout]:
                 states = tuple(None if state is None else state.unsqueeze(place) for state in states)
-        if any(state is None for state in states):
-            sizes, cells = self.sizes(), self.layers * self.directions
-            shapes = [(cells, input.shape[1], sizes[letter]) for letter in self.cell.states.values()]
-            zeros = (input.new_zeros(shape) for shape in shapes)
-            states = tuple(zero if state is None else state for state, zero in zip(states, zeros, strict=True))
-        return self._replace(input=input, states=states, layout=Layout.TIME_MAJOR)
+        return self._replace(input=input, states=states, layout=Layout.TIME_MAJOR).with_states()
+
+    def with_states(self) -> Call:
+        """The same call over (T, B, I) or (B, T, I), zeros in place of states that are not given."""
+        if all(state is not None for state in self.states):
+            return self
+        sizes, leading = self.sizes(), (self.layers * self.directions, self.batch)
+        return self._replace(
+            states=tuple(
+                self.input.new_zeros((*leading, sizes[letter])) if state is None else state
+                for letter, state in zip(self.cell.states.values(), self.states, strict=True)
+            )
+        )
 
     def restored(self, output: Tensor, finals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The results of `time_major()` as this call's layout has them."""
@@ -193,13 +203,13 @@ class Layer(NamedTuple):
         """What a gradient may be asked of, in the operator's order: input, states, weights."""
         return (self.input, *self.states, *self.weights.values())
 
-    def with_tensors(self, tensors: Sequence[Any]) -> Layer:
+    def with_tensors(self, tensors: Sequence[Any]) -> Self:
         """The same layer on other tensors, given in the order of `tensors`."""
         split = 1 + len(self.states)
         weights = dict(zip(self.weights, tensors[split:], strict=True))
         return self._replace(input=tensors[0], states=tuple(tensors[1:split]), weights=weights)
 
-    def to(self, dtype: torch.dtype) -> Layer:
+    def to(self, dtype: torch.dtype) -> Self:
         """The same layer computed in `dtype`."""
         return self.with_tensors([None if tensor is None else tensor.to(dtype) for tensor in self.tensors])
 
@@ -218,6 +228,9 @@ class Layer(NamedTuple):
         states = tuple(state.unsqueeze(0) for state in self.states)
         weights, options = tuple(self.weights.values()), tuple(self.options.values())
         return Call(self.cell, options, self.input, states, weights, self.lengths, self.resets, 1, direction)
+
+
+Unit = Call | Layer
 
 
 def layer_by_layer(call: Call, run: Callable[[Layer], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

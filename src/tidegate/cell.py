@@ -11,7 +11,7 @@ Options beyond torch.nn's (activations, clips, peepholes, coupled gates) have de
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -73,6 +73,7 @@ class Cell:
     names: tuple[str, ...] = field(init=False)
     axes: dict[str, tuple[tuple[int, str], ...]] = field(init=False)
     recurrent: str = field(init=False)
+    _places: dict[str, tuple[tuple[str, int, int], ...]] = field(init=False, compare=False)
     read_options: Callable[[Any], tuple[Any, ...]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +83,7 @@ class Cell:
         object.__setattr__(self, "axes", axes)
         rows_of_h = (n for n in axes if axes[n][0][1] == "H" and n != "weight_ih" and not self.parameters[n].when)
         object.__setattr__(self, "recurrent", next(rows_of_h, ""))
+        object.__setattr__(self, "_places", _places_of_letters(axes, self.states.values()))
         object.__setattr__(self, "read_options", _attribute_reader(tuple(self.options)))
 
     @property
@@ -93,15 +95,14 @@ class Cell:
         not there, as P without a projection, is H."""
         found: Sizes = {}
         absent: list[str] = []
-        for name, axes in self.axes.items():
-            weight = weights[name]
-            if weight is None:
-                absent += [letter for _, letter in axes if letter not in ("I", "H")]
-            elif weight.dim() == len(axes):
-                for size, (factor, letter) in zip(weight.shape, axes, strict=True):
-                    if letter not in found:
-                        found[letter] = size // factor
-        absent += [letter for letter in self.states.values() if letter not in found]
+        for letter, places in self._places.items():
+            for name, axis, factor in places:
+                weight = weights[name]
+                if weight is not None and weight.dim() == len(self.axes[name]):
+                    found[letter] = weight.shape[axis] // factor
+                    break
+            else:
+                absent.append(letter)
         for letter in absent:
             found[letter] = found.get("H", 0)
         return found
@@ -116,6 +117,17 @@ class Cell:
     def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
         """The sizes of a parameter."""
         return tuple([factor * sizes[letter] for factor, letter in self.axes[name]])
+
+
+def _places_of_letters(
+    axes: dict[str, tuple[tuple[int, str], ...]], states: Iterable[str]
+) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    """Where each letter stands: parameter, axis, and the factor before it."""
+    places: dict[str, list[tuple[str, int, int]]] = {letter: [] for letter in states}
+    for name, letters in axes.items():
+        for axis, (factor, letter) in enumerate(letters):
+            places.setdefault(letter, []).append((name, axis, factor))
+    return {letter: tuple(found) for letter, found in places.items()}
 
 
 def _attribute_reader(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:

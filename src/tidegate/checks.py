@@ -30,7 +30,8 @@ def check(call: Call) -> None:
         ValueError: names each argument that disagrees, what was expected and what came.
         NotImplementedError: a tensor is sparse, or of another layout than rows of numbers.
     """
-    refuse_sparse(_named_tensors(call))
+    if any(tensor is not None and tensor.layout is not torch.strided for tensor in call.tensors):
+        refuse_sparse(_named_tensors(call))
     layout = _INPUTS[call.layout]
     if call.input.dim() != layout.count(",") + (not layout.endswith(",)")):
         raise ValueError(f"input: expected {layout}, got {call.input.dim()} dimensions")

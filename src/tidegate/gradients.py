@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tidegate import backends, dispatch, reference, signature
 from tidegate.backends import Backend, Gradients
-from tidegate.call import Call, Layer, layer_by_layer
+from tidegate.call import Call, Layer, Unit, layer_by_layer
 
 _USED_UP = (
     "Trying to backward through the graph a second time (or directly access saved tensors after they have already "
@@ -33,9 +33,9 @@ _CHANGED = (
 
 
 def record(call: Call, chosen: Backend) -> tuple[Tensor, ...]:
-    """Run a call on a backend that takes stacks, recorded as one autograd node."""
-    if chosen.composite is not None and call.is_step:
-        return backends.run_composite(chosen, call)  # torch's cells are differentiable to any order
+    """Run a call on a backend that takes stacks: as one autograd node, or as torch's operators record themselves."""
+    if chosen.composite is not None:
+        return record_composite(chosen, call)
     results = dispatch.apply_plain(Recurrence, call, chosen, False, *call.tensors)
     if _opens_gate(call):
         # h' depends on c', as a hook on c' must see: h' = o tanh(c').
@@ -44,7 +44,15 @@ def record(call: Call, chosen: Backend) -> tuple[Tensor, ...]:
     return results
 
 
-def _opens_gate(unit: Any) -> bool:
+def record_composite(chosen: Backend, unit: Unit) -> tuple[Tensor, ...]:
+    """A composite backend's results of a call, or of a layer as a layer has them, as torch records them."""
+    results = _composite(chosen, unit)
+    if chosen.any_order(unit):
+        return results
+    return dispatch.apply_plain(HigherOrder, unit, len(results), *results, *unit.tensors)
+
+
+def _opens_gate(unit: Unit) -> bool:
     """An LSTM's step, (h', c', o): the node returns c' and o, from which h' is put together."""
     return isinstance(unit, Call) and unit.is_step and unit.cell.name == "lstm"
 
@@ -61,8 +69,8 @@ class _Kept(NamedTuple):
         saved: what the forward left.
     """
 
-    unit: Any
-    read: Any
+    unit: Unit
+    read: Unit
     versions: list[int]
     output: Tensor | None
     saved: tuple[Tensor, ...]
@@ -76,35 +84,29 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, unit: Any, chosen: Backend, as_operator: bool, *tensors: Tensor | None
+        ctx: Any, unit: Unit, chosen: Backend, as_operator: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.needs = ctx.needs_input_grad[3:]
-        ctx.chosen, ctx.as_operator, ctx.graph, ctx.kept = chosen, as_operator, None, None
+        ctx.chosen, ctx.as_operator, ctx.kept = chosen, as_operator, None
         ctx.opens_gate = _opens_gate(unit)
         ctx.set_materialize_grads(False)
         if not dispatch.is_plain():
+            assert isinstance(unit, Layer)
             operator = signature.forward_operator(unit.cell)
             results = dispatch.below_autograd(operator, *signature.arguments(unit), chosen.name, True)
-        elif chosen.composite is not None:
-            # torch's operators keep what they need in a graph of their own, which one backward uses up.
-            with dispatch.recording():
-                recorded, wanted = backends.detached(unit, ctx.needs)
-                outputs = _composite(chosen, recorded)
-            ctx.graph = (outputs, wanted)
-            results = (*(output.detach() for output in outputs), unit.input.new_empty(0))
         elif isinstance(unit, Layer):
             results = backends.run_layer(chosen, unit, save=True)
         else:
             results = backends.run_forward(chosen, unit, save=True)
         # A call leaves a tensor for each of its layers.
-        count = unit.layers if isinstance(unit, Call) and chosen.composite is None else 1
+        count = unit.layers if isinstance(unit, Call) else 1
         output, saved = results[0], tuple(results[len(results) - count :])
         if as_operator or dispatch.has_saved_tensor_hooks():
             ctx.save_for_backward(*tensors, unit.lengths, unit.resets, output, *saved)
             ctx.count = count
             ctx.unit = unit.with_tensors([None] * len(tensors))._replace(lengths=None, resets=None)
         else:
-            ctx.kept = _keep(unit, chosen, ctx.needs, output, saved)
+            ctx.kept = _keep(unit, ctx.needs, output, saved)
         if not as_operator:
             return tuple(results[ctx.opens_gate : len(results) - count])
         ctx.mark_non_differentiable(*saved)
@@ -113,9 +115,8 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         keeps_graph = dispatch.keeps_graph()
-        graph, kept = ctx.graph, ctx.kept
+        kept = ctx.kept
         is_first_order = not torch.is_grad_enabled()
-        ctx.graph = None  # one backward uses it up
         if not keeps_graph:
             ctx.kept = None
         if ctx.as_operator:
@@ -126,16 +127,15 @@ class Recurrence(torch.autograd.Function):
             unit, output, saved = _unpacked(ctx)
         else:
             unit, output, saved = kept.unit, kept.output, kept.saved
-        if graph is not None and is_first_order:
-            found = backends.graph_gradients(graph[0], graph[1], gradients, ctx.needs)
-        elif ctx.as_operator and not (dispatch.is_plain() and is_first_order):
+        if ctx.as_operator and not (dispatch.is_plain() and is_first_order):
+            assert isinstance(unit, Layer)
             rest = (ctx.chosen.name, output, *saved, *gradients, list(ctx.needs))
             found = signature.backward_operator(unit.cell)(*signature.arguments(unit), *rest)
             found = tuple(grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
         else:
             read = unit
             if kept is not None:
-                _check_versions(kept, ctx.chosen, ctx.needs)
+                _check_versions(kept, ctx.needs)
                 read = kept.read
             overwrite = kept is not None and not keeps_graph
             first_order = partial(_first_order, ctx.chosen, read, output, saved, gradients, ctx.needs, overwrite)
@@ -163,15 +163,13 @@ def _places_read(states: int, count: int, directions: int, needs: tuple[bool, ..
     return (*(0,) * any(needs[k] for k in bottom), *checked), tuple(weights)
 
 
-def _places(unit: Any, chosen: Backend, needs: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
-    if chosen.composite is not None:
-        return (), ()
+def _places(unit: Unit, needs: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
     directions = unit.directions if isinstance(unit, Call) else 0
     return _places_read(len(unit.cell.states), len(unit.cell.parameters), directions, needs)
 
 
-def _keep(unit: Any, chosen: Backend, needs: tuple[bool, ...], output: Tensor, saved: tuple[Tensor, ...]) -> _Kept:
-    places, of_weights = _places(unit, chosen, needs)
+def _keep(unit: Unit, needs: tuple[bool, ...], output: Tensor, saved: tuple[Tensor, ...]) -> _Kept:
+    places, of_weights = _places(unit, needs)
     tensors = [*unit.tensors]
     versions = [version_of(tensors[k]) for k in places]
     for k in of_weights:
@@ -179,8 +177,8 @@ def _keep(unit: Any, chosen: Backend, needs: tuple[bool, ...], output: Tensor, s
         if weight is not None:
             tensors[k] = weight.detach()
     # Of the output an alias: whoever holds the output holds this node.
-    reads_output = isinstance(unit, Layer) and chosen.composite is None
-    return _Kept(unit, unit.with_tensors(tensors), versions, output.detach() if reads_output else None, saved)
+    kept_output = output.detach() if isinstance(unit, Layer) else None
+    return _Kept(unit, unit.with_tensors(tensors), versions, kept_output, saved)
 
 
 def version_of(tensor: Tensor | None) -> int:
@@ -188,21 +186,22 @@ def version_of(tensor: Tensor | None) -> int:
     return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _check_versions(kept: _Kept, chosen: Backend, needs: tuple[bool, ...]) -> None:
+def _check_versions(kept: _Kept, needs: tuple[bool, ...]) -> None:
     """Raise, as torch does, if what the first gradient reads was changed in place."""
-    places, _ = _places(kept.unit, chosen, needs)
+    places, _ = _places(kept.unit, needs)
     tensors, cell = kept.unit.tensors, kept.unit.cell
     for k, version in zip(places, kept.versions, strict=True):
-        now = version_of(tensors[k])
-        if now != version:
+        changed = tensors[k]
+        now = version_of(changed)
+        if changed is not None and now != version:
             names = ["input", *(f"{state}_0" for state in cell.states), *cell.parameters]
             first = len(names) - len(cell.parameters)
             name = names[k if k < first else first + (k - first) % len(cell.parameters)]
-            shape = tuple(tensors[k].shape)
+            shape = tuple(changed.shape)
             raise RuntimeError(_CHANGED.format(name=name, cell=cell.name, shape=shape, now=now, then=version))
 
 
-def _unpacked(ctx: Any) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
+def _unpacked(ctx: Any) -> tuple[Unit, Tensor, tuple[Tensor, ...]]:
     """What was saved openly: the unit on its tensors, the output, and what the forward left."""
     everything = ctx.saved_tensors
     if not hasattr(ctx, "unit"):
@@ -212,7 +211,7 @@ def _unpacked(ctx: Any) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
     return unit, output, everything[len(everything) - ctx.count :]
 
 
-def _composite(chosen: Backend, unit: Any) -> tuple[Tensor, ...]:
+def _composite(chosen: Backend, unit: Unit) -> tuple[Tensor, ...]:
     """A composite backend's results of a call, or of a layer as a layer has them."""
     if isinstance(unit, Call):
         return backends.run_composite(chosen, unit)
@@ -225,7 +224,7 @@ def _composite(chosen: Backend, unit: Any) -> tuple[Tensor, ...]:
 
 def _first_order(
     chosen: Backend,
-    unit: Any,
+    unit: Unit,
     output: Tensor | None,
     saved: tuple[Tensor, ...],
     gradients: Gradients,
@@ -233,27 +232,22 @@ def _first_order(
     overwrite: bool,
 ) -> Gradients:
     """The gradients of `unit.tensors`, None where not needed."""
-    if chosen.composite is not None or dispatch.is_batched():
-        # The forward again, this time recorded, in operations that torch can batch.
-        with dispatch.recording():
-            recorded, wanted = backends.detached(unit, needs)
-            return backends.graph_gradients(_differentiable(chosen, recorded), wanted, gradients, needs)
+    if dispatch.is_batched():
+        return _recorded_again(unit, gradients, needs)
     if isinstance(unit, Layer):
         assert output is not None
         return backends.run_layer_backward(chosen, unit, output, saved[0], gradients, needs)
     return backends.run_backward(chosen, unit, saved, gradients, needs, overwrite)
 
 
-def _differentiable(chosen: Backend, unit: Any) -> tuple[Tensor, ...]:
-    """The results in torch's operations: of an LSTM's step on a kernel (h', c', o)."""
-    if chosen.composite is not None:
-        return _composite(chosen, unit)
-    if isinstance(unit, Layer):
-        return reference.forward(unit)
-    return _by_reference(unit)
+def _recorded_again(unit: Unit, gradients: Gradients, needs: tuple[bool, ...]) -> Gradients:
+    """As `_first_order`: the forward again, by the reference, in operations that torch can batch and differentiate."""
+    with dispatch.recording():
+        recorded, wanted = backends.detached(unit, needs)
+        return backends.graph_gradients(_by_reference(recorded), wanted, gradients, needs)
 
 
-def _by_reference(unit: Any) -> tuple[Tensor, ...]:
+def _by_reference(unit: Unit) -> tuple[Tensor, ...]:
     """The reference's results, in the form that the unit's node returns them."""
     if isinstance(unit, Layer):
         return reference.forward(unit)
@@ -261,6 +255,39 @@ def _by_reference(unit: Any) -> tuple[Tensor, ...]:
     if _opens_gate(unit):
         return (*results, reference.output_gate(unit))
     return results
+
+
+class HigherOrder(torch.autograd.Function):
+    """`apply(call or layer, how many results, *results, *its tensors) -> results`, as torch's operator recorded them.
+
+    A gradient passes through to torch's own nodes. One that is to be differentiated, which cuDNN's cannot be, or that
+    comes batched goes to the tensors instead, through the reference.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, unit: Unit, count: int, *results_and_tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        tensors = results_and_tensors[count:]
+        ctx.save_for_backward(*tensors, unit.lengths, unit.resets)
+        ctx.unit, ctx.count = unit.with_tensors([None] * len(tensors))._replace(lengths=None, resets=None), count
+        ctx.set_materialize_grads(False)
+        return tuple(result.detach() for result in results_and_tensors[:count] if result is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        is_first_order = not torch.is_grad_enabled()
+        if is_first_order and not dispatch.is_batched():
+            return (None, None, *gradients, *(None for _ in ctx.unit.tensors))
+        *tensors, lengths, resets = ctx.saved_tensors
+        unit = ctx.unit.with_tensors(tensors)._replace(lengths=lengths, resets=resets)
+        needs = ctx.needs_input_grad[2 + ctx.count :]
+        first_order = partial(_recorded_again, unit, gradients, needs)
+        if is_first_order:
+            found = first_order()
+        else:
+            found = dispatch.apply_plain(Gradient, unit, first_order, needs, *tensors, *gradients)
+        return (None, None, *(None for _ in gradients), *found)
 
 
 class Gradient(torch.autograd.Function):
@@ -271,7 +298,7 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, unit: Any, first_order: Callable[[], Gradients], needs: Sequence[bool], *inputs: Tensor | None
+        ctx: Any, unit: Unit, first_order: Callable[[], Gradients], needs: Sequence[bool], *inputs: Tensor | None
     ) -> Gradients:
         ctx.save_for_backward(*inputs, unit.lengths, unit.resets)
         ctx.unit, ctx.wanted = unit.with_tensors([None] * len(unit.tensors)), needs
@@ -295,7 +322,7 @@ class Gradient(torch.autograd.Function):
         return (None, None, None, *found)
 
 
-def of_reference(unit: Any, cotangents: Sequence[Tensor | None]) -> list[Any]:
+def of_reference(unit: Unit, cotangents: Sequence[Tensor | None]) -> list[Any]:
     """Gradients of `unit.tensors` through the reference, in torch.func's terms: they can be differentiated again."""
 
     def seeds(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -169,6 +169,8 @@ class _Operators:
             check_layer(layer)
             # The backward must be the same backend's: a graph that has one fixes the backend when it is traced.
             chosen = backends.select(layer.call(), backends.demanded(name))
+            if chosen.composite is not None and dispatch.is_plain():
+                return (*gradients.record_composite(chosen, layer), layer.input.new_empty(0))
             return dispatch.apply(gradients.Recurrence, layer, chosen, True, *layer.tensors)
         if dispatch.is_plain():
             return self.forward(*arguments)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ matplotlib.use("Agg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 TIDEGATE_COLOUR = "#0b7285"
 TORCH_COLOUR = "#e8590c"
@@ -51,6 +53,37 @@ def new_figure(width: float, height: float, columns: int = 1, shared: bool = Fal
     figure = Figure(figsize=(width, height), layout="constrained")
     axes: list[Axes] = list(figure.subplots(1, columns, sharex=shared, sharey=shared, squeeze=False)[0])
     return figure, axes
+
+
+def draw_ratios(
+    axes: Axes, ratios: Sequence[float], figures: Sequence[str], names: Sequence[str], others: Iterable[float]
+) -> None:
+    """Times as fast, a bar in each row from 1 on: what lies left of the line is slower.
+
+    Args:
+        figures: beside the bars, a column.
+        names: of the rows.
+        others: what else the axes must have room for.
+    """
+    rows = range(len(ratios))
+    axes.barh(rows, [ratio - 1 for ratio in ratios], left=1, color=TIDEGATE_COLOUR, height=0.62)
+    for row, figure in zip(rows, figures, strict=True):
+        # x in shares of the axes.
+        place: Any = axes.get_yaxis_transform()
+        axes.text(
+            1.01, row, figure, transform=place, va="center", fontsize=9, weight="bold", color=TIDEGATE_COLOUR
+        )  # fmt: skip
+    axes.axvline(1, color=TORCH_COLOUR, linewidth=2)
+    axes.set_xscale("log", base=2)
+    shown = [*ratios, *others]
+    axes.set_xlim(min(0.7, 0.8 * min(shown)), max(2.0, 1.4 * max(shown)))
+    axes.xaxis.set_major_locator(LogLocator(base=2))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(rows, names, fontsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.set_ylim(len(ratios) - 0.4, -0.6)
 
 
 def save(figure: Figure, path: Path) -> Path:

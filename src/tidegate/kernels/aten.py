@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tidegate.call import Call, Direction, Layout
+from tidegate.call import Call, Direction, Layout, Unit
 from tidegate.cell import GRU, LSTM, RNN, extensions
 
 # Of a step with torch.nn's equations, which `extensions` would find nothing against.
@@ -43,13 +43,22 @@ def unsupported_reasons(call: Call) -> list[str]:
     return reasons
 
 
+def any_order(call: Unit) -> bool:
+    """Whether the gradient that torch's operators record can be differentiated in turn: cuDNN's and others' cannot."""
+    return call.input.is_cpu or (isinstance(call, Call) and call.is_step)
+
+
 def forward(call: Call) -> tuple[Tensor, ...]:
     """Run `call`, all layers at once, recording autograd as torch's operators do."""
     if call.is_step and (len(call.weights) == 4 or call.weights[4] is None):
         return _step(call)
-    whole = call.time_major()
     if call.lengths is not None:
-        return call.restored(*_packed(whole, call.lengths))
+        return call.restored(*_packed(call.time_major(), call.lengths))
+    if call.layout <= Layout.BATCH_FIRST and call.direction is not Direction.REVERSE:
+        whole = call.with_states()
+        output, finals = _run(whole, (whole.input,), _given(whole), (call.layout is Layout.BATCH_FIRST,))
+        return (output, *finals)
+    whole = call.time_major()
     reverse = call.direction is Direction.REVERSE
     output, finals = _run(whole, (whole.input.flip(0) if reverse else whole.input,), _given(whole), (False,))
     return call.restored(output.flip(0) if reverse else output, finals)

@@ -37,7 +37,8 @@ _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
     )
 }
 
-# B * hidden_size from which one step is quicker in torch's operators, by instruction set.
+# B * hidden_size from which one step of _ROWS rows or more is quicker in torch's operators, by instruction set.
+_ROWS = 16
 _MANY = {"avx2": {"gru": 2**13, "rnn": 2**14, "lstm": 2**15}, "avx512": {"gru": 2**16, "rnn": 2**16, "lstm": 2**16}}
 
 _GATES = {
@@ -164,7 +165,10 @@ def slower_reasons(call: Call) -> list[str]:
     if call.cell is not GRU and call.layout >= Layout.STEP and call.records():
         return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
     if call.layout == Layout.STEP and call.input.dtype is torch.float32:
-        entries = call.batch * call.hidden_size
+        rows = call.input.shape[0]
+        if rows < _ROWS:
+            return []
+        entries = rows * call.hidden_size
         if entries >= min(_MANY["avx2"].values()):
             many = _MANY["avx512" if layout().startswith("avx512") else "avx2"][call.cell.name]
             if entries >= many:

@@ -2,8 +2,9 @@
 """The modules: layers over sequences, single-step cells, `dynamic_rnn` and `Recurrent` over any cell."""
 
 from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
+from tidegate.nn.classic import GRU, LSTM, RNN
 from tidegate.nn.dynamic import dynamic_rnn
-from tidegate.nn.layers import GRU, LSTM, RNN, RecurrentLayer
+from tidegate.nn.layers import RecurrentLayer
 from tidegate.nn.recurrent import Recurrent
 from tidegate.nn.truncated import tbptt
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tidegate.cli.bench.agreement import BenchError
 from tidegate.cli.bench.measure import Bench, Result
-from tidegate.cli.bench.picture import draw_ratios
+from tidegate.cli.bench.picture import draw_over_torch
 from tidegate.cli.bench.report import print_notes, print_report, print_streams, say_wrote, write_json
 from tidegate.cli.bench.shapes import Case, Shape, default_shapes, default_streams
 from tidegate.cli.bench.stream_picture import draw_latencies
@@ -104,7 +104,7 @@ def run_bench(plan: Plan, out: Path) -> list[Result | StreamResult]:
     if results:
         layers = f"{plan.num_layers} layer{'s' * (plan.num_layers > 1)}"
         directions = "both directions" if plan.bidirectional else "one direction"
-        say_wrote(console, draw_ratios(results, f"{machine}, {layers}, {directions}", out / "bench.png"))
+        say_wrote(console, draw_over_torch(results, f"{machine}, {layers}, {directions}", out / "bench.png"))
     if streams:
         say_wrote(console, draw_latencies(streams, f"{machine}, up to {plan.stream_steps:,} steps", out / "stream.png"))
     return [result for result in (*results, *streams) if result.ratio < _NO_SLOWER]

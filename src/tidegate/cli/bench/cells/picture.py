@@ -7,7 +7,6 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from tidegate.cli.bench.cells.contenders import YARDSTICK
 from tidegate.cli.bench.cells.measure import CellResult
@@ -17,6 +16,7 @@ from tidegate.cli.pictures import (
     PEER_COLOURS,
     TIDEGATE_COLOUR,
     TORCH_COLOUR,
+    draw_ratios,
     look,
     new_figure,
     save,
@@ -51,38 +51,17 @@ def draw_cells(results: list[CellResult], subtitle: str, path: Path) -> Path:
 
 
 def _draw_kind(axes: Axes, results: list[CellResult]) -> None:
-    rows = range(len(results))
-    fused = [result.over("loop") or 1.0 for result in results]
-    axes.barh(rows, [ratio - 1 for ratio in fused], left=1, color=TIDEGATE_COLOUR, height=0.62)
-    most, least = max(fused), min(fused)
-    for row, (result, ratio) in enumerate(zip(results, fused, strict=True)):
+    others: list[float] = []
+    for row, result in enumerate(results):
         for name, (marker, colour, _) in _MARKS.items():
             if name in result.seconds:
-                other = result.seconds["loop"] / result.seconds[name]
-                most, least = max(most, other), min(least, other)
-                mark = axes.plot(other, row, marker, color=colour, markersize=13 if marker == "|" else 7)[0]
+                others.append(result.seconds["loop"] / result.seconds[name])
+                mark = axes.plot(others[-1], row, marker, color=colour, markersize=13 if marker == "|" else 7)[0]
                 if marker == "|":
                     mark.set_markeredgewidth(2)
                 else:  # dark marks would be lost on the bar
                     mark.set_markeredgecolor("white")
-        share = "" if result.memory is None else f", {result.memory:.0%} memory"
-        axes.text(
-            1.01,
-            row,
-            f"{ratio:.1f}x{share}",
-            transform=axes.get_yaxis_transform(),  # x in shares of the axes: a column of figures beside the bars
-            va="center",
-            fontsize=9,
-            weight="bold",
-            color=TIDEGATE_COLOUR,
-        )
-    axes.axvline(1, color=TORCH_COLOUR, linewidth=2)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(min(0.7, 0.8 * least), max(2.0, 1.4 * most))
-    axes.xaxis.set_major_locator(LogLocator(base=2))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(rows, [f"{result.case.mode}  {result.case.shape}" for result in results], fontsize=9)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
-    axes.set_ylim(len(results) - 0.4, -0.6)
+    fused = [result.over("loop") or 1.0 for result in results]
+    memory = ["" if result.memory is None else f", {result.memory:.0%} memory" for result in results]
+    figures = [f"{ratio:.1f}x{share}" for ratio, share in zip(fused, memory, strict=True)]
+    draw_ratios(axes, fused, figures, [f"{result.case.mode}  {result.case.shape}" for result in results], others)
