@@ -104,7 +104,7 @@ test-clients: install  ## Run the examples and other packages' models, which it 
 		'skorch>=1.4' 'librosa>=0.11' 'webrtcvad-wheels>=2.0.14' 'torchrl>=0.14'
 	$(PIP) $(TORCH) opt_einsum hyperpyyaml sentencepiece huggingface_hub fastcore fastprogress \
 		fasttransform fastdownload pillow scikit-learn requests loguru appdirs scikit-base lightning transformers pysam \
-		h5py toml intervaltree edlib cffi deepfilterlib attrs
+		h5py toml intervaltree edlib parasail mappy cffi deepfilterlib attrs
 	$(PIP) --no-deps 'resemblyzer>=0.1.4' 'captum>=0.9' 'opacus>=1.6' 'speechbrain>=1.1' \
 		'fastai>=2.8' 'medaka>=2.2' 'kokoro>=0.9.4' 'BeatNet>=1.1.3' 'deepfilternet>=0.5.6' 'silero-vad>=6.2' \
 		'pytorch-forecasting>=1.8'

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -212,11 +213,106 @@ def test_pruning(when: str) -> None:
     close(run(tg.restore(ours), x), run(theirs, x))
 
 
+class Packing(torch.nn.GRU):
+    """As packages derive theirs: it packs, and calls super()."""
+
+    def forward(self, x: Tensor, hx: Any = None, lengths: Any = None) -> Any:
+        if lengths is None:
+            return super().forward(x, hx)
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        output, last = super().forward(packed, hx)
+        return torch.nn.utils.rnn.pad_packed_sequence(output)[0], last
+
+
+class Doubling(Packing):
+    """A subclass of a subclass, with a cell of an exact type inside."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.inner = torch.nn.GRU(2, 3)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, last = super().forward(*args, **kwargs)
+        return 2 * output, last
+
+
+@pytest.mark.parametrize("subclass", [Packing, Doubling])
+def test_subclasses_that_call_super(subclass: type) -> None:
+    """They become a class derived from theirs, in which super() finds tidegate's forward."""
+    module: Any = subclass(5, 6)
+    x, lengths = torch.randn(7, 3, 5, requires_grad=True), torch.tensor([7, 2, 4])
+
+    def results(module: Any) -> list[Tensor]:
+        output, last = module(x, lengths=lengths)
+        return [output, last, *torch.autograd.grad(output.square().sum(), [x, *module.gru_weights])]
+
+    names = list(module.state_dict())
+    module.gru_weights = [p for name, p in module.named_parameters() if "inner" not in name]
+    expected, shown = results(module), repr(module)
+    assert tg.accelerate(tg.accelerate(module)) is module
+    with tg.trace() as ran:
+        close(results(module), expected)
+    assert [one.what for one in ran] == ["forward", "backward"]
+    assert (repr(module), list(module.state_dict())) == (shown, names)
+    assert isinstance(module, subclass)
+    assert isinstance(module, torch.nn.GRU)
+    assert type(module).__qualname__ == subclass.__qualname__
+    assert [entry.why for entry in tg.report(module).entries] == ["swapped"] * (1 + (subclass is Doubling))
+    copies = [copy.deepcopy(module), copy.copy(module), pickle.loads(pickle.dumps(module))]
+    for copied in copies:
+        assert type(copied) is type(module)
+        close(copied(x, lengths=lengths), expected[:2])
+        assert type(tg.restore(copied)) is subclass
+    assert type(tg.accelerate(subclass(5, 6))) is type(tg.accelerate(module))
+    close(results(tg.restore(module)), expected)
+    assert type(module) is subclass
+
+
+def test_a_parametrized_subclass() -> None:
+    module = Packing(5, 6)
+    x = torch.randn(7, 3, 5)
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    expected = module(x)
+    with tg.trace() as ran:
+        close(tg.accelerate(module)(x), expected)
+    assert ran
+    assert isinstance(module, Packing)
+    close(tg.restore(module)(x), expected)
+
+
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
-def test_subclasses_are_left_alone_and_looked_into(kind: str) -> None:
-    """One that overrides nothing, too: what it will override next is not known."""
-    base = getattr(torch.nn, kind)
-    subclass = type("Mine", (base,), {})
+def test_subclasses_that_override_nothing(kind: str) -> None:
+    """What is put on them later is found as ever."""
+    subclass: Any = type("Mine", (getattr(torch.nn, kind),), {})
+    module, x = subclass(5, 6), torch.randn(3, 5)
+    expected = module(x)
+    close(tg.accelerate(module)(x), expected)
+    subclass.forward = lambda self, x: x
+    assert module(x) is x
+    assert type(tg.restore(module)) is subclass
+
+
+def decorated(forward: Any) -> Any:
+    return lambda self, *args: forward(self, *args)
+
+
+class Meta(type):
+    pass
+
+
+@pytest.mark.parametrize(("own", "why"), [
+    ({"forward": lambda self, x: x}, "whose forward does not end in super().forward"),
+    ({"forward": decorated(Packing.forward)}, "whose forward does not end in super().forward"),
+    ({"check_input": lambda self, *_: None}, "whose check_input tidegate would not use as torch.nn does"),
+    ({"cell": 3, "stream": None}, "whose cell, stream tidegate would not use as torch.nn does"),
+    ({"__init_subclass__": classmethod(lambda cls: None)},
+     "whose __init_subclass__ tidegate would not use as torch.nn does"),
+    ({"__call__": Packing.forward}, "whose __call__ tidegate would not use as torch.nn does"),
+    (Meta, "whose metaclass Meta may not expect another class"),
+])  # fmt: skip
+def test_subclasses_that_are_left_alone(own: Any, why: str) -> None:
+    made = own if isinstance(own, type) else type
+    subclass: Any = made("Mine", (torch.nn.GRU,), {} if made is own else own)
     model = torch.nn.ModuleDict({"mine": subclass(5, 6)})
     model["mine"].inner = torch.nn.GRU(2, 3)
     tg.accelerate(model)
@@ -224,7 +320,7 @@ def test_subclasses_are_left_alone_and_looked_into(kind: str) -> None:
     assert type(model["mine"].inner) is tg.GRU
     mine, inner = tg.report(model).entries
     assert (mine.names, mine.module, mine.swapped) == (("mine",), "Mine", False)
-    assert mine.why == (f"left alone: a subclass of torch.nn.{kind}; derived from tidegate.{kind} instead it runs here")
+    assert mine.why == f"left alone: a subclass of torch.nn.GRU {why}; derived from tidegate.GRU instead it runs here"
     assert inner.swapped
     restored = tg.restore(model)["mine"]
     assert type(restored) is subclass

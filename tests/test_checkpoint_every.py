@@ -369,6 +369,84 @@ def test_what_changes_between_forward_and_backward(make: Any) -> None:
     assert_same(*found)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("every", [None, 6])
+@pytest.mark.parametrize("make", [
+    lambda **kw: tg.GRU(I, I, 2, bidirectional=True, **kw),
+    lambda **kw: tg.LSTM(I, I, peepholes=True, **kw),
+    lambda **kw: tg.Recurrent(tg.GRUCell(I, I), **kw),
+    lambda **kw: tg.Recurrent(torch.nn.LSTMCell(I, I), **kw),
+    lambda **kw: tg.Recurrent(cells.LayerNormGRUCell(I, I), **kw),
+    lambda **kw: tg.Recurrent(Moody(), **kw),
+    lambda **kw: Around(Moody(), **kw),
+], ids=["GRU", "peepholes", "our cell", "torch.nn's cell", "LayerNorm", "own cell", "function"])  # fmt: skip
+def test_other_data_between_forward_and_backward(make: Any, every: int | None, create_graph: bool) -> None:
+    """As with torch.nn: the gradients are those at the data of the forward; of gradients of gradients, too."""
+    layer = make(checkpoint_every=every).double()
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    tensors = [x, *layer.parameters(), *layer.buffers()]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    found = []
+    for factor in (1, 3):
+        loss = layer(x)[0].square().sum()
+        before = [tensor.data for tensor in tensors]
+        for tensor in tensors:
+            tensor.data = tensor.data * factor
+        grads = list(torch.autograd.grad(loss, wanted, create_graph=create_graph))
+        if create_graph:
+            grads += torch.autograd.grad(sum(grad.square().sum() for grad in grads), wanted)
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+        found.append([grad.detach() for grad in grads])
+    assert_same(*found)
+
+
+class Around(torch.nn.Module):
+    """A cell inside of a function, of which `Recurrent` knows no parameter."""
+
+    def __init__(self, cell: torch.nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.cell = cell
+        self.over_time = [tg.Recurrent(lambda x, h: cell(x, h), **options)]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.over_time[0](x, x.new_zeros(B, I))
+
+
+def test_what_a_function_has_around_it_changes() -> None:
+    """In place: seen. By other `.data`: the gradients are those at what it was."""
+    scale = torch.tensor(0.7, requires_grad=True)
+    layer = tg.Recurrent(lambda x, h: torch.tanh(x + scale * h), checkpoint_every=6)
+    x = torch.randn(T, B, I)
+    found = []
+    for factor in (1, 3):
+        output, _ = layer(x, torch.zeros(B, I))
+        scale.data = scale.data * factor
+        found.append(torch.autograd.grad(output.sum(), scale)[0])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(scale, torch.tensor(0.7) * 3)
+
+    output, _ = layer(x, torch.zeros(B, I))
+    with torch.no_grad():
+        scale.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_a_cell_that_counts_its_calls() -> None:
+    """What it changes itself is no change from outside."""
+    calls = torch.zeros(())
+
+    def cell(x: Tensor, h: Tensor) -> Tensor:
+        calls.add_(1)
+        return torch.tanh(x + h)
+
+    x = torch.randn(T, B, I, requires_grad=True)
+    output, _ = tg.Recurrent(cell, checkpoint_every=6)(x, torch.zeros(B, I))
+    output.sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("every", [-1, 2.0, True, "8"])
 @pytest.mark.parametrize("make", [lambda: tg.GRU(I, H), lambda: tg.Recurrent(tg.GRUCell(I, H))])
 def test_an_attribute_set_to_what_it_cannot_be(make: Any, every: Any) -> None:

@@ -16,24 +16,16 @@ import torch
 from torch.nn import Module
 from torch.nn.modules.rnn import RNNCellBase
 
-from tidegate import nn
+from tidegate import subclasses
 from tidegate.nn.options import ACCELERATED, OWN_OPTIONS
+from tidegate.subclasses import REPLACED, SWAPS
 
 M = TypeVar("M", bound=Module)
 
-_SWAPS: dict[type, type] = {
-    torch.nn.RNN: nn.RNN,
-    torch.nn.LSTM: nn.LSTM,
-    torch.nn.GRU: nn.GRU,
-    torch.nn.RNNCell: nn.RNNCell,
-    torch.nn.LSTMCell: nn.LSTMCell,
-    torch.nn.GRUCell: nn.GRUCell,
-}
-_BACK = {ours: theirs for theirs, ours in _SWAPS.items()}
+_BACK = {ours: theirs for theirs, ours in SWAPS.items()}
+_OURS = tuple(_BACK)
 # LiGRU, DPLSTM, sLSTMCell, QRNN, SRU, Rnn; not Group.
 _RECURRENT_NAME = re.compile(r"RNN|LSTM|GRU|SRU|Rnn(?![a-z])|Lstm(?![a-z])|Gru(?![a-z])")
-# What tidegate's layers look up that torch.nn's keep on the instance.
-_REPLACED = {"_flat_weights"}
 
 
 @dataclass(frozen=True)
@@ -74,11 +66,12 @@ class Report:
 def accelerate(model: M) -> M:
     """Swap every torch.nn.RNN, LSTM, GRU and cell inside `model`, at any depth, for tidegate's, in place.
 
-    Exact types only: a subclass may override what is replaced, so it is left alone, and `report` says so. So is a
-    module whose `forward` was replaced on the instance, or that has something of its own by the name of one of
-    tidegate's methods (`stream`, ...). A swapped module knows torch.nn's attributes alone: what its owner keeps on it
-    as `clip` or `reverse` stays his. Classes that torch itself makes around an exact one, for parametrizations and
-    fully_shard, count as the class inside.
+    A subclass is swapped, too, if all that it overrides is `forward` and that calls `super().forward`: it becomes a
+    class derived from it, in which that call finds tidegate's. Any other may override what is replaced, so it is left
+    alone, and `report` says so. So is a module whose `forward` was replaced on the instance, or that has something of
+    its own by the name of one of tidegate's methods (`stream`, ...). A swapped module knows torch.nn's attributes
+    alone: what its owner keeps on it as `clip` or `reverse` stays his. Classes that torch itself makes around another,
+    for parametrizations and fully_shard, count as the class inside.
     `isinstance(module, torch.nn.GRU)` stays true while a layer is swapped, as it is for every tidegate layer; its type
     is tidegate's. Doing it twice is doing it once.
 
@@ -89,7 +82,7 @@ def accelerate(model: M) -> M:
         TypeError: `model` is not a torch.nn.Module.
     """
     for module in _modules(model):
-        swapped = _swapped_class(type(module), _SWAPS)
+        swapped = _swapped_class(type(module), SWAPS)
         if swapped is not None and not _obstacle(module):
             _to_tidegate(module, swapped)
     return model
@@ -165,8 +158,13 @@ def _to_torch(module: Module, former: type) -> None:
 
 def _swapped_class(cls: type, swaps: dict[type, type]) -> type | None:
     """What an instance of `cls` becomes under `swaps`; None if it stays."""
-    if cls in swaps or not _made_by_torch(cls):
-        return swaps.get(cls)
+    if cls in swaps:
+        return swaps[cls]
+    if not _made_by_torch(cls):
+        if swaps is _BACK:
+            return subclasses.former(cls)
+        is_ours = subclasses.base_of(cls) is None or issubclass(cls, _OURS)
+        return None if is_ours or subclasses.obstacle(cls) else subclasses.with_ours(cls)
     bases = [_swapped_class(base, swaps) for base in cls.__bases__]
     if not any(bases):
         return None
@@ -193,9 +191,9 @@ def _obstacle(module: Module) -> str:
 
 def _names_taken(module: Module) -> list[str]:
     """What the owner keeps on a torch.nn module under a name that means something to tidegate's class: `clip`, say."""
-    theirs = next(cls for cls in type(module).__mro__ if cls in _SWAPS)
-    ours: Any = _SWAPS[theirs]
-    meanings = set(dir(ours)) - set(dir(theirs)) - _REPLACED
+    theirs = next(cls for cls in type(module).__mro__ if cls in SWAPS)
+    ours: Any = SWAPS[theirs]
+    meanings = set(dir(ours)) - set(dir(theirs)) - REPLACED
     # What an instance keeps by the name of an option stands before the class's, and a swapped module reads no options.
     attributes = set(vars(module)) - {*ours.cell.options, *OWN_OPTIONS, "proj_size"}
     return sorted(meanings & {*attributes, *module._parameters, *module._buffers, *module._modules})
@@ -212,16 +210,18 @@ def _why(module: Module) -> str:
     """The report's words; "" for a module that is not recurrent."""
     if not isinstance(module, torch.nn.RNNBase | RNNCellBase):
         return ""
-    if _swapped_class(type(module), _SWAPS) is not None:
+    if _swapped_class(type(module), SWAPS) is not None:
         return _obstacle(module) or "not swapped: tidegate.accelerate would"
     if _swapped_class(type(module), _BACK) is not None:
         if not vars(module).get(ACCELERATED):
             return "tidegate's own"
         return _obstacle_to_restoring(module) or "swapped"
-    base = next((cls for cls in type(module).__mro__ if cls in _SWAPS or cls in _BACK), torch.nn.RNNBase)
+    base = next((cls for cls in type(module).__mro__ if cls in SWAPS or cls in _BACK), torch.nn.RNNBase)
     what = f"left alone: a subclass of {_public_name(base)}"
-    ours = _SWAPS.get(base)
-    return what if ours is None else f"{what}; derived from tidegate.{ours.__name__} instead it runs here"
+    if base not in SWAPS:
+        return what
+    why = subclasses.obstacle(next(cls for cls in type(module).__mro__ if not _made_by_torch(cls)))
+    return f"{what} {why}; derived from tidegate.{SWAPS[base].__name__} instead it runs here"
 
 
 def _why_by_name(module: Module) -> str:
@@ -252,4 +252,4 @@ def _public_name(cls: type) -> str:
     """The name that users import a class by."""
     if cls in _BACK:
         return f"tidegate.{cls.__name__}"
-    return f"torch.nn.{cls.__name__}" if cls in _SWAPS else cls.__name__
+    return f"torch.nn.{cls.__name__}" if cls in SWAPS else cls.__name__

@@ -198,6 +198,13 @@ def recording() -> Generator[None]:
         yield
 
 
+def same_data(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same numbers of the same memory; a fake tensor's has no address to ask for."""
+    if (a.shape, a.stride(), a.storage_offset()) != (b.shape, b.stride(), b.storage_offset()):
+        return False
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 def assert_later(condition: Tensor) -> None:
     """Fail if a bool on a device is False, when it is known: nothing waits for it."""
     torch.ops.aten._assert_async(condition)

@@ -62,8 +62,7 @@ class _Kept(NamedTuple):
 
     Attributes:
         unit: the call or layer on the caller's own tensors, for a gradient of the gradient.
-        read: on what the first gradient reads: the data that the weights had, whatever is put in a parameter's `.data`
-            later.
+        read: the same on the data that they had, whatever a tensor is given as its `.data` later.
         versions: of the tensors at the places that `_places_read` names.
         output: for a backend that reads it; else None.
         saved: what the forward left.
@@ -142,13 +141,17 @@ class Recurrence(torch.autograd.Function):
             if is_first_order:
                 found = first_order()
             else:
-                found = dispatch.apply_plain(Gradient, unit, first_order, ctx.needs, *unit.tensors, *gradients)
+                then = [
+                    None if tensor is None else as_it_was(tensor, held)
+                    for tensor, held in zip(unit.tensors, read.tensors, strict=True)
+                ]
+                found = dispatch.apply_plain(Gradient, unit, first_order, ctx.needs, *then, *gradients)
         return (None, None, None, *found)
 
 
 @cache
-def _places_read(states: int, count: int, directions: int, needs: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
-    """Of a unit's tensors, the places of those that the first gradient reads, and of the weights among them.
+def _places_read(states: int, count: int, directions: int, needs: tuple[bool, ...]) -> tuple[int, ...]:
+    """Of a unit's tensors, the places of those that the first gradient reads.
 
     Args:
         directions: of a call, whose states are among what the forward left, and whose input is read for its own
@@ -157,28 +160,23 @@ def _places_read(states: int, count: int, directions: int, needs: tuple[bool, ..
     first = 1 + states
     weights = [k for k in range(first, len(needs)) if (k - first) % count not in (2, 3)]  # biases are not read
     if not directions:
-        return (*range(first), *weights), tuple(weights)
+        return (*range(first), *weights)
     bottom = range(first, min(len(needs), first + directions * count), count)
     checked = [k for k in weights if needs[0] or k not in bottom]  # the input's gradient alone reads those
-    return (*(0,) * any(needs[k] for k in bottom), *checked), tuple(weights)
+    return (*(0,) * any(needs[k] for k in bottom), *checked)
 
 
-def _places(unit: Unit, needs: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
+def _places(unit: Unit, needs: tuple[bool, ...]) -> tuple[int, ...]:
     directions = unit.directions if isinstance(unit, Call) else 0
     return _places_read(len(unit.cell.states), len(unit.cell.parameters), directions, needs)
 
 
 def _keep(unit: Unit, needs: tuple[bool, ...], output: Tensor, saved: tuple[Tensor, ...]) -> _Kept:
-    places, of_weights = _places(unit, needs)
-    tensors = [*unit.tensors]
-    versions = [version_of(tensors[k]) for k in places]
-    for k in of_weights:
-        weight = tensors[k]
-        if weight is not None:
-            tensors[k] = weight.detach()
+    tensors = unit.tensors
+    versions = [version_of(tensors[k]) for k in _places(unit, needs)]
+    read = unit.with_tensors([None if tensor is None else tensor.detach() for tensor in tensors])
     # Of the output an alias: whoever holds the output holds this node.
-    kept_output = output.detach() if isinstance(unit, Layer) else None
-    return _Kept(unit, unit.with_tensors(tensors), versions, kept_output, saved)
+    return _Kept(unit, read, versions, output.detach() if isinstance(unit, Layer) else None, saved)
 
 
 def version_of(tensor: Tensor | None) -> int:
@@ -186,11 +184,30 @@ def version_of(tensor: Tensor | None) -> int:
     return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
+class _AsItWas(torch.autograd.Function):
+    """`apply(tensor, then)`: the numbers of `then`, whose gradient is the tensor's."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, then: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return then.view_as(then)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, None
+
+
+def as_it_was(tensor: Tensor, then: Tensor) -> Tensor:
+    """A tensor with the data that it had when `then` was made its alias, whatever its `.data` is now."""
+    if tensor is then or dispatch.same_data(tensor, then):
+        return tensor
+    found: Any = _AsItWas.apply(tensor, then)
+    return found
+
+
 def _check_versions(kept: _Kept, needs: tuple[bool, ...]) -> None:
     """Raise, as torch does, if what the first gradient reads was changed in place."""
-    places, _ = _places(kept.unit, needs)
     tensors, cell = kept.unit.tensors, kept.unit.cell
-    for k, version in zip(places, kept.versions, strict=True):
+    for k, version in zip(_places(kept.unit, needs), kept.versions, strict=True):
         changed = tensors[k]
         now = version_of(changed)
         if changed is not None and now != version:

@@ -18,15 +18,16 @@ import tidegate as tg
 @pytest.mark.parametrize("name", CLIENTS)
 def test_results_are_equal(name: str) -> None:
     """At most twice torch.nn's error against float64, but for a last place of float32: in root mean square over three
-    draws. Of medaka the error that nine tenths of its numbers stay under: its trained weights carry a few
-    roundings far, and those few make up its root mean square, which is 3.8 times torch.nn's in these draws.
+    draws. Of medaka in a typical row: its trained weights carry the roundings of a few rows a thousand times as far as
+    those of the others, and those few, which are others for each library, make up the root mean square. Of 120 rows 15
+    came out more than twice as far from float64 as torch.nn's, and 15 more than twice as near.
     """
     found = [compare(made(name, draw)) for draw in range(3)]
     assert all(report.swapped for _, report in found)
     apart = [distance for distance, _ in found]
     floor = 2e-7 * max(1, *(distance.size for distance in apart))
     if name == "medaka":
-        assert all(distance.ours_mostly <= 2 * distance.theirs_mostly + floor for distance in apart)
+        assert all(distance.typical <= 2 for distance in apart)
     else:
         assert math.hypot(*(d.ours for d in apart)) <= 2 * math.hypot(*(d.theirs for d in apart)) + floor
 
@@ -85,25 +86,18 @@ def test_opacus_after_restore(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_pytorch_forecasting(kind: str) -> None:
-    """Its layers pack and call super(): subclasses, which are left alone. Derived from tidegate's, they run here."""
+    """Its layers are subclasses, which pack and call super()."""
     stand_in_for_torchaudio()
     theirs: Any = importlib.import_module("pytorch_forecasting.models.nn.rnn")
-    base = getattr(theirs, kind)
-    layer = base(4, 6, batch_first=True)
-    (entry,) = tg.report(tg.accelerate(layer)).entries
-    assert entry.why.endswith(f"a subclass of torch.nn.{kind}; derived from tidegate.{kind} instead it runs here")
-
-    class Derived(theirs.RNN, getattr(tg, kind)):
-        handle_no_encoding, init_hidden_state = base.handle_no_encoding, base.init_hidden_state
-        repeat_interleave = base.repeat_interleave
-
-    ours = Derived(4, 6, batch_first=True)
-    ours.load_state_dict(layer.state_dict())
+    layer = getattr(theirs, kind)(4, 6, batch_first=True)
     x, lengths = torch.randn(3, 7, 4), torch.tensor([7, 0, 3])
+    expected = layer(x, lengths=lengths, enforce_sorted=False)
+    (entry,) = tg.report(tg.accelerate(layer)).entries
+    assert entry.swapped
+    assert isinstance(layer, getattr(theirs, kind))
     with tg.trace() as ran:
-        found = ours(x, lengths=lengths, enforce_sorted=False)
+        torch.testing.assert_close(layer(x, lengths=lengths, enforce_sorted=False), expected)
     assert ran
-    torch.testing.assert_close(found, layer(x, lengths=lengths, enforce_sorted=False))
 
 
 def test_captum() -> None:

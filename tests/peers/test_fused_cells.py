@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     import torchrl.modules
     from minGRU_pytorch.minGRU import minGRU
     from minGRU_pytorch.minLSTM import minLSTM
-    from ncps.torch import LTCCell
+    from ncps.torch import LTC, CfC, LTCCell
     from ncps.torch.cfc_cell import CfCCell
     from ncps.torch.lstm import LSTMCell as NcpsLSTMCell
     from ncps.torch.wired_cfc_cell import WiredCfCCell
@@ -115,6 +115,23 @@ def test_ncps_lstm(double, capsys):
 
 def test_ncps_ltc(double, capsys):
     check("ncps LTC", LTCCell(AutoNCP(12, 3), I), random(T, B, I), random(B, 12), capsys)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: CfC(I, H), lambda: CfC(I, AutoNCP(12, 3)), lambda: LTC(I, AutoNCP(12, 3)),
+], ids=["CfC", "wired CfC", "LTC"])  # fmt: skip
+def test_ncps_cells_unchanged(make, double):
+    """With their own names for the time since the step before, and no state given; ncps' layers around them."""
+    layer = make()
+    name = {"CfCCell": "ts", "WiredCfCCell": "timespans", "LTCCell": "elapsed_time"}[type(layer.rnn_cell).__name__]
+    x, spans = random(B, T, I), torch.rand(B, T, 1) + 0.1
+    # Their layers' loop hands a step's spans on as (B,), which is right for one row.
+    expected = torch.cat([layer(x[b : b + 1], timespans=spans[b : b + 1])[0] for b in range(B)])
+    for fuse in (True, False):
+        output, _ = tg.dynamic_rnn(layer.rnn_cell, x, fuse=fuse, **{name: spans})
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    output, _ = tg.Recurrent(layer.rnn_cell, batch_first=True)(x, **{name: spans})
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
 def test_torchrl_gru_and_lstm(double, capsys):

@@ -80,6 +80,9 @@ class Plan(torch.nn.Module):
         steps, batch = inputs[0].shape[:2]
         rows = steps * batch
         dtype = computed(states[0].dtype)
+        if torch.is_grad_enabled() and dispatch.is_plain():
+            # A graph keeps a leaf itself, whatever `.data` it is given before the backward; a view is what it was.
+            tensors = [tensor.view_as(tensor) for tensor in tensors]
         once = self.once(*(_computed(tensor) for tensor in tensors))
         vectors, matrices, inputs_count = self.counts
         shared, rest = once[: vectors + matrices], once[vectors + matrices :]
@@ -163,7 +166,7 @@ def planned(step: Callable[..., Any], settings: tuple[Any, ...], described: Desc
         settings: what the step reads, as it is now.
         kept_for: what else it is kept for.
     """
-    known = _plans.setdefault(step, {})
+    known = _plans.setdefault(_owner(step), {})
     if _ALWAYS in known:
         return known[_ALWAYS]
     key = (described.key(), kept_for, settings)
@@ -180,6 +183,11 @@ def planned(step: Callable[..., Any], settings: tuple[Any, ...], described: Desc
         if difference:
             made = known[key] = Plan.impossible(difference)
     return made
+
+
+def _owner(step: Callable[..., Any]) -> Any:
+    """Whose plans a step's are: of a wrapper that is made anew for each call, what it is `around`."""
+    return getattr(step, "around", step)
 
 
 def _numbers(step: Any) -> list[float]:
@@ -366,7 +374,8 @@ def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) ->
         made.compared_one_row = True
         if _differs_for_one_row(made, step, inputs, state, with_noise):
             made = Plan.impossible("of one row the step gives other numbers than of several")
-            _plans[step] = {key: made if key[1] == "one row" else other for key, other in _plans[step].items()}
+            known = _plans[_owner(step)]
+            _plans[_owner(step)] = {key: made if key[1] == "one row" else other for key, other in known.items()}
     return made, reading.tensors
 
 

@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from tidegate import dispatch, sequences
 from tidegate.checks import check_lengths
 from tidegate.nn import over_time
+from tidegate.nn.named import check as check_names
+from tidegate.nn.named import give
 from tidegate.nn.over_time import AnyCell, Nest
 
 
@@ -25,6 +27,7 @@ def dynamic_rnn(
     time_major: bool = False,
     *,
     fuse: bool | None = None,
+    **named: Nest,
 ) -> tuple[Any, Any]:
     """Run a cell over every step of `inputs`.
 
@@ -41,6 +44,8 @@ def dynamic_rnn(
             nest of ints as in TensorFlow; or `hidden_size`, of a cell with one state.
         fuse: None to run the sequence fused if it can be, True to raise an error with every reason if it can't, False
             to call the cell at every step.
+        named: further inputs, (B, T, ...) or (T, B, ...) likewise, by the names of the arguments that the cell takes
+            beside x_t and the state, as ncps' cells take the time since the step before.
 
     Returns:
         outputs: (B, T, F), or with time_major (T, B, F); a nest if y_t is one.
@@ -51,12 +56,16 @@ def dynamic_rnn(
             sequence_length of the wrong count, dtype or value, a cell whose result is neither (y_t, state) nor state.
         UnsupportedError: `fuse` is True, and the cell can't run fused.
     """
-    steps, batch = _sizes(inputs, time_major)
-    data = inputs if time_major else pytree.tree_map(_swapped, inputs)
+    check_names([cell], named)
+    joined = (inputs, named) if named else inputs
+    steps, batch = _sizes(joined, time_major)
+    data = joined if time_major else pytree.tree_map(_swapped, joined)
     lengths = sequences.read_lengths(sequence_length, batch, "sequence_length")
     over_time.check_features(cell, inputs, "inputs")
     if dispatch.is_plain():
         check_lengths(lengths, steps, "sequence_length")
+    if named:
+        cell, data = give(cell, *data)
     state = over_time.zero_state(cell, data) if initial_state is None else initial_state
     over_time.check_state(cell, state, batch, "initial_state")
     output, state = over_time.run(cell, data, state, lengths, fuse=fuse)

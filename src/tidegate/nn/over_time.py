@@ -348,11 +348,12 @@ def fresh_steps(resets: Tensor | None, valid: Tensor | None, reverse: bool) -> T
 
 def name_of(cell: AnyCell) -> str:
     """A cell in an error's words."""
-    return type(cell).__name__
+    return type(getattr(cell, "around", cell)).__name__
 
 
 def describe(cell: AnyCell, inputs: Nest, state: Nest) -> str:
     """A cell over a sequence in one line: LayerNormLSTMCell(T=50, B=8, float32, cpu)."""
+    cell = getattr(cell, "around", cell)
     function = getattr(cell, "function", cell)
     name = getattr(function, "__qualname__", type(cell).__name__)
     first: Tensor = pytree.tree_leaves(inputs)[0]

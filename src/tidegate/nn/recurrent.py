@@ -19,6 +19,8 @@ from tidegate import dispatch
 from tidegate.checks import check_lengths
 from tidegate.nn import over_time, segments
 from tidegate.nn.batch import Batch, read_batch
+from tidegate.nn.named import check as check_names
+from tidegate.nn.named import give
 from tidegate.nn.options import read_flag
 from tidegate.nn.over_time import AnyCell, Nest, mapped
 from tidegate.nn.recurrent_stream import RecurrentStream, add_where_alike
@@ -84,7 +86,7 @@ class Recurrent(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value)
 
     def forward(
-        self, input: Any, hx: Nest | None = None, *, lengths: Any = None, resets: Any = None
+        self, input: Any, hx: Nest | None = None, *, lengths: Any = None, resets: Any = None, **named: Nest
     ) -> tuple[Any, Nest]:
         """Run the cells over a batch of sequences.
 
@@ -102,6 +104,9 @@ class Recurrent(torch.nn.Module):
             resets: bool (T, B), with batch_first (B, T); unbatched (T,); for a list, a list of (T_b,). A mark at t
                 makes t the first step of a new sequence: forward, the state entering t is zero; in reverse, the state
                 entering t-1 is zero. Gradients do not cross it.
+            named: further inputs in the input's form and of its B and T, for every cell that takes an argument of the
+                name beside x_t and the state: `timespans=dt` for a `cell(x_t, state, timespans)`, which is given a
+                slice at each step.
 
         Returns:
             output: the last layer's y_t at every step, in the input's form; if y_t is a nest, a nest of that form.
@@ -112,11 +117,11 @@ class Recurrent(torch.nn.Module):
         """
         uncompiled = segments.uncompiled(self.forward, self.checkpoint_every)
         if uncompiled is not None:
-            return uncompiled(input, hx, lengths=lengths, resets=resets)
-        batch = read_batch(input, lengths, resets, self.batch_first)
+            return uncompiled(input, hx, lengths=lengths, resets=resets, **named)
+        batch = read_batch(self._joined(input, named), lengths, resets, self.batch_first)
         if dispatch.is_plain():
             check_lengths(batch.lengths, batch.steps)
-        data = batch.data
+        data, named = batch.data if named else (batch.data, {})
         finals: list[Nest] = []
         added = False
         if self.residual and batch.lengths is not None and isinstance(data, Tensor):
@@ -125,7 +130,7 @@ class Recurrent(torch.nn.Module):
             entering = data
             if k and self.dropout > 0 and self.training:
                 entering = mapped(partial(batch.dropout, p=self.dropout), data)
-            output, final = self._run_layer(k, entering, state, batch)
+            output, final = self._run_layer(k, entering, named, state, batch)
             finals.append(final)
             summed = add_where_alike(output, data) if self.residual else output
             added |= summed is not output
@@ -137,17 +142,31 @@ class Recurrent(torch.nn.Module):
     if TYPE_CHECKING:
 
         def __call__(
-            self, input: Any, hx: Nest | None = None, *, lengths: Any = None, resets: Any = None
+            self, input: Any, hx: Nest | None = None, *, lengths: Any = None, resets: Any = None, **named: Nest
         ) -> tuple[Any, Nest]: ...
 
-    def _run_layer(self, k: int, inputs: Nest, state: Nest, batch: Batch) -> tuple[Nest, Nest]:
+    def _joined(self, input: Any, named: dict[str, Nest]) -> Any:
+        """The input, or a pair of it and the further ones: of a list of sequences a list of pairs."""
+        if not named:
+            return input
+        cells: list[Any] = [cell for layer in self.cells for cell in (layer if _is_pair(layer) else [layer])]  # pyright: ignore
+        check_names(cells, named)
+        if not isinstance(input, list):
+            return input, named
+        for name, rows in named.items():
+            if not isinstance(rows, list) or len(rows) != len(input):
+                came = f"{len(rows)} of them" if isinstance(rows, list) else type(rows).__name__
+                raise ValueError(f"{name}: expected a list of {len(input)} sequences, as the input is, got {came}")
+        return [(row, {name: rows[k] for name, rows in named.items()}) for k, row in enumerate(input)]
+
+    def _run_layer(self, k: int, inputs: Nest, named: dict[str, Nest], state: Nest, batch: Batch) -> tuple[Nest, Nest]:
         layer: Any = self.cells[k]
         place = f"[{k}]" if self._is_stack else ""
         every = self.checkpoint_every
         if not _is_pair(layer):
-            return _run(layer, inputs, state, batch, self.reverse, every, place)
-        ahead, final_ahead = _run(layer[0], inputs, state[0], batch, False, every, place + "[0]")
-        back, final_back = _run(layer[1], inputs, state[1], batch, True, every, place + "[1]")
+            return _run(layer, inputs, named, state, batch, self.reverse, every, place)
+        ahead, final_ahead = _run(layer[0], inputs, named, state[0], batch, False, every, place + "[0]")
+        back, final_back = _run(layer[1], inputs, named, state[1], batch, True, every, place + "[1]")
         if pytree.tree_structure(ahead) != pytree.tree_structure(back):
             raise ValueError(f"cells{place}: expected outputs y_t of one structure from both of the pair")
         return pytree.tree_map(_concatenated, ahead, back), (final_ahead, final_back)
@@ -206,10 +225,18 @@ class Function(torch.nn.Module):
 
 
 def _run(
-    cell: AnyCell, inputs: Nest, state: Nest, batch: Batch, reverse: bool, every: int, place: str
+    cell: AnyCell,
+    inputs: Nest,
+    named: dict[str, Nest],
+    state: Nest,
+    batch: Batch,
+    reverse: bool,
+    every: int,
+    place: str,
 ) -> tuple[Nest, Nest]:
     """One cell in one direction, from a state as the user gave it to a state as he is given it."""
     over_time.check_features(cell, inputs, f"input of cells{place}" if place else "input")
+    cell, inputs = give(cell, inputs, named)
     name = f"hx{place}"
     state = over_time.zero_state(cell, inputs, name) if state is None else batch.read_state(state, name)
     over_time.check_state(cell, state, batch.rows, name)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tidegate.nn import over_time
+from tidegate.nn.named import check as check_names
+from tidegate.nn.named import give
 from tidegate.nn.over_time import AnyCell, Nest, mapped
 from tidegate.streaming import Sessions
 
@@ -55,11 +57,12 @@ class RecurrentStream(Sessions):
         self._pattern = mapped(lambda leaf: leaf.new_zeros((1, *leaf.shape[self._batched :])), whole)  # (1, ...) each
         self._set_states(self._read_state(whole, rows))
 
-    def step(self, input: Nest) -> Nest:
+    def step(self, input: Nest, **named: Nest) -> Nest:
         """Advance every row by one step, through all layers.
 
         Args:
             input: what the first cell takes, (B, ...) each; without B if the stream has no batch dimension.
+            named: further inputs, likewise, for the cells that take them by their names, as `Recurrent.forward` does.
 
         Returns:
             the last layer's y_t, likewise.
@@ -67,18 +70,19 @@ class RecurrentStream(Sessions):
         Raises:
             ValueError: input's rows, dtype or device are not the stream's, or it asks for a gradient.
         """
-        data = self._read_input(input, 0)
+        data, named = self._read_inputs(input, named, 0)
         with torch.no_grad():
-            output, finals = self._through(data, _step, 0)
+            output, finals = self._through(data, named, _step, 0)
             output = mapped(torch.clone, output)  # y_t may be a state
         self._set_states(pytree.tree_leaves(finals))
         return self._to_user(output, 0)
 
-    def steps(self, chunk: Nest) -> Nest:
+    def steps(self, chunk: Nest, **named: Nest) -> Nest:
         """Advance every row by several steps at once: as calling `step` on each.
 
         Args:
             chunk: (T, B, ...), with batch_first (B, T, ...); without B if the stream has no batch dimension.
+            named: further inputs, likewise.
 
         Returns:
             the outputs in that layout.
@@ -86,9 +90,9 @@ class RecurrentStream(Sessions):
         Raises:
             ValueError: as for `step`.
         """
-        data = self._read_input(chunk, 1)
+        data, named = self._read_inputs(chunk, named, 1)
         with torch.no_grad():
-            output, finals = self._through(data, over_time.run, 1)
+            output, finals = self._through(data, named, over_time.run, 1)
         self._set_states(pytree.tree_leaves(finals))
         return self._to_user(output, 1)
 
@@ -186,18 +190,23 @@ class RecurrentStream(Sessions):
         return over_time.zero_state_of(cell, like, rows if self._batched else None, "state")
 
     def _through(
-        self, data: Nest, run: Callable[[AnyCell, Nest, Nest], tuple[Nest, Nest]], lead: int
+        self,
+        data: Nest,
+        named: dict[str, Nest],
+        run: Callable[[AnyCell, Nest, Nest], tuple[Nest, Nest]],
+        lead: int,
     ) -> tuple[Nest, Nest]:
         """All layers, from the stream's state: y_t and the states. `lead`: how many dimensions stand before B."""
         module = self._module
         state = pytree.tree_unflatten(self._states, self._structure)
         finals: list[Nest] = []
         for k, (cell, one) in enumerate(zip(self._cells, state if module._is_stack else [state], strict=True)):
+            runs, inputs = give(cell, data, named)
             if self._is_told[k]:
-                lone = mapped(lambda leaf: leaf.new_zeros((1, *leaf.shape[lead + 1 :])), data)
-                over_time.check_hidden_size(cell, lone, self._dtype)
+                lone = mapped(lambda leaf: leaf.new_zeros((1, *leaf.shape[lead + 1 :])), inputs)
+                over_time.check_hidden_size(runs, lone, self._dtype)
                 self._is_told[k] = False
-            output, final = run(cell, data, one)
+            output, final = run(runs, inputs, one)
             finals.append(final)
             data = add_where_alike(output, data) if module.residual else output
         return data, (finals if module._is_stack else finals[0])
@@ -234,6 +243,12 @@ class RecurrentStream(Sessions):
                 faults.append(f"{name}: expected {device}, got {state.device}")
         if faults:
             raise ValueError("\n".join(faults))
+
+    def _read_inputs(self, input: Nest, named: dict[str, Nest], lead: int) -> tuple[Nest, dict[str, Nest]]:
+        if not named:
+            return self._read_input(input, lead), named
+        check_names(self._cells, named)
+        return self._read_input((input, named), lead)
 
     def _read_input(self, input: Nest, lead: int) -> Nest:
         """The user's input as (B, ...), or with `lead` 1 as (T, B, ...)."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long sequences in less memory: a recorded sequence is run in segments, of which the backward keeps the entering state
-alone and runs each again when it comes to it.
+"""Long sequences in less memory: a recorded sequence is run in segments, of which the entering states alone are kept;
+the backward runs each again when it comes to it.
 
 The sum of what is kept and of one segment is least near a segment's length of sqrt(T); Chen et al. 2016 (1604.06174).
 Letters: T steps, B rows.
@@ -8,8 +8,7 @@ Letters: T steps, B rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,11 +18,12 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from tidegate import dispatch, ops
-from tidegate.backends import backend, detached
+from tidegate.backends import Gradients, backend, detached, graph_gradients
 from tidegate.backends import find_faults as find_our_faults
 from tidegate.call import Call, Direction, Layer, layer_by_layer
 from tidegate.errors import UnsupportedError
-from tidegate.gradients import version_of
+from tidegate.gradients import as_it_was
+from tidegate.nn.unchanged import Before, Unchanged
 from tidegate.scope import scope
 
 Nest: TypeAlias = Any  # a tensor, or any nest of tuples, lists and dicts of tensors
@@ -58,11 +58,11 @@ def run(call: Call, find_faults: Callable[[Call], None] = ops.no_faults, *, ever
     find_our_faults(call)
     refuse_transforms()
     if call.directions == 1 and call.between is None:
-        output, finals = _run_call(call.time_major(), every)
-        return call.restored(output, finals)
+        output, *finals = _recorded(call.time_major(), every)
+        return call.restored(output, tuple(finals))
 
     def run_layer(layer: Layer) -> tuple[Tensor, ...]:
-        output, finals = _run_call(layer.call(), every)
+        output, *finals = _recorded(layer.call(), every)
         return (output, *(final.squeeze(0) for final in finals))
 
     return layer_by_layer(call, run_layer)
@@ -83,20 +83,6 @@ def uncompiled(forward: Callable[..., Any], every: int) -> Callable[..., Any] | 
     if not (every and torch.is_grad_enabled() and torch.compiler.is_compiling()) or torch.compiler.is_exporting():
         return None
     return torch.compiler.disable(forward, reason="tidegate: checkpoint_every runs outside of the graph")
-
-
-def _run_call(call: Call, every: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A call over (T, B, I) in one direction."""
-
-    reverse = call.direction is Direction.REVERSE
-    marks = Marks(call.lengths, call.resets)
-
-    def checkpointed(input: Tensor, states: tuple[Tensor, ...], marks: Marks) -> tuple[Tensor, tuple[Tensor, ...]]:
-        part = call._replace(input=input, states=states, lengths=marks.lengths, resets=marks.resets)
-        found: Any = _Segment.apply(part, *part.tensors)
-        return found[0], found[1:]
-
-    return in_segments(checkpointed, call.input, call.states, marks, reverse, every, rows=1)
 
 
 def refuse_transforms() -> None:
@@ -122,12 +108,15 @@ def run_cell(
     Args:
         run_segment: (inputs, entering state, marks) of a segment -> its outputs and the state that leaves it.
         inputs, state, marks, reverse, every: as `in_segments` takes them.
-        cell: of a module the parameters are known, which must not change in place.
+        cell: what the segments call: it is for the backward what it is now.
     """
     refuse_transforms()
+    before = Before(cell)
+    # A state that is given anew at its place keeps for the segments what it holds.
+    state = pytree.tree_map(_alias, state)
 
     def checkpointed(inputs: Nest, state: Nest, marks: Marks) -> tuple[Nest, Nest]:
-        return checkpoint.checkpoint(_Unchanged(run_segment, cell), inputs, state, marks, use_reentrant=False)
+        return checkpoint.checkpoint(Unchanged(run_segment, before), inputs, state, marks, use_reentrant=False)
 
     return in_segments(checkpointed, inputs, state, marks, reverse, every)
 
@@ -139,14 +128,13 @@ def in_segments(
     marks: Marks,
     reverse: bool,
     every: int,
-    rows: int = 0,
 ) -> tuple[Nest, Nest]:
     """Run a sequence segment by segment.
 
     Args:
         run_segment: (inputs, entering state, marks) of a segment -> its outputs and the state that leaves it.
         inputs: (T, B, ...) each.
-        state: the state that enters the first step, the last one in reverse; B is dimension `rows` of each.
+        state: the state that enters the first step, the last one in reverse, (B, ...) each.
 
     Returns:
         outputs, (T, B, ...) each, and the last state.
@@ -156,10 +144,9 @@ def in_segments(
     # Not slices: the gradient of each would be as long as the whole.
     parts = list(zip(*(leaf.split(every) for leaf in leaves), strict=True))
     outputs: Any = None
-    for k in reversed(range(len(parts))) if reverse else range(len(parts)):
-        start, end = k * every, min((k + 1) * every, steps)
+    for k, start, end in _spans(steps, every, reverse):
         if reverse and end < steps:
-            state = _reset(state, marks, end, rows)
+            state = _reset(state, marks, end, 0)
         output, state = run_segment(structure.unflatten(parts[k]), state, _between(marks, start, end))
         if outputs is None:
             outputs = pytree.tree_map(partial(_Whole, steps=steps, parts=len(parts)), output)
@@ -167,40 +154,140 @@ def in_segments(
     return pytree.tree_map(_Whole.joined, outputs), state
 
 
-class _Segment(torch.autograd.Function):
-    """`apply(call, *its tensors) -> (output, *final states)`: run without a record, and again, recorded, in the
-    backward. That a tensor was changed in between is torch's to say, as of all that it saves."""
+class _Span(NamedTuple):
+    """A segment: which of them, and its steps."""
+
+    k: int
+    start: int
+    end: int
+
+
+def _spans(steps: int, every: int, reverse: bool) -> list[_Span]:
+    """In the order in which they are run."""
+    spans = [_Span(k, start, min(start + every, steps)) for k, start in enumerate(range(0, steps, every))]
+    return spans[::-1] if reverse else spans
+
+
+def _recorded(call: Call, every: int) -> tuple[Tensor, ...]:
+    """(output, *final states) of a call over (T, B, I) in one direction."""
+    found: Any = _InSegments.apply(call, every, *call.tensors)
+    return found
+
+
+class _InSegments(torch.autograd.Function):
+    """`apply(call, every, *its tensors) -> (output, *final states)`: run without a record, and in the backward again,
+    recorded, one segment after another.
+
+    One node for all of them, whose states lie in one tensor: small things that are kept between large ones that are not
+    leave gaps, where glibc's allocator finds no place for the next. That a tensor was changed before the backward is
+    torch's to say, as of all that is saved.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(*tensors, call.lengths, call.resets)
+    def forward(ctx: Any, call: Call, every: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        reverse, marks = call.direction is Direction.REVERSE, Marks(call.lengths, call.resets)
+        inputs, states = call.input.split(every), tuple[Any, ...](call.states)
+        whole: Any = None
+        entering: list[Tensor] = []  # (segments, *a state's shape) each
+        for span in _spans(call.steps, every, reverse):
+            if whole is not None:
+                states = _reset(states, marks, span.end, 1) if reverse else states
+                for kept, state in zip(entering, states, strict=True):
+                    kept[span.k] = state
+            output, *states = ops.run(_part(call, inputs[span.k], tuple(states), marks, span))
+            if whole is None:
+                whole = output.new_empty((call.steps, *output.shape[1:]))
+                entering = [state.new_empty((len(inputs), *state.shape)) for state in states]
+            whole[span.start : span.end] = output
+        # A parameter that is given other `.data` has that in its graph's place, too; not so an alias.
+        then = [None if tensor is None else tensor.detach() for tensor in (*tensors, call.lengths, call.resets)]
+        ctx.save_for_backward(*tensors, *then, *entering)
         ctx.call = call.with_tensors([None] * len(tensors))._replace(lengths=None, resets=None)
-        ctx.named = scope.named
+        ctx.every, ctx.named = every, scope.named
         ctx.set_materialize_grads(False)
-        return tuple(ops.run(call))
+        return (whole, *states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *tensors, lengths, resets = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
-        call = ctx.call.with_tensors(tensors)._replace(lengths=lengths, resets=resets)
-        is_first_order = not torch.is_grad_enabled()
-        if is_first_order:
-            call, wanted = detached(call, needs)
-        else:
-            # Aliases: each gradient is of one place, and stops there. The state that enters comes of the weights, too.
-            tensors = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
-            wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-            call = call.with_tensors(tensors)
-        with torch.enable_grad(), backend(ctx.named):
-            results = ops.run(call)
-        pairs = [(result, grad) for result, grad in zip(results, gradients, strict=True) if grad is not None]
-        if not pairs:
-            return (None,) * (1 + len(tensors))
-        roots, cotangents = zip(*pairs, strict=True)
-        found = torch.autograd.grad(roots, wanted, cotangents, create_graph=not is_first_order, allow_unused=True)
-        each = iter(found)
-        return None, *(next(each) if need else None for need in needs)
+        needs = ctx.needs_input_grad[2:]
+        count = len(needs)
+        tensors, then, entering = (
+            ctx.saved_tensors[:count],
+            ctx.saved_tensors[count:],
+            ctx.saved_tensors[2 * count + 2 :],
+        )
+        lengths, resets = then[count : count + 2]
+        call = ctx.call.with_tensors(then[:count])._replace(lengths=lengths, resets=resets)
+        if all(gradient is None for gradient in gradients):
+            return (None,) * (2 + count)
+        with backend(ctx.named):
+            if torch.is_grad_enabled():
+                return (None, None, *_whole_gradients(call, tensors, needs, gradients))
+            return (None, None, *_gradients(call, ctx.every, entering, needs, gradients))
+
+
+def _part(call: Call, input: Tensor, states: tuple[Any, ...], marks: Marks, span: _Span) -> Call:
+    lengths, resets = _between(marks, span.start, span.end)
+    return call._replace(input=input, states=states, lengths=lengths, resets=resets)
+
+
+def _gradients(
+    call: Call, every: int, entering: Sequence[Tensor], needs: tuple[bool, ...], gradients: Gradients
+) -> list[Tensor | None]:
+    """Of the call's tensors, from the segment that was run last to the first.
+
+    Args:
+        entering: the states that enter the segments but the first, (segments, ...).
+        gradients: of the output and the final states.
+    """
+    reverse, marks = call.direction is Direction.REVERSE, Marks(call.lengths, call.resets)
+    inputs, first_weight = call.input.split(every), 1 + len(entering)
+    of_output, *of_states = gradients
+    of_input = torch.zeros_like(call.input) if needs[0] else None
+    of_weights: list[Tensor | None] = [None] * (len(needs) - first_weight)
+    spans = _spans(call.steps, every, reverse)
+    for span in reversed(spans):
+        states, needed = tuple(kept[span.k] for kept in entering), (True,) * len(entering)
+        if span is spans[0]:
+            states, needed = call.states, needs[1:first_weight]
+        needed = (needs[0], *needed, *needs[first_weight:])
+        part, wanted = detached(_part(call, inputs[span.k], states, marks, span), needed)
+        with torch.enable_grad():
+            results = ops.run(part)
+        cotangents = (None if of_output is None else of_output[span.start : span.end], *of_states)
+        found = graph_gradients(results, wanted, cotangents, needed)
+        of_states = found[1:first_weight]
+        if reverse and span is not spans[0]:
+            of_states = _reset(of_states, marks, span.end, 1)
+        if of_input is not None and found[0] is not None:
+            of_input[span.start : span.end] = found[0]
+        of_weights = [_sum(*pair) for pair in zip(of_weights, found[first_weight:], strict=True)]
+    return [of_input, *of_states, *of_weights]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _whole_gradients(
+    call: Call, tensors: Sequence[Tensor | None], needs: tuple[bool, ...], gradients: Gradients
+) -> list[Tensor | None]:
+    """Of the call's tensors, and to be differentiated again: of the call run as a whole, which keeps everything.
+
+    Args:
+        tensors: the call's as the caller has them, of which the call has aliases.
+    """
+    # Aliases again: each gradient is of one place, and stops there.
+    given: list[Any] = list(call.tensors)
+    for k, (tensor, then) in enumerate(zip(tensors, call.tensors, strict=True)):
+        if needs[k] and tensor is not None and then is not None:
+            given[k] = as_it_was(tensor, then).view_as(then)
+    wanted = [tensor for tensor, need in zip(given, needs, strict=True) if need]
+    results = ops.run(call.with_tensors(given))
+    pairs = [(result, grad) for result, grad in zip(results, gradients, strict=True) if grad is not None]
+    roots, cotangents = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(roots, wanted, cotangents, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
 
 
 class _Whole:
@@ -248,64 +335,8 @@ class _Join(torch.autograd.Function):
         return None, *gradient.split(ctx.sizes)
 
 
-class _Unchanged:
-    """A segment's function: when it is called again, the cell is for that call what it was at first, with the tensors
-    that `functional_call` lent it, and in train or eval mode.
-
-    Raises:
-        RuntimeError: a tensor was changed in place, as torch says it.
-    """
-
-    def __init__(self, function: Callable[[Nest, Nest, Marks], tuple[Nest, Nest]], cell: Any) -> None:
-        self.function = function
-        self.cell = cell if isinstance(cell, torch.nn.Module) else torch.nn.Module()
-        self.reads = dict(self.cell.named_parameters())
-        self.held = {**self.reads, **dict(self.cell.named_buffers())}
-        self.modes = {module: module.training for module in self.cell.modules()}
-        self.versions: list[int] = []
-
-    def __call__(self, inputs: Nest, state: Nest, marks: Marks) -> tuple[Nest, Nest]:
-        tensors = [leaf for leaf in (*self.reads.values(), *pytree.tree_leaves((inputs, state))) if leaf is not None]
-        versions = [version_of(tensor) for tensor in tensors]
-        self.versions = self.versions or versions
-        for tensor, now, then in zip(tensors, versions, self.versions, strict=True):
-            if now != then:
-                what = f"a tensor of shape {tuple(tensor.shape)} that checkpoint_every reads again"
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"{what} is at version {now}; expected version {then} instead."
-                )
-        now = {**dict(self.cell.named_parameters()), **dict(self.cell.named_buffers())}
-        others = {name: tensor for name, tensor in self.held.items() if now.get(name) is not tensor}
-        with _in_modes(self.modes):
-            if not others:
-                return self.function(inputs, state, marks)
-            lent = {f"cell.{name}": tensor for name, tensor in others.items()}
-            return torch.func.functional_call(_Around(self.cell, self.function), lent, (inputs, state, marks))
-
-
-class _Around(torch.nn.Module):
-    """A function that calls a module, as a module that has it."""
-
-    def __init__(self, cell: torch.nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.cell, self.function = cell, function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-@contextmanager
-def _in_modes(modes: dict[torch.nn.Module, bool]) -> Generator[None]:
-    """Modules in train or eval mode as given, inside the block."""
-    others = {module: module.training for module, mode in modes.items() if module.training is not mode}
-    for module in others:
-        module.training = modes[module]
-    try:
-        yield
-    finally:
-        for module, mode in others.items():
-            module.training = mode
+def _alias(leaf: Tensor) -> Tensor:
+    return leaf.view_as(leaf)
 
 
 def _between(marks: Marks, start: int, end: int) -> Marks:
@@ -317,14 +348,20 @@ def _between(marks: Marks, start: int, end: int) -> Marks:
 
 
 def _reset(state: Nest, marks: Marks, first: int, rows: int) -> Nest:
-    """In reverse, the state that enters step first - 1: zero where `first` begins a sequence."""
+    """In reverse, the state that enters step first - 1, or its gradient: zero where `first` begins a sequence.
+
+    Args:
+        rows: the dimension of B.
+    """
     if marks.resets is None:
         return state
     fresh = marks.resets[first]  # (B,)
     if marks.lengths is not None:  # a mark on padding separates nothing
         fresh = fresh & (first < marks.lengths.to(fresh.device))
 
-    def zeroed(leaf: Tensor) -> Tensor:
+    def zeroed(leaf: Tensor | None) -> Tensor | None:
+        if leaf is None:
+            return None
         return leaf.masked_fill(fresh.view(*(1,) * rows, -1, *(1,) * (leaf.dim() - rows - 1)), 0)
 
     return pytree.tree_map(zeroed, state)
