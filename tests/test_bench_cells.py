@@ -23,7 +23,7 @@ from tidegate.cli.bench.jax_cells import STEPS
 from tidegate.cli.bench.model.load import ModelError
 from tidegate.cli.bench.shapes import Case, Shape
 from tidegate.cli.bench.timing import Effort
-from tidegate.nn import over_time
+from tidegate.nn import known_cells, over_time
 
 pytestmark = needs.compiled_operators
 
@@ -153,7 +153,7 @@ def test_the_plain_lstm_is_torchs() -> None:
     for a, b in zip(plain(x, state), theirs(x, state), strict=True):
         torch.testing.assert_close(a, b)
     subject = load_cell("LSTM", 2, 3, 4, 6, torch.float32)
-    assert over_time.as_sequence(subject.cell) is None
+    assert known_cells.as_sequence(subject.cell) is None
     assert build_yardstick(subject, 6, "infer")()[0].shape == (3, 2, 6)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ready cells against their equations, written out in float64 row by row; their gradients; the wrappers' masks."""
+"""The ready cells against their equations, written out in float64 row by row; and their gradients."""
 
 from __future__ import annotations
 
@@ -10,72 +10,16 @@ from typing import Any
 import pytest
 import torch
 from comparing import randn, tensors_in
+from ready_cells import CELLS, B, H, I, T, every_cell, input_of, made, state_of
 from tolerances import assert_equal_f64
 from torch import Tensor, sigmoid, tanh
 from torch._decomp import core_aten_decompositions
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 import tidegate as tg
 from tidegate import cells
-
-I, H, B, T = 3, 4, 2, 5  # noqa: E741
-
-CELLS: dict[str, Any] = {
-    "LayerNormLSTM": lambda: cells.LayerNormLSTMCell(I, H),
-    "LayerNormLSTM, together, carried": lambda: cells.LayerNormLSTMCell(I, H, False, together=True, carry_normed=True),
-    "LayerNormLSTM, blocks": lambda: cells.LayerNormLSTMCell(I, H, blocks=2),
-    "LayerNormGRU": lambda: cells.LayerNormGRUCell(I, H, True),
-    "LayerNormGRU, blocks": lambda: cells.LayerNormGRUCell(I, H, blocks=2),
-    "DreamerV3GRU": lambda: cells.DreamerV3GRUCell(I, H, projection_size=3, num_blocks=2, num_layers=2),
-    "SLSTM": lambda: cells.SLSTMCell(I, H, 2),
-    "MinGRU": lambda: cells.MinGRUCell(I, H),
-    "MinGRU, signed": lambda: cells.MinGRUCell(I, H, positive=False),
-    "MinLSTM": lambda: cells.MinLSTMCell(I, H),
-    "MinLSTM, signed": lambda: cells.MinLSTMCell(I, H, positive=False),
-    "LiGRU": lambda: cells.LiGRUCell(I, H),
-    "LiGRU, bias": lambda: cells.LiGRUCell(I, H, norm=False),
-    "MGU": lambda: cells.MGUCell(I, H),
-    "IndRNN": lambda: cells.IndRNNCell(I, H),
-    "IndRNN, tanh": lambda: cells.IndRNNCell(I, H, False, "tanh"),
-    "GRUD": lambda: cells.GRUDCell(I, H, torch.tensor([0.5, -1.0, 2.0])),
-    "CfC": lambda: cells.CfCCell(I, H, backbone_units=6),
-    "CfC, no gate": lambda: cells.CfCCell(I, H, "no_gate", backbone_layers=0),
-    "CfC, pure": lambda: cells.CfCCell(I, H, "pure", backbone_units=6, backbone_layers=2),
-    "PeepholeLSTM": lambda: cells.PeepholeLSTMCell(I, H),
-}
-every_cell = pytest.mark.parametrize("name", CELLS)
-
-
-def _made(name: str) -> Any:
-    """A cell whose parameters are all random: no gate, scale or shift is left at a value that hides it."""
-    torch.manual_seed(0)
-    cell = CELLS[name]().double()
-    with torch.no_grad():
-        for k, parameter in enumerate(cell.parameters()):
-            parameter.copy_(randn(*parameter.shape, seed=20 + k) * 0.7)
-    return cell
-
-
-def _input(name: str, *shape: int, seed: int = 1) -> Any:
-    x = randn(*shape, I, seed=seed)
-    if name.startswith("GRUD"):
-        mask = (randn(*shape, I, seed=seed + 7, grad=False) > 0).double()
-        return x, mask, randn(*shape, I, seed=seed + 8, grad=False).abs()
-    if name.startswith("CfC"):
-        return x, randn(*shape, 1, seed=seed + 9).abs()
-    return x
-
-
-def _state(cell: Any, seed: int = 5) -> Any:
-    sizes = cell.state_size if isinstance(cell.state_size, tuple) else (cell.state_size,)
-    states = tuple(randn(B, n, seed=seed + k) for k, n in enumerate(sizes))
-    if isinstance(cell, cells.SLSTMCell):
-        states = (*states[:2], states[2].detach().abs().requires_grad_(), states[3])
-    return states if isinstance(cell.state_size, tuple) else states[0]
-
 
 # The equations, each product written as a sum over one gate's rows.
 
@@ -225,8 +169,8 @@ EQUATIONS = {
 
 @every_cell
 def test_a_step_is_its_equations(name):
-    cell = _made(name)
-    input, state = _input(name, B), _state(cell)
+    cell = made(name)
+    input, state = input_of(name, B), state_of(cell)
     expected = EQUATIONS[name.split(",")[0]](dict(cell.named_parameters()), cell, input, state)
     found = cell(input, state)
     assert type(found) is type(expected)
@@ -237,8 +181,8 @@ def test_a_step_is_its_equations(name):
 @every_cell
 def test_gradients(name):
     """Of the input, the state and every parameter, over two steps."""
-    cell = _made(name)
-    inputs, state = [_input(name, B, seed=s) for s in (1, 11)], _state(cell)
+    cell = made(name)
+    inputs, state = [input_of(name, B, seed=s) for s in (1, 11)], state_of(cell)
     leaves = [t for t in [*tensors_in(inputs), *tensors_in(state), *cell.parameters()] if t.requires_grad]
 
     def run(*_: Tensor) -> Any:
@@ -252,8 +196,8 @@ def test_gradients(name):
 
 @every_cell
 def test_no_state_is_the_zero_state_and_the_cell_tells_it(name):
-    cell = _made(name)
-    input = _input(name, T, B)
+    cell = made(name)
+    input = input_of(name, T, B)
     output, final = tg.dynamic_rnn(cell, input, time_major=True)
     after = None
     for t in range(T):
@@ -302,16 +246,16 @@ def test_sizes_that_do_not_fit():
 
 
 def test_peepholes_are_ours():
-    cell, ours = _made("PeepholeLSTM"), tg.LSTMCell(I, H, peepholes=True, dtype=torch.float64)
+    cell, ours = made("PeepholeLSTM"), tg.LSTMCell(I, H, peepholes=True, dtype=torch.float64)
     parameters = dict(cell.named_parameters()) | {"bias_ih": cell.bias, "bias_hh": torch.zeros_like(cell.bias)}
     ours.load_state_dict({name: parameters[name] for name in ours.state_dict()})
-    x, state = randn(B, I), _state(cell)
+    x, state = randn(B, I), state_of(cell)
     for a, b in zip(cell(x, state), ours(x, state), strict=True):
         assert_equal_f64(a, b)
 
 
 def test_missing_values_of_a_gru_d_are_not_looked_at():
-    cell, (x, mask, delta) = _made("GRUD"), _input("GRUD", T, B)
+    cell, (x, mask, delta) = made("GRUD"), input_of("GRUD", T, B)
     expected, _ = tg.dynamic_rnn(cell, (x, mask, delta), time_major=True)
     holes = x.detach().masked_fill(mask == 0, torch.nan).requires_grad_()
     found, _ = tg.dynamic_rnn(cell, (holes, mask, delta), time_major=True)
@@ -346,9 +290,9 @@ VOCABULARY = {
 @every_cell
 def test_a_step_is_plain(name):
     """No randomness, no writes in place, no branch on a value: it is traced once, and holds for any batch."""
-    cell = _made(name)
+    cell = made(name)
     parameters = {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
-    given = [pytree.tree_map(torch.detach, one) for one in (_input(name, B), _state(cell))]
+    given = [pytree.tree_map(torch.detach, one) for one in (input_of(name, B), state_of(cell))]
     traced = make_fx(
         lambda p, input, state: functional_call(cell, p, (input, state)),
         tracing_mode="symbolic",
@@ -361,13 +305,13 @@ def test_a_step_is_plain(name):
 
 @every_cell
 def test_no_steps_no_rows_and_bfloat16(name):
-    cell = _made(name)
+    cell = made(name)
     for steps, rows in ((0, B), (T, 0), (0, 0)):
-        input = pytree.tree_map(torch.detach, _input(name, steps, rows))
+        input = pytree.tree_map(torch.detach, input_of(name, steps, rows))
         output, final = tg.Recurrent(cell)(input)
         assert output.shape == (steps, rows, H)
         assert all(part.shape[0] == rows and part.eq(0).all() for part in tensors_in(final))
-    input = pytree.tree_map(torch.detach, _input(name, T, B))
+    input = pytree.tree_map(torch.detach, input_of(name, T, B))
     expected, _ = tg.Recurrent(cell)(input)
     low = pytree.tree_map(lambda part: part.to(torch.bfloat16), input)
     output, _ = tg.Recurrent(copy.deepcopy(cell).bfloat16())(low)
@@ -379,12 +323,12 @@ def test_no_steps_no_rows_and_bfloat16(name):
 @every_cell
 def test_weights_under_vmap(name):
     """An ensemble, each member with weights of its own, and its gradients."""
-    cell, other = _made(name), _made(name)
+    cell, other = made(name), made(name)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.5)
     layers = [tg.Recurrent(cell), tg.Recurrent(other)]
-    input = pytree.tree_map(torch.detach, _input(name, T, B))
+    input = pytree.tree_map(torch.detach, input_of(name, T, B))
     parameters, buffers = stack_module_state(layers)  # pyright: ignore[reportArgumentType]
 
     def run(p: Any, b: Any) -> Tensor:
@@ -396,199 +340,3 @@ def test_weights_under_vmap(name):
         expected = torch.autograd.grad(loss, list(layer.parameters()))
         for (key, _), gradient in zip(layer.named_parameters(), expected, strict=True):
             assert_equal_f64(found[key][k], gradient, key)
-
-
-# Wrappers
-
-
-def _run(cell: Any, x: Tensor, seed: int = 1) -> tuple[Tensor, Any]:
-    torch.manual_seed(seed)
-    return tg.dynamic_rnn(cell, x, time_major=True)
-
-
-def test_zoneout_is_written_out():
-    """Masks drawn before the loop, one for h and one for c; y_t is the zoned h; the expectation in eval."""
-    inner = tg.LSTMCell(I, H, dtype=torch.float64)
-    cell, x = cells.Zoneout(inner, (0.3, 0.6)), randn(T, B, I)
-    output, final = _run(cell, x)
-    torch.manual_seed(1)
-    keep_h, keep_c = (torch.bernoulli(torch.full((T, B, H), 1 - p)).bool() for p in (0.3, 0.6))
-    h = c = torch.zeros(B, H, dtype=torch.float64)
-    for t in range(T):
-        new_h, new_c = inner(x[t], (h, c))
-        h, c = torch.where(keep_h[t], new_h, h), torch.where(keep_c[t], new_c, c)
-        assert_equal_f64(output[t], h)
-    assert_equal_f64(final[1], c)
-    output, _ = _run(cell.eval(), x)
-    h = c = torch.zeros(B, H, dtype=torch.float64)
-    for t in range(T):
-        new_h, new_c = inner(x[t], (h, c))
-        h, c = 0.7 * new_h + 0.3 * h, 0.4 * new_c + 0.6 * c
-        assert_equal_f64(output[t], h)
-
-
-def test_zoneout_of_one_rate_and_of_a_rate_too_few():
-    cell, x = cells.Zoneout(tg.GRUCell(I, H), 1.0), torch.randn(T, B, I)
-    assert _run(cell, x)[0].eq(0).all()
-    assert _run(cell.eval(), x)[0].eq(0).all()
-    plain = tg.GRUCell(I, H)
-    torch.testing.assert_close(_run(cells.Zoneout(plain, 0.0), x)[0], _run(plain, x)[0])
-    with pytest.raises(ValueError, match="p: expected 2, one for each of the cell's states, got 1"):
-        _run(cells.Zoneout(tg.LSTMCell(I, H), [0.1]), x)
-    with pytest.raises(ValueError, match=r"p: expected a probability in 0..1, got 2"):
-        cells.Zoneout(plain, 2)
-
-
-REACHED: dict[str, Any] = {
-    name: make for name, make in CELLS.items() if not name.startswith("Min")
-} | {
-    "torch.nn.GRUCell": lambda: torch.nn.GRUCell(I, H),
-    "torch.nn.LSTMCell": lambda: torch.nn.LSTMCell(I, H, bias=False),
-    "tg.RNNCell": lambda: tg.RNNCell(I, H),
-    "tg.LSTMCell": lambda: tg.LSTMCell(I, H, proj_size=2, peepholes=True),
-    "tg.GRUCell, reset before": lambda: tg.GRUCell(I, H, reset_after=False),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("per_gate", [False, True], ids=["", "per gate"])
-@pytest.mark.parametrize("name", REACHED)
-def test_recurrent_dropout_of_nothing_and_of_all(name, per_gate):
-    """p = 0 is the cell; masks of ones (the expectation at p near 0) give the cell's step by the other way, too; p = 1
-    is the cell with its recurrent products cut."""
-    torch.manual_seed(0)
-    inner = REACHED[name]().double()
-    x = _input(name, T, B)
-    expected, _ = tg.dynamic_rnn(inner, x, time_major=True)
-    for p in (0.0, 1e-12):
-        found, _ = tg.dynamic_rnn(cells.RecurrentDropout(inner, p, per_gate), x, time_major=True)
-        assert_equal_f64(found, expected)
-    cell = cells.RecurrentDropout(inner, 1.0, per_gate)
-    found, _ = tg.dynamic_rnn(cell, x, time_major=True)
-    if not name.startswith(("CfC", "DreamerV3")):  # whose h and x are in one product
-        cut = copy.deepcopy(inner)
-        with torch.no_grad():
-            (cut.u if name.startswith("LiGRU") else cut.recurrent_kernel if name == "SLSTM" else cut.weight_hh).zero_()
-        assert_equal_f64(found, tg.dynamic_rnn(cut, x, time_major=True)[0])
-    assert not torch.allclose(found, expected)
-    assert_equal_f64(tg.dynamic_rnn(cell.eval(), x, time_major=True)[0], expected)
-
-
-@pytest.mark.parametrize("per_gate", [False, True], ids=["", "per gate"])
-def test_recurrent_dropout_is_written_out(per_gate):
-    """One mask for all steps; a GRU's z h is of the whole h."""
-    inner = torch.nn.GRUCell(I, H, dtype=torch.float64)
-    x = randn(T, B, I)
-    output, _ = _run(cells.RecurrentDropout(inner, 0.5, per_gate), x)
-    torch.manual_seed(1)
-    ones = torch.ones(B, 3, H) if per_gate else torch.ones(B, H)
-    mask = torch.nn.functional.dropout(ones.double(), 0.5)
-    masks = mask.unbind(1) if per_gate else (mask,) * 3
-    h = torch.zeros(B, H, dtype=torch.float64)
-    w, b = inner.weight_hh.split(H), inner.bias_hh.split(H)
-    for t in range(T):
-        x_r, x_z, x_n = (x[t] @ inner.weight_ih.T + inner.bias_ih).split(H, -1)
-        h_r, h_z, h_n = ((h * masks[k]) @ w[k].T + b[k] for k in range(3))
-        z = sigmoid(x_z + h_z)
-        h = (1 - z) * tanh(x_n + sigmoid(x_r + h_r) * h_n) + z * h
-        assert_equal_f64(output[t], h)
-
-
-def test_recurrent_dropout_of_anybodys_cell():
-    class Sum(torch.nn.Module):
-        state_size = I
-
-        def forward(self, x: Tensor, total: Tensor) -> Tensor:
-            return total + x
-
-    x = randn(T, B, I)
-    output, _ = _run(cells.RecurrentDropout(Sum(), 0.5), x)
-    torch.manual_seed(1)
-    mask = torch.nn.functional.dropout(torch.ones(B, I).double(), 0.5)
-    total = torch.zeros(B, I).double()
-    for t in range(T):
-        total = total * mask + x[t]
-        assert_equal_f64(output[t], total)
-    with pytest.raises(ValueError, match="per_gate: expected False, the products of a Sum can't be reached"):
-        cells.RecurrentDropout(Sum(), 0.5, per_gate=True)
-    with pytest.raises(ValueError, match="cell: expected one with a recurrent product, got MinGRUCell"):
-        cells.RecurrentDropout(cells.MinGRUCell(I, H), 0.5)
-    with pytest.raises(TypeError, match="cell: expected no wrapper, got Zoneout; put it around RecurrentDropout"):
-        cells.RecurrentDropout(cells.Zoneout(tg.GRUCell(I, H), 0.5), 0.5)
-    with pytest.raises(ValueError, match="cell: expected a GRUCell without clip"):
-        cells.RecurrentDropout(tg.GRUCell(I, H, clip=0.5), 0.5)
-
-
-def test_input_dropout_and_residual():
-    inner = tg.GRUCell(I, I, dtype=torch.float64)
-    x = randn(T, B, I)
-    output, state = _run(cells.Residual(cells.InputDropout(inner, 0.5)), x)
-    torch.manual_seed(1)
-    masked = x * torch.nn.functional.dropout(torch.ones(B, I).double(), 0.5)
-    expected, final = tg.dynamic_rnn(inner, masked, time_major=True)
-    assert_equal_f64(output, expected + x)
-    assert_equal_f64(state, final)
-    with pytest.raises(
-        ValueError, match=r"cell: expected y_t of the input's shape, got \(2, 4\) for an input \(2, 3\)"
-    ):
-        _run(cells.Residual(tg.GRUCell(I, H)), torch.randn(T, B, I))
-
-
-def _wrapped() -> Any:
-    torch.manual_seed(0)
-    inner = cells.RecurrentDropout(cells.LayerNormLSTMCell(I, I, dtype=torch.float64), 0.3, per_gate=True)
-    return cells.Residual(cells.Zoneout(cells.InputDropout(inner, 0.2), 0.1))
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_nest_of_wrappers(reverse):
-    """A seed fixes the masks, and checkpointing sees them again; its stream and eval have none; gradients."""
-    layer, x = tg.Recurrent(_wrapped(), reverse=reverse), randn(T, B, I)
-    torch.manual_seed(1)
-    first, _ = layer(x, lengths=[T, 2])
-    assert not torch.equal(layer(x, lengths=[T, 2])[0], first)
-    expected = torch.autograd.grad(first.square().sum(), [x, *layer.parameters()])
-    torch.manual_seed(1)
-    again = checkpoint(lambda x: layer(x, lengths=[T, 2])[0], x, use_reentrant=False)
-    assert torch.equal(again, first)
-    torch.randn(3)
-    for a, b in zip(torch.autograd.grad(again.square().sum(), [x, *layer.parameters()]), expected, strict=True):
-        assert torch.equal(a, b)
-    if not reverse:
-        streamed = torch.stack([layer.stream(B).step(x.detach()[0])])
-        assert_equal_f64(streamed, layer.eval()(x[:1])[0])
-
-
-@pytest.mark.parametrize("marks", [{}, {"lengths": torch.tensor([2, 1])}, {"resets": torch.eye(2).bool()}])
-def test_compiled_whole(marks):
-    """The graph draws the same noise."""
-    layer, x = tg.Recurrent([_wrapped(), (tg.GRUCell(I, H).double(), torch.nn.LSTMCell(I, H).double())]), randn(2, B, I)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.manual_seed(1)
-    found, _ = compiled(x, **marks)
-    torch.manual_seed(1)
-    expected, _ = layer(x, **marks)
-    assert_equal_f64(found, expected)
-    for a, b in zip(*(torch.autograd.grad(y.sum(), list(layer.parameters())) for y in (found, expected)), strict=True):
-        assert_equal_f64(a, b)
-
-
-def test_a_wrapper_called_outside_of_a_loop():
-    """Draws for one step; without a state it begins at zeros."""
-    cell, x = _wrapped(), randn(B, I)
-    torch.manual_seed(1)
-    found = cell(x)
-    expected, final = _run(cell, x.unsqueeze(0))
-    assert_equal_f64(found[0], expected[0])
-    assert_equal_f64(found[1][1], final[1])
-
-
-def test_a_wrapper_of_a_cell_that_tells_no_size():
-    cell = cells.Zoneout(lambda x, h: h + x, 0.5)
-    x = torch.randn(T, B, I)
-    with pytest.raises(ValueError, match="initial_state: needed, because a Zoneout does not tell"):
-        tg.dynamic_rnn(cell, x, time_major=True)
-    output, _ = tg.dynamic_rnn(cell, x, initial_state=torch.zeros(B, I), time_major=True)
-    assert output.shape == x.shape
-    with pytest.raises(TypeError, match="cell: expected a cell, a module or function"):
-        cells.Zoneout(3, 0.5)

@@ -63,6 +63,11 @@ def holding_itself(cell: Step, x: Tensor, h: Tensor) -> Tensor:
     return torch.tanh(x + h @ cell.__dict__["itself"][0].w)
 
 
+def running_sums(cell: Step, x: Tensor, h: Tensor) -> Tensor:
+    halves = torch.tanh(x + h @ cell.w).view(-1, 2, H // 2)
+    return (halves.cumsum(-1) / 2 + halves.flip(-1)).flatten(1).cumsum(1) / 2
+
+
 STEPS: dict[str, Callable[[Step, Tensor, Tensor], Tensor]] = {
     "detach": lambda cell, x, h: torch.tanh(x + h.detach() @ cell.w),
     "data": lambda cell, x, h: torch.tanh(x + h @ cell.w) + h.data,
@@ -72,6 +77,13 @@ STEPS: dict[str, Callable[[Step, Tensor, Tensor], Tensor]] = {
     "grad mode": by_grad_mode,
     "numpy": through_numpy,
     "prod": lambda cell, x, h: torch.tanh(x + h @ cell.w) * h.prod(-1, keepdim=True),
+    "stack in front of the rows": lambda cell, x, h: torch.stack((torch.tanh(x), h @ cell.w, h)).sin().mean(0),
+    "a running sum": running_sums,
+    "group norm": lambda cell, x, h: torch.nn.functional.group_norm(x + h @ cell.w, 2),
+    "batch norm": lambda cell, x, h: torch.nn.functional.batch_norm(x + h @ cell.w, *torch.full((2, H), 0.5).to(x)),
+    "variance and mean": lambda cell, x, h: torch.tanh(
+        x + torch.stack(torch.var_mean(h @ cell.w, -1), -1).sum(-1, True)
+    ),
     "argmax": lambda cell, x, h: torch.tanh(x + h @ cell.w) * h.argmax(-1, keepdim=True),
     "held twice": held_twice,
     "holding itself": holding_itself,
@@ -99,7 +111,6 @@ def test_a_step_that_is_more_than_its_operations_is_not_fused_wrongly(name: str)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="torch.stack(states) is traced as a concatenation over rows")
 def test_states_may_be_stacked_in_front_of_their_rows() -> None:
     def step(x: Tensor, h: Tensor) -> Tensor:
         return torch.stack((torch.tanh(x), h)).sum(0)
@@ -108,7 +119,43 @@ def test_states_may_be_stacked_in_front_of_their_rows() -> None:
     assert found.backend == "fused"
 
 
-@pytest.mark.xfail(strict=True, reason="it names a line of torch's tracer, or none")
+@pytest.mark.parametrize(
+    "name", ["stack in front of the rows", "a running sum", "group norm", "batch norm", "variance and mean"]
+)
+def test_these_are_fused(name: str) -> None:
+    results(STEPS[name], True)
+
+
+def test_a_running_sum_sees_nothing_of_what_comes_later() -> None:
+    def step(x: Tensor, h: Tensor) -> Tensor:
+        return (x + h).cumsum(-1)
+
+    x = torch.randn(B, T, H)
+    x[0, 1, 2], x[1, 2, 1] = float("nan"), float("inf")
+    found, expected = (tg.dynamic_rnn(step, x, initial_state=torch.zeros(B, H), fuse=fuse) for fuse in (True, False))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_batch_norm_is_fused_in_eval_and_sees_its_statistics_change() -> None:
+    class Cell(torch.nn.Module):
+        state_size = H
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(H, dtype=torch.float64)
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return torch.tanh(self.norm(x + h))
+
+    cell, x = Cell().eval(), torch.randn(B, T, H, dtype=torch.float64)
+    for _ in range(2):
+        found, expected = (tg.dynamic_rnn(cell, x, fuse=fuse)[0] for fuse in (True, False))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        cell.train()(x[:, 0], x[:, 1])
+        cell.eval()
+
+
 @pytest.mark.parametrize("what", ["batch norm", "a buffer"])
 def test_a_reason_names_the_users_line(what: str) -> None:
     class Cell(torch.nn.Module):

@@ -139,7 +139,8 @@ inline A largest_of(const A* from, int64_t count) {
 
 template <class A>
 class ProgramRun {
-    static constexpr int wide = 2, lanes = width<A>;   // vectors in a panel
+    // Vectors in a panel: as many columns whatever their width.
+    static constexpr int wide = vector_registers == 32 ? 2 : 4, lanes = width<A>;
     using Panel = Panels<A, wide>;
 
 public:
@@ -399,6 +400,10 @@ private:
                 for (int64_t k = first; k < last; ++k)
                     run_rows(t, steps_[k], i, count - i < together ? count - i : together);
             first = last;
+        }
+        if (p_.writes_over_inputs) {
+            t.crew.wait();
+            if (t.crew.dismissed()) return;
         }
         for (int64_t i = 0; i < count; ++i) finish_row(t, step, i);
     }

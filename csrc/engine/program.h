@@ -68,6 +68,7 @@ struct ProgramProblem {
     const void* const* matrices = nullptr;   // (blocks, rows, columns)
     void* const* outputs = nullptr;          // (T, B, size)
     void* const* finals = nullptr;           // (B, size)
+    bool writes_over_inputs = false;         // some output takes the memory of an input that is read at each step
 };
 
 }  // namespace tidegate

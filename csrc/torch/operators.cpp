@@ -62,7 +62,8 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
     m.def("advance(int form, Tensor packed, Tensor input, Tensor(a!) h_0, Tensor(b!)? c_0=None) -> Tensor");
     m.def(
         "run_program(Tensor code, Tensor constants, Tensor[] inputs, Tensor[] states, Tensor[] vectors, "
-        "Tensor[] matrices, Tensor? lengths, Tensor? resets, int steps, int batch, bool reverse) -> Tensor[]");
+        "Tensor[] matrices, Tensor? lengths, Tensor? resets, int steps, int batch, bool reverse, int[] over=[]) "
+        "-> Tensor[]");
     m.def("activate(Tensor x, bool hyperbolic) -> Tensor");
     m.def("isa() -> str");
     m.def("isas() -> str");

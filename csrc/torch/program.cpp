@@ -44,7 +44,7 @@ void need_count(const Values& values, size_t wanted, const char* name) {
 std::vector<Tensor> run_program(const Tensor& code, const Tensor& constants, const std::vector<Tensor>& inputs,
                                 const std::vector<Tensor>& states, const std::vector<Tensor>& vectors,
                                 const std::vector<Tensor>& matrices, const Optional& lengths, const Optional& resets,
-                                int64_t steps, int64_t batch, bool reverse) {
+                                int64_t steps, int64_t batch, bool reverse, const std::vector<int64_t>& over) {
     check(code, "code", aoti_torch_dtype_int64(), {code.numel()});
     const auto* const first = static_cast<const int64_t*>(code.const_data_ptr());
     const Program program(std::vector<int64_t>(first, first + code.numel()));
@@ -80,14 +80,21 @@ std::vector<Tensor> run_program(const Tensor& code, const Tensor& constants, con
             fail("lengths", "values in 0.." + std::to_string(steps), std::to_string(counts[row]));
     const Schedule schedule = counts ? Schedule(steps, batch, reverse, counts) : Schedule(steps, batch, reverse);
 
+    if (!over.empty()) need_count(over, program.output_sizes.size(), "over");
     std::vector<Tensor> results;
     std::vector<void*> output_data, final_data;
-    for (const int64_t size : program.output_sizes) {
-        results.push_back(make(type, {steps, batch, size}));
+    for (size_t k = 0; k < program.output_sizes.size(); ++k) {
+        const Dims sizes = {steps, batch, program.output_sizes[k]};
+        if (over.empty() || over[k] < 0) {
+            results.push_back(make(type, sizes));
+        } else {
+            if (over[k] >= static_cast<int64_t>(inputs.size())) fail("over", "places of inputs", std::to_string(over[k]));
+            const Tensor& input = inputs[static_cast<size_t>(over[k])];
+            check(input, "an input to write over", dtype, sizes);
+            if (!input.is_contiguous()) fail("over", "contiguous inputs", "another");
+            results.push_back(input);
+        }
         output_data.push_back(data(results.back()));
-        // Past a row's length there are no steps.
-        if (schedule.total() < steps * batch)
-            std::memset(output_data.back(), 0, static_cast<size_t>(steps * batch * size * bytes_of(type)));
     }
     for (const int64_t size : program.state_sizes) {
         results.push_back(make(type, {batch, size}));
@@ -106,7 +113,16 @@ std::vector<Tensor> run_program(const Tensor& code, const Tensor& constants, con
                                   .vectors = vector_data.data(),
                                   .matrices = matrix_data.data(),
                                   .outputs = output_data.data(),
-                                  .finals = final_data.data()});
+                                  .finals = final_data.data(),
+                                  .writes_over_inputs = !over.empty()});
+    // Past a row's length there are no steps.
+    for (size_t k = 0; schedule.total() < steps * batch && k < output_data.size(); ++k) {
+        const int64_t row_bytes = program.output_sizes[k] * bytes_of(type);
+        for (int64_t t = 0; t < steps; ++t)
+            for (int64_t row = 0; row < batch; ++row)
+                if (t >= counts[row])
+                    std::memset(static_cast<char*>(output_data[k]) + (t * batch + row) * row_bytes, 0, static_cast<size_t>(row_bytes));
+    }
     return results;
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
@@ -27,6 +28,14 @@ _autograd: Any = _C._autograd  # type: ignore[attr-defined]  # pyright: ignore
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
+
+# What torch says of a graph whose saved tensors are freed.
+USED_UP = (
+    "Trying to backward through the graph a second time (or directly access saved tensors after they have already "
+    "been freed). Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). "
+    "Specify retain_graph=True if you need to backward through the graph a second time or if you need to access saved "
+    "tensors after calling backward."
+)
 
 # The key of the older vmap, which autograd batches gradients with; torch.func's is another.
 _VMAP_MODE: Any = _C._parse_dispatch_key("VmapMode")
@@ -104,13 +113,17 @@ def asked_once(function: F) -> F:
 
 
 def outside_of_tracing(function: Callable[[], T]) -> T:
-    """Call a function where no tracer, transform or mode sees what it does: all of these belong to a thread."""
+    """Call a function where no tracer, transform or mode sees what it does, and none of its draws count.
+
+    All of these belong to a thread, but for the generators.
+    """
     results: list[T] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            results.append(function())
+            with keeping_generators():
+                results.append(function())
         except BaseException as error:
             errors.append(error)
 
@@ -120,6 +133,23 @@ def outside_of_tracing(function: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+@contextlib.contextmanager
+def keeping_generators() -> Generator[None]:
+    """What is drawn inside from torch's, Python's or NumPy's generator is drawn again afterwards."""
+    numpy: Any = sys.modules.get("numpy.random")
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    before = torch.get_rng_state(), random.getstate(), numpy.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        if numpy:
+            numpy.set_state(before[2])
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
 
 
 def has_module_hooks() -> bool:

@@ -20,12 +20,6 @@ from tidegate import backends, dispatch, reference, signature
 from tidegate.backends import Backend, Gradients
 from tidegate.call import Call, Layer, Unit, layer_by_layer
 
-_USED_UP = (
-    "Trying to backward through the graph a second time (or directly access saved tensors after they have already "
-    "been freed). Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). "
-    "Specify retain_graph=True if you need to backward through the graph a second time or if you need to access saved "
-    "tensors after calling backward."
-)
 _CHANGED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: {name} of "
     "tidegate's {cell}, a tensor of shape {shape}, is at version {now}; expected version {then} instead."
@@ -222,7 +216,7 @@ def _unpacked(ctx: Any) -> tuple[Unit, Tensor, tuple[Tensor, ...]]:
     """What was saved openly: the unit on its tensors, the output, and what the forward left."""
     everything = ctx.saved_tensors
     if not hasattr(ctx, "unit"):
-        raise RuntimeError(_USED_UP)
+        raise RuntimeError(dispatch.USED_UP)
     *tensors, lengths, resets, output = everything[: len(everything) - ctx.count]
     unit = ctx.unit.with_tensors(tensors)._replace(lengths=lengths, resets=resets)
     return unit, output, everything[len(everything) - ctx.count :]

@@ -199,12 +199,10 @@ def test_xlstms_slstm_looks_at_values(double):
     assert reason.endswith("if torch.all(n == 0.0):")
 
 
-@pytest.mark.xfail(strict=True, raises=tg.UnsupportedError, reason="states stacked in front of their rows")
 def test_xlstms_lstm(double, capsys):
     check("xlstm LSTM", XlstmStep("lstm"), random(T, B, 4 * H), (random(B, H), random(B, H)), capsys)
 
 
-@pytest.mark.xfail(strict=True, raises=tg.UnsupportedError, reason="Keras' layers set attributes at each call")
 @pytest.mark.parametrize(("name", "states"), [("SimpleRNNCell", 1), ("GRUCell", 1), ("LSTMCell", 2)])
 def test_keras(name, states, double, capsys):
     cell = getattr(keras.layers, name)(H, dtype="float64")

@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from tidegate import cell as kinds
 from tidegate.cells.parts import ReadyCell, gate_reads, product
 from tidegate.cells.wrapper import Wrapper, read_probability, steps_of
-from tidegate.nn import over_time
+from tidegate.nn import known_cells
 from tidegate.nn.cells import RecurrentCell
-from tidegate.nn.over_time import AnyCell, Nest, TorchCell
+from tidegate.nn.known_cells import TorchCell
+from tidegate.nn.over_time import AnyCell, Nest
 
 
 class RecurrentDropout(Wrapper):
@@ -55,7 +56,7 @@ class RecurrentDropout(Wrapper):
             raise ValueError(f"cell: expected one with a recurrent product, got {type(self.cell).__name__}")
         if per_gate and gates is None:
             raise ValueError(f"per_gate: expected False, the products of a {type(self.cell).__name__} can't be reached")
-        known = over_time.as_known(self.cell)
+        known = known_cells.as_known(self.cell)
         if known is not None and known.cell is kinds.GRU:
             options = {name: value for name, value in known._options().items() if name != "reset_after"}
             others = [name for name, value in options.items() if value != known.cell.options[name][1]]
@@ -69,7 +70,7 @@ class RecurrentDropout(Wrapper):
         """How many the products have; None where they can't be reached."""
         if isinstance(self.cell, ReadyCell):
             return self.cell.reads
-        known = over_time.as_known(self.cell)
+        known = known_cells.as_known(self.cell)
         return None if known is None else len(known.cell.gates)
 
     def _draw(self, inputs: Nest, state: Nest) -> Nest | None:
@@ -87,7 +88,7 @@ class RecurrentDropout(Wrapper):
         read = h.unsqueeze(1) * own if self.per_gate else h * own
         if isinstance(self.cell, ReadyCell):
             return self.cell(input, state, read)
-        known = over_time.as_known(self.cell)
+        known = known_cells.as_known(self.cell)
         if known is None:
             return self._call(input, pytree.tree_unflatten([read, *leaves[1:]], structure), inner)
         return pytree.tree_unflatten(_step_of(known, input, leaves, read), structure)

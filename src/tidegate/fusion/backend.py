@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 
 from tidegate.call import Call, Layer
 from tidegate.cell import Cell, Options
-from tidegate.fusion.plan import DTYPES, Described, Plan, planned
+from tidegate.fusion.described import Described
+from tidegate.fusion.plan import DTYPES, Plan, planned
 from tidegate.fusion.reading import read
 from tidegate.kernels import cpu
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-from tidegate.fusion.program import REDUCTIONS, Argument, Builder, Instruction, Operand, Program
+from tidegate.fusion.builder import Builder
+from tidegate.fusion.program import REDUCTIONS, Argument, Instruction, Operand, Program
+from tidegate.fusion.rules import RULES, Through
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,19 @@ class Wanted:
 
 @dataclass(frozen=True)
 class MatrixGradient:
-    """Places, among the backward's outputs, of a product's gradient and of what it multiplied."""
+    """What a matrix's gradient is a product of.
+
+    Attributes:
+        gradient: the product's gradient, by its place among the backward's outputs.
+        multiplied: what it multiplied, by its place among these, or, if `is_kept`, among the forward's outputs.
+    """
 
     matrix: int
     groups: int
     transposed: bool
     gradient: int
     multiplied: int
+    is_kept: bool
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,25 @@ def _kept(program: Program) -> dict[Operand, None]:
 def derive(program: Program, wanted: Wanted) -> Backward:
     """The backward of a program that keeps what it needs."""
     return _Derivation(program, wanted).run()
+
+
+@cache
+def places_over(program: Program, is_free: tuple[bool, ...]) -> tuple[int, ...]:
+    """For each output, the input whose memory it may take; -1 for memory of its own.
+
+    Args:
+        is_free: of each input, whether nobody reads it after its step.
+    """
+    # An output is written when the others may not be yet.
+    written_out = {operand.number for operand in program.outputs if operand.bank == "i"}
+    left = [k for k, free in enumerate(is_free) if free and k not in written_out]
+    places: list[int] = []
+    for output in program.outputs:
+        found = next((k for k in left if program.inputs[k] == output.size), -1)
+        if found >= 0:
+            left.remove(found)
+        places.append(found)
+    return tuple(places)
 
 
 class _Derivation:
@@ -220,7 +247,7 @@ class _Derivation:
             _MOVES[operation](self, instruction, d)
         elif operation in REDUCTIONS:
             self._through_reduction(index, instruction, d)
-        elif operation in _RULES:
+        elif operation in RULES:
             self._through_numbers(index, instruction, d)
 
     def _through_product(self, instruction: Instruction, d: Operand) -> None:
@@ -259,13 +286,12 @@ class _Derivation:
 
     def _through_numbers(self, index: int, instruction: Instruction, d: Operand) -> None:
         result = self.program.whole("v", index)
-        rules = _RULES[instruction.operation]
+        rules = RULES[instruction.operation]
         for place, operand in enumerate(instruction.operands):
             rule = rules[place]
             if rule is None or not isinstance(operand, Operand) or not self._is_live(operand):
                 continue
-            step = _Step(self, instruction, result, d)
-            gradient = rule(step)
+            gradient = rule(Through(self.builder, self._value, instruction, result, d))
             if operand.size < instruction.size:
                 # One number for a whole group, or for all.
                 groups = instruction.groups if operand.size == instruction.groups else 1
@@ -303,9 +329,10 @@ class _Derivation:
         for instruction, d in self.products:
             value = self._value(instruction.operands[0])
             assert isinstance(value, Operand)
-            places = _placed(outputs, d), _placed(outputs, value)
+            whole = [k for k, kept in self.kept.items() if kept == value]
+            places = _placed(outputs, d), whole[0] if whole else _placed(outputs, value)
             transposed = instruction.operation == "product_transposed"
-            found.append(MatrixGradient(instruction.matrix, instruction.groups, transposed, *places))
+            found.append(MatrixGradient(instruction.matrix, instruction.groups, transposed, *places, bool(whole)))
         return tuple(found)
 
     def _assembled(
@@ -355,128 +382,6 @@ def _placed(outputs: list[Operand], operand: Operand) -> int:
     if operand not in outputs:
         outputs.append(operand)
     return outputs.index(operand)
-
-
-class _Step:
-    """What a rule reads: the instruction's operands, its result, the gradient of that; and what it writes with."""
-
-    def __init__(self, derivation: _Derivation, instruction: Instruction, result: Operand, d: Operand) -> None:
-        self._derivation, self._instruction, self._result = derivation, instruction, result
-        self.d = d
-
-    @property
-    def a(self) -> Argument:
-        return self._derivation._value(self._instruction.operands[0])
-
-    @property
-    def b(self) -> Argument:
-        return self._derivation._value(self._instruction.operands[1])
-
-    @property
-    def c(self) -> Argument:
-        return self._derivation._value(self._instruction.operands[2])
-
-    @property
-    def y(self) -> Argument:
-        return self._derivation._value(self._result)
-
-    def emit(self, operation: str, *operands: Argument) -> Operand:
-        """Of the size of the instruction, unless all operands are smaller."""
-        size, groups = self._instruction.size, self._instruction.groups
-        builder = self._derivation.builder
-        sizes = {operand.size for operand in operands if isinstance(operand, Operand)}
-        if sizes <= {1}:
-            return builder.emit(operation, *operands, size=1)
-        if size not in sizes and sizes <= {1, groups}:
-            return builder.emit(operation, *operands, size=groups)
-        return builder.emit(operation, *operands, size=size, groups=groups)
-
-
-Rule = Callable[[_Step], Operand]
-
-
-def _where(s: _Step, condition: Argument, value: Argument) -> Operand:
-    """The gradient where a condition holds, else 0."""
-    return s.emit("where", condition, value, 0.0)
-
-
-def _scaled(operation: str, other: Callable[[_Step], Argument]) -> Rule:
-    return lambda s: s.emit(operation, s.d, other(s))
-
-
-def _tie(s: _Step, mine: Argument, other: Argument, comparison: str) -> Operand:
-    """Of the larger (smaller) of two: half of the gradient where they are equal."""
-    half = s.emit("mul", s.emit("eq", mine, other), 0.5)
-    return s.emit("mul", s.d, s.emit("add", s.emit(comparison, mine, other), half))
-
-
-def _pow_base(s: _Step) -> Operand:
-    if isinstance(s.b, float):
-        return s.emit("mul", s.d, s.emit("mul", s.emit("pow", s.a, s.b - 1.0), s.b))
-    return s.emit("mul", s.d, s.emit("mul", s.emit("pow", s.a, s.emit("sub", s.b, 1.0)), s.b))
-
-
-def _pow_exponent(s: _Step) -> Operand:
-    return s.emit("mul", s.d, s.emit("mul", s.y, s.emit("log", s.a)))
-
-
-_INVERSE_ROOT_PI = 1.1283791670955126  # 2 / sqrt(pi)
-
-# For each operand of an instruction, what its gradient is; None for none.
-_RULES: dict[str, tuple[Rule | None, ...]] = {
-    "copy": (lambda s: s.d,),
-    "neg": (lambda s: s.emit("neg", s.d),),
-    "abs": (lambda s: s.emit("mul", s.d, s.emit("sign", s.a)),),
-    "exp": (_scaled("mul", lambda s: s.y),),
-    "expm1": (lambda s: s.emit("mul", s.d, s.emit("add", s.y, 1.0)),),
-    "log": (_scaled("div", lambda s: s.a),),
-    "log1p": (lambda s: s.emit("div", s.d, s.emit("add", s.a, 1.0)),),
-    "sqrt": (lambda s: s.emit("div", s.d, s.emit("add", s.y, s.y)),),
-    "rsqrt": (lambda s: s.emit("mul", s.d, s.emit("mul", s.emit("mul", s.y, s.emit("mul", s.y, s.y)), -0.5)),),
-    "reciprocal": (lambda s: s.emit("neg", s.emit("mul", s.d, s.emit("mul", s.y, s.y))),),
-    "sigmoid": (_scaled("sigmoid_gradient", lambda s: s.y),),
-    "tanh": (_scaled("tanh_gradient", lambda s: s.y),),
-    # A NaN passes its gradient, as torch has it.
-    "relu": (lambda s: s.emit("where", s.emit("le", s.y, 0.0), 0.0, s.d),),
-    "sin": (lambda s: s.emit("mul", s.d, s.emit("cos", s.a)),),
-    "cos": (lambda s: s.emit("neg", s.emit("mul", s.d, s.emit("sin", s.a))),),
-    "erf": (
-        lambda s: s.emit(
-            "mul", s.d, s.emit("mul", s.emit("exp", s.emit("neg", s.emit("mul", s.a, s.a))), _INVERSE_ROOT_PI)
-        ),
-    ),
-    "add": (lambda s: s.d, lambda s: s.d),
-    "sub": (lambda s: s.d, lambda s: s.emit("neg", s.d)),
-    "mul": (_scaled("mul", lambda s: s.b), _scaled("mul", lambda s: s.a)),
-    "div": (
-        _scaled("div", lambda s: s.b),
-        lambda s: s.emit("neg", s.emit("mul", s.d, s.emit("div", s.y, s.b))),
-    ),
-    "maximum": (lambda s: _tie(s, s.a, s.b, "gt"), lambda s: _tie(s, s.b, s.a, "gt")),
-    "minimum": (lambda s: _tie(s, s.a, s.b, "lt"), lambda s: _tie(s, s.b, s.a, "lt")),
-    "pow": (_pow_base, _pow_exponent),
-    "sigmoid_gradient": (
-        lambda s: s.emit("sigmoid_gradient", s.d, s.b),  # the slope y (1 - y) times d
-        lambda s: s.emit("mul", s.emit("mul", s.d, s.a), s.emit("sub", 1.0, s.emit("add", s.b, s.b))),
-    ),
-    "tanh_gradient": (
-        lambda s: s.emit("tanh_gradient", s.d, s.b),
-        lambda s: s.emit("mul", s.emit("mul", s.d, s.a), s.emit("mul", s.b, -2.0)),
-    ),
-    "where": (
-        None,
-        lambda s: _where(s, s.a, s.d),
-        lambda s: s.emit("where", s.a, 0.0, s.d),
-    ),
-    "clamp": (
-        lambda s: _where(s, s.emit("mul", s.emit("ge", s.a, s.b), s.emit("le", s.a, s.c)), s.d),
-        None,
-        None,
-    ),
-    "muladd": (_scaled("mul", lambda s: s.b), _scaled("mul", lambda s: s.a), lambda s: s.d),
-    **dict.fromkeys(("sign", "constant"), (None,)),
-    **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), (None, None)),
-}
 
 
 def _through_gather(derivation: _Derivation, instruction: Instruction, d: Operand) -> None:

@@ -62,6 +62,18 @@ class Looped(NamedTuple):
         return Looped(str(program), str(keeps), len(program.outputs), len(keeps.outputs))
 
 
+class Owned(NamedTuple):
+    """What a call may write over, because nobody else reads it.
+
+    Attributes:
+        inputs: of each input, whether it is.
+        outputs: how many outputs are returned to the caller; the others are.
+    """
+
+    inputs: tuple[bool, ...]
+    outputs: int
+
+
 def run(
     program: Looped,
     inputs: Sequence[Tensor],
@@ -73,10 +85,12 @@ def run(
     steps: int,
     batch: int,
     reverse: bool,
+    fresh: tuple[bool, ...] = (),
 ) -> list[Tensor]:
     """The operator, recorded if need be with what its backward needs as further outputs, which are not returned.
 
     Args:
+        fresh: of each input, whether nobody else reads it; none for nowhere.
         inputs: (T, B, n) each.
         states: (B, n).
         vectors, matrices: (n) and (blocks, rows, columns).
@@ -92,7 +106,8 @@ def run(
     if not dispatch.is_plain():
         results = torch.ops.tidegate.loop.default(text, *kinds, lengths, resets, steps, batch, reverse)
     elif records:
-        results = dispatch.apply_plain(_Loop, text, (lengths, resets, steps, batch, reverse), *tensors)
+        owned = Owned(fresh or (False,) * len(inputs), program.outputs)
+        results = dispatch.apply_plain(_Loop, text, (lengths, resets, steps, batch, reverse), owned, *tensors)
     else:
         results = _run(text, *kinds, lengths, resets, steps, batch, reverse)
     if records:
@@ -128,7 +143,9 @@ def _run(
     steps: int,
     batch: int,
     reverse: bool,
+    is_free: tuple[bool, ...] = (),
 ) -> list[Tensor]:
+    """As the operator, its outputs in the memory of inputs that are free, where they fit."""
     if steps == 0 or batch == 0:
         known = Program.parse(program)
         outputs = [states[0].new_zeros((steps, batch, output.size)) for output in known.outputs]
@@ -137,8 +154,19 @@ def _run(
 
     code, constants = encode(program, states[0].dtype)
     lengths = None if lengths is None else lengths.cpu()
+    over: tuple[int, ...] = ()
+    if any(is_free):
+        from tidegate.fusion.derive import places_over
+
+        over = places_over(Program.parse(program), tuple(map(_can_be_written, inputs, is_free)))
     run = cpu.operators().run_program.default
-    return run(code, constants, inputs, states, vectors, matrices, lengths, resets, steps, batch, reverse)
+    results = run(code, constants, inputs, states, vectors, matrices, lengths, resets, steps, batch, reverse, over)
+    # To autograd an output is no input, though it has its memory.
+    return [result.detach() for result in results] if over else results
+
+
+def _can_be_written(tensor: Tensor, is_free: bool) -> bool:
+    return is_free and tensor.is_contiguous()
 
 
 def _shapes(
@@ -153,30 +181,38 @@ def _shapes(
 def _autograd(program: str, inputs: Any, states: Any, vectors: Any, matrices: Any, *rest: Any) -> list[Tensor]:
     tensors = (*inputs, *states, *vectors, *matrices)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return list(dispatch.apply(_Loop, program, rest, *tensors))
+        return list(dispatch.apply(_Loop, program, rest, None, *tensors))
     if dispatch.is_plain():
         return _run(program, inputs, states, vectors, matrices, *rest)
     return dispatch.below_autograd(_operator, program, inputs, states, vectors, matrices, *rest)
 
 
 class _Loop(torch.autograd.Function):
-    """`apply(program, (lengths, resets, steps, batch, reverse), *tensors)`: a program that keeps what it needs."""
+    """`apply(program, (lengths, resets, steps, batch, reverse), owned, *tensors)`: a program that keeps what it needs.
+
+    Its backward writes gradients over what was kept, and over inputs that are its own, unless somebody may look at
+    these again: the graph is kept or differentiated, or hooks see what is saved.
+    """
 
     @staticmethod
-    def forward(ctx: Any, program: str, rest: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        kinds = _Tensors(Program.parse(program)).split(tensors)
-        if dispatch.is_plain():
-            results = _run(program, *kinds, *rest)
-        else:
-            results = dispatch.below_autograd(_operator, program, *kinds, *rest)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, program: str, rest: tuple[Any, ...], owned: Owned | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         from tidegate.fusion.derive import derive
 
         known = Program.parse(program)
-        ctx.program, ctx.rest = program, rest[2:]
-        ctx.needs = ctx.needs_input_grad[2:]
+        kinds, ends = _Tensors(known).split(tensors), _Tensors(known).ends
+        ctx.needs = ctx.needs_input_grad[3:]
         # Saved is only what the backward reads.
         back = derive(known, _wanted(known, ctx.needs, (True,) * len(known.outputs)))
-        ends = _Tensors(known).ends
+        if dispatch.is_plain():
+            free = () if owned is None else tuple([f and k not in back.inputs for k, f in enumerate(owned.inputs)])
+            results = _run(program, *kinds, *rest, is_free=free)
+        else:
+            results = dispatch.below_autograd(_operator, program, *kinds, *rest)
+        ctx.program, ctx.rest = program, rest[2:]
+        ctx.owned = None if dispatch.has_saved_tensor_hooks() else owned
+        ctx.is_used_up = False
         read = [tensor if k >= ends[1] or k in back.inputs else None for k, tensor in enumerate(tensors)]
         kept = [result if k in back.kept else None for k, result in enumerate(results[: len(known.outputs)])]
         ctx.save_for_backward(*read, *rest[:2], *kept)
@@ -186,10 +222,12 @@ class _Loop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.is_used_up:
+            raise RuntimeError(dispatch.USED_UP)
         saved, count = ctx.saved_tensors, len(ctx.needs)
         tensors, lengths, resets, outputs = saved[:count], saved[count], saved[count + 1], saved[count + 2 :]
         found = _gradients(ctx, tensors, lengths, resets, outputs, gradients)
-        return (None, None, *found)
+        return (None, None, None, *found)
 
 
 def _wanted(program: Program, needs: Sequence[bool], of_outputs: tuple[bool, ...]) -> Wanted:
@@ -232,7 +270,13 @@ def _gradients(
     if resets is not None and reverse:
         marks = torch.cat([torch.zeros_like(resets[:1]), resets[1:]])
     given = (read, [*final, *sums], vectors, matrices, lengths, marks, steps, batch, not reverse)
-    found = interpret(back.program, *given) if dispatch.is_batched() else run(_looped(back.program), *given)
+    if dispatch.is_batched():
+        found = interpret(back.program, *given)
+    elif ctx.owned is None or torch.is_grad_enabled() or dispatch.keeps_graph() or not dispatch.is_plain():
+        found = run(_looped(back.program), *given)
+    else:
+        ctx.is_used_up = True
+        found = _run(str(back.program), *given, _free(back, ctx.owned, len(read)))
     made, ended = found[: len(back.program.outputs)], found[len(back.program.outputs) :]
     of_states = ended[: len(program.states)]
     if resets is not None and not reverse:
@@ -251,22 +295,30 @@ def _gradients(
     for k, (vector, need) in enumerate(zip(vectors, need_vectors, strict=True)):
         result.append(of_vectors.get(k, torch.zeros_like(vector)) if need else None)
     for k, (matrix, need) in enumerate(zip(matrices, need_matrices, strict=True)):
-        result.append(_matrix_gradient(back, k, matrix, made) if need else None)
+        result.append(_matrix_gradient(back, k, matrix, made, outputs) if need else None)
     return result
 
 
-def _matrix_gradient(back: Backward, k: int, matrix: Tensor, made: Sequence[Tensor]) -> Tensor:
-    parts = [_outer(part, matrix, made) for part in back.matrix_gradients if part.matrix == k]
+def _free(back: Backward, owned: Owned, count: int) -> tuple[bool, ...]:
+    """Of each input of the backward, whether what it gives may be written over it."""
+    read_later = {part.multiplied for part in back.matrix_gradients if part.is_kept}
+    free = [owned.inputs[k] for k in back.inputs]
+    free += [k >= owned.outputs and k not in read_later for k in back.kept]
+    return (*free, *(False,) * (count - len(free)))
+
+
+def _matrix_gradient(back: Backward, k: int, matrix: Tensor, made: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
+    parts = [_outer(part, matrix, made, kept) for part in back.matrix_gradients if part.matrix == k]
     total = parts[0] if parts else torch.zeros_like(matrix)
     for part in parts[1:]:
         total = total + part
     return total
 
 
-def _outer(part: MatrixGradient, matrix: Tensor, made: Sequence[Tensor]) -> Tensor:
+def _outer(part: MatrixGradient, matrix: Tensor, made: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
     """The sum over all steps of gradient times multiplied: (blocks, rows, columns)."""
     blocks, rows, columns = matrix.shape
-    gradient, multiplied = made[part.gradient], made[part.multiplied]
+    gradient, multiplied = made[part.gradient], (kept if part.is_kept else made)[part.multiplied]
     left, right = (multiplied, gradient) if part.transposed else (gradient, multiplied)
     if blocks == 1:
         return (left.reshape(-1, rows).T @ right.reshape(-1, columns)).unsqueeze(0)

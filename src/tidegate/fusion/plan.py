@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from tidegate import dispatch
 from tidegate.fusion import loop
+from tidegate.fusion.described import Described, kinds_of, leaves_of, like, places_of
 from tidegate.fusion.program import product
-from tidegate.fusion.reading import Reading, computed, read, split_result
+from tidegate.fusion.reading import Reading, computed, read
 from tidegate.kernels import cpu
 
 if TYPE_CHECKING:
@@ -29,13 +31,14 @@ class Plan(torch.nn.Module):
 
     Attributes:
         lowered: whether it can be fused; the others are None if not.
-        once, before, after, counts, once_for_before: see `Lowered`.
+        once, before, after, counts, fresh, once_for_before: see `Lowered`.
         program: the loop.
         output: y_t's nest, with the places of its leaves.
         reasons: why it cannot be fused.
         compared, compared_one_row: whether it was held against the cell's own step.
         is_final: no other sizes or settings will change it.
         numbers: those of the cell's attributes that a compiled graph was made with.
+        under_autocast: the dtypes of results, for those of what was given.
     """
 
     once: torch.nn.Module
@@ -47,15 +50,29 @@ class Plan(torch.nn.Module):
         self.lowered, self.output, self.reasons = lowered is not None, output, reasons
         self.compared = self.compared_one_row = self.is_final = False
         self.numbers: list[float] = []
+        self.under_autocast: dict[Any, Dtypes] = {}
         if lowered is not None:
             self.once, self.before, self.after = lowered.once, lowered.before, lowered.after
-            self.counts, self.once_for_before = lowered.counts, lowered.once_for_before
+            self.counts, self.fresh, self.once_for_before = lowered.counts, lowered.fresh, lowered.once_for_before
             self.program = loop.Looped.of(lowered.program)
 
     @property
     def text(self) -> str:
         """The program's readable form; "" if there is none."""
         return self.program.text if self.lowered else ""
+
+    def dtypes_under(
+        self, autocast: torch.dtype, step: Callable[..., Any], inputs: Any, state: Any, *options: bool
+    ) -> Dtypes:
+        """What the loop over the cell's own steps would give under autocast: see `dtypes_of_loop`."""
+        from tidegate.fusion.compare import dtypes_of_loop
+
+        leaves = leaves_of(inputs), leaves_of(state)
+        given = (tuple([leaf.dtype for leaf in kind]) for kind in leaves)
+        key = (*given, min(2, leaves[0][0].shape[0]), *options)
+        if key not in self.under_autocast:
+            self.under_autocast[key] = dtypes_of_loop(step, inputs, state, options[0], autocast, options[1])
+        return self.under_autocast[key]
 
     @staticmethod
     def impossible(*reasons: str) -> Plan:
@@ -69,11 +86,13 @@ class Plan(torch.nn.Module):
         lengths: Tensor | None,
         resets: Tensor | None,
         reverse: bool,
+        dtypes: Dtypes | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Over (T, B, ...) from (B, ...): the leaves of y (T, B, ...) and of the final state.
 
         Args:
             tensors: what the cell reads beside, as `Reading` has it.
+            dtypes: of what is returned; None for those of what was given.
 
         Past a row's length nothing is said of y: it is what the cell makes of zeros.
         """
@@ -93,16 +112,18 @@ class Plan(torch.nn.Module):
         entering = [_as(state, dtype).reshape(batch, product(state.shape[1:])) for state in states]
         vectors_given = [_as(vector, dtype) for vector in shared[:vectors]]
         matrices_given = [_as(matrix, dtype) for matrix in shared[vectors:]]
-        results = loop.run(
-            self.program, sequences, entering, vectors_given, matrices_given, lengths, resets, steps, batch, reverse
-        )
+        shared_by_rows = vectors_given, matrices_given
+        given_to_loop = (sequences, entering, *shared_by_rows, lengths, resets, steps, batch, reverse)
+        results = loop.run(self.program, *given_to_loop, fresh=self.fresh)
         count = len(results) - len(states)
         made = [value.reshape(rows, value.shape[2]) for value in results[:count]]
         outputs = self.after(rows, *made, *before[inputs_count:], *for_after)
         given = states[0].dtype
-        y = [_given_back(value, given).reshape(steps, batch, *value.shape[1:]) for value in outputs]
-        final = [_as(value, given).reshape(state.shape) for value, state in zip(results[count:], states, strict=True)]
-        return y, final
+        if dtypes is None:
+            dtypes = [_returned(value.dtype, given) for value in outputs], [given] * len(states)
+        y = [_as(value, d).reshape(steps, batch, *value.shape[1:]) for value, d in zip(outputs, dtypes[0], strict=True)]
+        leaving = zip(results[count:], states, dtypes[1], strict=True)
+        return y, [_as(value, d).reshape(state.shape) for value, state, d in leaving]
 
 
 def _computed(tensor: Tensor) -> Tensor:
@@ -114,9 +135,9 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _given_back(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _returned(dtype: torch.dtype, given: torch.dtype) -> torch.dtype:
     """Halves come back as what they were."""
-    return value.to(dtype) if value.dtype != dtype and value.dtype == computed(dtype) else value
+    return given if dtype == computed(given) else dtype
 
 
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, Plan]] = weakref.WeakKeyDictionary()
@@ -127,49 +148,27 @@ _SINGLE_STEP = "a single step is quicker in the cell's own operations"
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Kind = tuple[tuple[int, ...], torch.dtype]  # sizes of features, and dtype
+Dtypes = tuple[list[torch.dtype], list[torch.dtype]]  # of y, and of the final state
 
 
-class Described(NamedTuple):
-    """What a plan is made for: the nests that a cell is given, a 0 for each tensor, with each tensor's features.
-
-    Attributes:
-        with_noise: the input is a pair of the input and the noise.
-    """
-
-    input: Any
-    inputs: tuple[Kind, ...]
-    state: Any
-    states: tuple[Kind, ...]
-    with_noise: bool
-
-    def example(self) -> tuple[Any, Any]:
-        """Some x_t and a state of this kind."""
-        inputs, states = (
-            [torch.empty((2, *sizes), dtype=dtype, device="meta") for sizes, dtype in kinds]
-            for kinds in (self.inputs, self.states)
-        )
-        structures = pytree.tree_structure(self.input), pytree.tree_structure(self.state)
-        return pytree.tree_unflatten(inputs, structures[0]), pytree.tree_unflatten(states, structures[1])
-
-    def key(self) -> tuple[Any, ...]:
-        if all(place == 0 or (type(place) is tuple and not any(place)) for place in (self.input, self.state)):
-            return self  # a tensor or a plain tuple of them
-        structures = pytree.tree_structure(self.input), pytree.tree_structure(self.state)
-        return (*structures, self.inputs, self.states, self.with_noise)
-
-
-def planned(step: Callable[..., Any], settings: tuple[Any, ...], described: Described, kept_for: Any = None) -> Plan:
+def planned(
+    step: Callable[..., Any],
+    settings: tuple[Any, ...],
+    described: Described,
+    kept_for: Any = None,
+    autocast: torch.dtype | None = None,
+) -> Plan:
     """The plan of a cell over such sequences, made at the first call and kept for the next ones.
 
     Args:
         settings: what the step reads, as it is now.
         kept_for: what else it is kept for.
+        autocast: what the cell's own step would be run under.
     """
     known = _plans.setdefault(_owner(step), {})
     if _ALWAYS in known:
         return known[_ALWAYS]
-    key = (described.key(), kept_for, settings)
+    key = (described.key(), kept_for, settings, autocast)
     if key not in known:
         made = _made(step, described)
         # What changes at each step would be traced anew each time.
@@ -178,10 +177,12 @@ def planned(step: Callable[..., Any], settings: tuple[Any, ...], described: Desc
         made = known[key]
     # Not while torch.export looks: it has its own way to call modules, for all threads.
     if made.lowered and not made.compared and (dispatch.is_plain() or torch.compiler.is_dynamo_compiling()):
+        from tidegate.fusion.compare import difference
+
         made.compared = True
-        difference = dispatch.outside_of_tracing(partial(_difference, made, step, described))
-        if difference:
-            made = known[key] = Plan.impossible(difference)
+        found = dispatch.outside_of_tracing(partial(difference, made, step, described, autocast))
+        if found:
+            made = known[key] = Plan.impossible(found)
     return made
 
 
@@ -233,122 +234,27 @@ def _made(step: Callable[..., Any], described: Described) -> Plan:
     return dispatch.outside_of_tracing(make)
 
 
-@torch.no_grad()
-def _differs_for_one_row(made: Plan, step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -> bool:
-    """A batch of one row is one of the sizes that a step can tell from others: whether it does something else there."""
-    leaves = pytree.tree_leaves(inputs)
-    if not dispatch.is_plain() or leaves[0].shape[0] == 0:
-        return False
-    one = [leaf[:1] for leaf in leaves]
-    y, final = made.run(read(step).tensors, one, pytree.tree_leaves(state), None, None, False)
-    x = pytree.tree_map(_first, inputs)
-    expected_y, expected_state = split_result(step(*((x[0], state, x[1]) if with_noise else (x, state))), state)
-    expected = [*pytree.tree_leaves(expected_y), *pytree.tree_leaves(expected_state)]
-    return not _are_close([*(leaf[0] for leaf in y), *final], expected)
-
-
-def _are_close(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
-    """Wide enough for any rounding: what is looked for is another computation. None is zero."""
-    for a, b in zip(found, expected, strict=True):
-        if a is None or b is None:
-            if any(one is not None and bool((one != 0).any()) for one in (a, b)):
-                return False
-            continue
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        tolerance = 1e-6 if a.dtype is torch.float64 else 2e-3 if a.dtype is torch.float32 else 0.1
-        a, b = a.double(), b.double()
-        finite = b[b.isfinite()].abs()
-        scale = float(finite.max()) if finite.numel() else 0.0
-        if not torch.allclose(a, b, 0, tolerance * max(scale, 1e-3), equal_nan=True):
-            return False
-    return True
-
-
-def _difference(made: Plan, step: Callable[..., Any], described: Described) -> str:
-    """What is other in a random step's results or gradients than in the cell's own; "" for nothing.
-
-    What the operations of a graph do not say: `no_grad`, hooks on tensors, whatever asks whether autograd records.
-    """
-    from tidegate.fusion.trace import Cell
-
-    cell, generator = Cell(step, described.with_noise), torch.Generator().manual_seed(0)
-
-    def random(sizes: tuple[int, ...], dtype: torch.dtype, records: bool) -> Tensor:
-        value = torch.randn((3, *sizes), generator=generator)
-        if dtype.is_floating_point:
-            return value.to(dtype).requires_grad_(records)
-        # Of integers zeros, which are indices into whatever they may be.
-        return value > 0 if dtype is torch.bool else torch.zeros((3, *sizes), dtype=dtype)
-
-    def results(own: list[Tensor], x: list[Tensor], state: list[Tensor], plan: bool) -> list[Tensor]:
-        if plan:
-            y, final = made.run(own, [leaf.unsqueeze(0) for leaf in x], state, None, None, False)
-            return [*(leaf[0] for leaf in y), *final]
-        entering = pytree.tree_unflatten(state, structures[1])
-        y, leaving = split_result(cell.call(own, pytree.tree_unflatten(x, structures[0]), entering), entering)
-        return [*pytree.tree_leaves(y), *pytree.tree_leaves(leaving)]
-
-    structures = pytree.tree_structure(described.input), pytree.tree_structure(described.state)
-    found: list[list[Tensor | None]] = []
-    x = [random(sizes, dtype, True) for sizes, dtype in described.inputs]
-    state = [random(sizes, dtype, True) for sizes, dtype in described.states]
-    own = [_own_twin(tensor) for tensor in cell.tensors]
-    wanted = [tensor for tensor in (*x, *state, *own) if tensor.requires_grad]
-    for plan in (False, True):
-        try:
-            outcome = results(own, x, state, plan)
-        except Exception as error:
-            # Of a cell that cannot do a step on random numbers nothing can be said.
-            return f"a step on random numbers raised {type(error).__name__}: {error}"
-        recorded = [leaf for leaf in outcome if leaf.requires_grad]
-        loss = sum((leaf.float() * torch.linspace(0.5, 1.5, leaf.numel()).view(leaf.shape)).sum() for leaf in recorded)
-        gradients: Any = ()
-        if isinstance(loss, Tensor):
-            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        found.append([*(leaf.detach() for leaf in outcome), *gradients])
-    if len(found[0]) == len(found[1]) and _are_close(found[1], found[0]):
-        return ""
-    return "its results or gradients are not what its operations say"
-
-
-def _own_twin(tensor: Tensor) -> Tensor:
-    """A parameter or buffer with the same values, on the CPU, apart from it."""
-    if tensor.device.type == "meta":
-        return torch.ones(tensor.shape, dtype=tensor.dtype) * 0.1
-    return tensor.detach().cpu().clone().requires_grad_(tensor.requires_grad)
-
-
 def _zeros_of_a_step(leaf: Tensor) -> Tensor:
     return leaf.new_zeros(leaf.shape[1:])
 
 
-def _zero(leaf: Any) -> int:
-    return 0
-
-
-def _first(leaf: Tensor) -> Tensor:
-    return leaf[0]
-
-
-def _kinds(leaves: Sequence[Tensor], skipped: int) -> tuple[Kind, ...]:
-    # The length of a range is a number to a compiler, too, even where a size may change.
-    return tuple([(tuple([len(range(size)) for size in leaf.shape[skipped:]]), leaf.dtype) for leaf in leaves])
-
-
-def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) -> tuple[Plan, Sequence[Tensor]]:
+def plan(
+    step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool, autocast: torch.dtype | None
+) -> tuple[Plan, Sequence[Tensor]]:
     """The plan of a cell over (T, B, ...) from a state (B, ...), with every reason against it; and what it reads.
 
     Args:
         with_noise: inputs are a pair of the input and the noise.
+        autocast: to which dtype, or None where it is off.
     """
     input_leaves, state_leaves = leaves_of(inputs), leaves_of(state)
-    reasons = _reasons_against([*input_leaves, *state_leaves], state_leaves)
+    reasons = _reasons_against([*input_leaves, *state_leaves], state_leaves, autocast)
     if reasons:
         more = [] if torch.compiler.is_dynamo_compiling() else _reasons_of(read(step))
         return Plan.impossible(*reasons, *more), ()
-    places = _places(inputs), _places(state)
-    described = Described(places[0], _kinds(input_leaves, 2), places[1], _kinds(state_leaves, 1), with_noise)
+    places = places_of(inputs), places_of(state)
+    kinds = kinds_of(input_leaves, 2, autocast), kinds_of(state_leaves, 1, autocast)
+    described = Described(places[0], kinds[0], places[1], kinds[1], with_noise)
     if torch.compiler.is_dynamo_compiling():
         if not isinstance(step, torch.nn.Module):
             return Plan.impossible("a compiler does not see what a function reads that is no module"), ()
@@ -368,45 +274,34 @@ def plan(step: Callable[..., Any], inputs: Any, state: Any, with_noise: bool) ->
     if reasons:
         return Plan.impossible(*reasons), ()
     if state_leaves[0].shape[0] != 1:
-        return planned(step, reading.settings, described), reading.tensors
-    made = planned(step, reading.settings, described, "one row")
+        return planned(step, reading.settings, described, None, autocast), reading.tensors
+    made = planned(step, reading.settings, described, "one row", autocast)
     if made.lowered and not made.compared_one_row:
+        from tidegate.fusion.compare import differs_for_one_row
+
         made.compared_one_row = True
-        if _differs_for_one_row(made, step, inputs, state, with_noise):
+        if differs_for_one_row(made, step, inputs, state, with_noise, autocast):
             made = Plan.impossible("of one row the step gives other numbers than of several")
             known = _plans[_owner(step)]
             _plans[_owner(step)] = {key: made if key[1] == "one row" else other for key, other in known.items()}
     return made, reading.tensors
 
 
-def leaves_of(nest: Any) -> list[Any]:
-    """The leaves of a nest: of the usual ones without a walk."""
-    if type(nest) is Tensor:
-        return [nest]
-    if type(nest) is tuple and all(type(leaf) is Tensor for leaf in nest):  # pyright: ignore[reportUnknownVariableType]
-        return [*nest]  # pyright: ignore[reportUnknownArgumentType]
-    return pytree.tree_leaves(nest)
-
-
-def _places(nest: Any) -> Any:
-    """The nest with a 0 for each leaf."""
-    if type(nest) is Tensor:
-        return 0
-    if type(nest) is tuple and all(type(leaf) is Tensor for leaf in nest):  # pyright: ignore[reportUnknownVariableType]
-        return (0,) * len(nest)  # pyright: ignore[reportUnknownArgumentType]
-    return pytree.tree_map(_zero, nest)
-
-
-def _reasons_against(tensors: Sequence[Any], states: Sequence[Any]) -> list[str]:
+def _reasons_against(tensors: Sequence[Any], states: Sequence[Any], autocast: torch.dtype | None) -> list[str]:
     """Why no cell could be run fused on these."""
     reasons: list[str] = []
     if not all(isinstance(leaf, Tensor) and leaf.is_cpu for leaf in tensors):
         return ["the input or the state is not on the CPU"]
-    if len({leaf.dtype for leaf in states}) != 1 or states[0].dtype not in DTYPES:
+    dtypes = {leaf.dtype if autocast is None else computed(leaf.dtype) for leaf in states}
+    if len(dtypes) != 1 or states[0].dtype not in DTYPES:
         reasons.append("the state's tensors are not of one dtype, float32, float64, bfloat16 or float16")
-    if torch.is_autocast_enabled("cpu"):
-        reasons.append("autocast is on")
+    if autocast is not None and torch.compiler.is_dynamo_compiling():
+        reasons.append("autocast is on while a compiler looks, which is to see the dtypes of each operation")
     return reasons
+
+
+def _autocast() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def _reasons_of(reading: Reading) -> list[str]:
@@ -436,30 +331,27 @@ def run(
     if steps == 1 and not always:
         return (_SINGLE_STEP,), None
     given = inputs if noise is None else (inputs, noise)
-    made, tensors = plan(step, given, state, noise is not None)
+    autocast = _autocast()
+    made, tensors = plan(step, given, state, noise is not None, autocast)
     if not made.lowered:
         return made.reasons, None
+    dtypes = None
+    if autocast is not None:
+        dtypes = made.dtypes_under(autocast, step, given, state, noise is not None, lengths is not None)
     past = None
     if lengths is not None:
         past = torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths  # (T, B)
         given = pytree.tree_map(partial(_zero_at, past), given)
     states = leaves_of(state)
-    outputs, final = made.run(tensors, leaves_of(given), states, lengths, resets, reverse)
+    # It is float32 throughout, which is more exact than what autocast makes of the cell's operations.
+    with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", enabled=False):
+        outputs, final = made.run(tensors, leaves_of(given), states, lengths, resets, reverse, dtypes)
     if steps == 0:
         final = states
     if past is not None:
         outputs = [_zero_at(past, output) for output in outputs]
     y = outputs[0] if made.output == 0 else pytree.tree_map(outputs.__getitem__, made.output)
-    return (), (y, _like(state, final))
-
-
-def _like(nest: Any, leaves: Sequence[Tensor]) -> Any:
-    """The leaves in the nest's structure."""
-    if type(nest) is Tensor:
-        return leaves[0]
-    if type(nest) is tuple and all(type(leaf) is Tensor for leaf in nest):  # pyright: ignore[reportUnknownVariableType]
-        return tuple(leaves)
-    return pytree.tree_unflatten(list(leaves), pytree.tree_structure(nest))
+    return (), (y, like(state, final))
 
 
 def _zero_at(past: Tensor, tensor: Tensor) -> Tensor:
@@ -472,9 +364,9 @@ def explain(
     """Every reason why `run` would not run a cell, and its program in its readable form, "" if there is none."""
     given = inputs if noise is None else (inputs, noise)
     leaves, states = leaves_of(given), leaves_of(state)
-    reasons = _reasons_against([*leaves, *states], states)
+    autocast = _autocast()
+    reasons = _reasons_against([*leaves, *states], states, autocast)
     if isinstance(leaves[0], Tensor) and leaves[0].shape[0] == 1 and not always:
         reasons.append(_SINGLE_STEP)
-    with torch.autocast("cpu", enabled=False):
-        made, _ = plan(step, given, state, noise is not None)
+    made, _ = plan(step, given, state, noise is not None, autocast)
     return list(dict.fromkeys([*reasons, *made.reasons])), made.text

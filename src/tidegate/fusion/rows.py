@@ -155,7 +155,7 @@ class Rows:
         if short in RANDOM:
             raise NotTraceableError(f"{short} draws random numbers inside the step{where(node)}")
         if (short.endswith("_") and not short.startswith("_")) or kind is aten.copy_:
-            raise NotTraceableError(f"{short} changes a tensor that the cell keeps{where(node)}")
+            raise NotTraceableError(f"{short} changes a tensor that the cell keeps{_where_made(node)}")
         if node.target is operator.getitem or not self._with_rows(node):
             return
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
@@ -221,6 +221,12 @@ class Rows:
         if len(with_rows) == 2:
             return all(layout is not None and layout.dim == 0 for layout in layouts)
         return True
+
+
+def _where_made(node: fx.Node) -> str:
+    """The line of a node that the tracer added, which is that of what it is made of."""
+    lines = (where(node), *(_where_made(source) for source in node.all_input_nodes))
+    return next((line for line in lines if line), "")
 
 
 def moved(rows: Rows, node: fx.Node) -> list[list[tuple[int, int]]] | None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
+from tidegate.fusion.decompositions import decompositions
 from tidegate.fusion.reading import captured, computed, read, split_result
 from tidegate.scope import scope
 
@@ -128,12 +130,19 @@ def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
     before, restore = read(cell.step).settings, _restorer(cell)
     try:
         first = _trace_with(cell, tensors, inputs, state, rows)
+        between = read(cell.step).settings
         second = _trace_with(cell, tensors, inputs, state, _OTHER_ROWS)
-        if read(cell.step).settings != before:
+        # One that is set once and for all, such as Keras' `_called`, does no harm if the step then does the same.
+        if read(cell.step).settings != between:
             raise NotTraceableError("the step sets attributes of its own", whatever_the_sizes=True)
     finally:
         restore()
-    _compare(first, second)
+    try:
+        _compare(first, second)
+    except NotTraceableError:
+        if between != before:
+            raise NotTraceableError("the step sets attributes of its own, and then does something else") from None
+        raise
     return first
 
 
@@ -187,7 +196,9 @@ def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, 
             graph = _graph(step, values)
             if any(is_in_place(node.target) for node in graph.nodes):
                 # torch's own cells change their intermediate results in place, where `functionalize` does not look.
-                graph = _graph(fx.GraphModule(graph.owning_module or {}, graph), values)
+                again = fx.Interpreter(fx.GraphModule(graph.owning_module or {}, graph))
+                with preserve_node_meta():  # the lines that operations come from
+                    graph = _graph(again.run, values)
     except NotTraceableError:
         raise
     except Exception as error:
@@ -199,14 +210,11 @@ def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, 
 
 
 def _graph(step: Callable[..., Any], values: Sequence[Tensor]) -> fx.Graph:
-    # Imported where they are used: they take longer than all the rest.
-    from torch._decomp import core_aten_decompositions, get_decompositions
+    # Imported where it is used: it takes longer than all the rest.
     from torch.fx.experimental.proxy_tensor import make_fx
 
     functional: Any = torch.func.functionalize(step, remove="mutations")
-    decompositions: Any = core_aten_decompositions()
-    decompositions.update(get_decompositions([torch.ops.aten.linalg_vector_norm]))
-    tracer = make_fx(functional, decompositions, _allow_non_fake_inputs=True, record_stack_traces=True)
+    tracer = make_fx(functional, decompositions(), _allow_non_fake_inputs=True, record_stack_traces=True)
     return tracer(*values).graph
 
 

@@ -6,6 +6,7 @@ Letters: T steps, B rows. A nest is a tensor, or any nest of tuples, lists and d
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -16,27 +17,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tidegate import dispatch, fusion
-from tidegate.call import Layer
-from tidegate.cell import Cell, Options, States
 from tidegate.errors import UnsupportedError
 from tidegate.fusion.reading import split_result
 from tidegate.nn import segments
-from tidegate.nn.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell, run_sequence
+from tidegate.nn.cells import RecurrentCell
+from tidegate.nn.known_cells import TorchCell, as_sequence, states_of_kind
 from tidegate.scope import Ran, scope
 
 Nest: TypeAlias = Any  # what a nest is cannot be said in types
 AnyCell: TypeAlias = Callable[..., Any]
-
-_OURS: dict[type, type[RecurrentCell]] = {
-    RNNCell: RNNCell,
-    LSTMCell: LSTMCell,
-    GRUCell: GRUCell,
-    torch.nn.RNNCell: RNNCell,
-    torch.nn.LSTMCell: LSTMCell,
-    torch.nn.GRUCell: GRUCell,
-}
-
-_LETTERS = {theirs: tuple(ours.cell.states) for theirs, ours in _OURS.items()}
 
 # Cells that `check_hidden_size` has let pass.
 _TRIED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -147,58 +136,6 @@ class CellRun(NamedTuple):
     reverse: bool
 
 
-class TorchCell(NamedTuple):
-    """One of torch.nn's cells, to be run as ours are.
-
-    Attributes:
-        cell: what it is.
-        module: with the parameters; what else its owner keeps on it means nothing.
-    """
-
-    cell: Cell
-    module: Any
-
-    @property
-    def input_size(self) -> int:
-        return self.module.input_size
-
-    def _weights(self) -> tuple[Tensor | None, ...]:
-        names = self.cell.parameters.items()
-        return tuple([getattr(self.module, name, None) if p.when in ("", "bias") else None for name, p in names])
-
-    def _options(self) -> Options:
-        options = {name: default for name, (_, default) in self.cell.options.items()}
-        if "nonlinearity" in options:
-            options["nonlinearity"] = self.module.nonlinearity
-            if options["nonlinearity"] not in ("tanh", "relu"):
-                raise RuntimeError(f"Unknown nonlinearity: {options['nonlinearity']}")
-        return options
-
-    def _sequence(
-        self, input: Tensor, states: States, lengths: Tensor | None, resets: Tensor | None, reverse: bool
-    ) -> tuple[Tensor, ...]:
-        weights = dict(zip(self.cell.parameters, self._weights(), strict=True))
-        return run_sequence(Layer(self.cell, input, states, weights, lengths, resets, reverse, self._options()))
-
-
-def as_sequence(cell: Any) -> RecurrentCell | TorchCell | None:
-    """The cell as one of ours that can run whole; None where a hook, a subclass or a user's code must see each step."""
-    known = as_known(cell)
-    if known is None or dispatch.has_module_hooks():
-        return None
-    if cell._forward_hooks or cell._forward_pre_hooks or cell._backward_hooks or cell._backward_pre_hooks:
-        return None
-    return known
-
-
-def as_known(cell: Any) -> RecurrentCell | TorchCell | None:
-    """One of our cells or of torch.nn's; None for any other, and where its forward was replaced."""
-    ours = _OURS.get(type(cell))
-    if ours is None or "forward" in vars(cell):
-        return None
-    return cell if type(cell) is ours else TorchCell(ours.cell, cell)
-
-
 def state_size(cell: Any) -> Nest | None:
     """Features of the cell's state, an int or a nest of ints; None if the cell does not tell.
 
@@ -263,7 +200,8 @@ def check_hidden_size(cell: Any, input: Nest, dtype: torch.dtype) -> None:
     if is_kept and cell in _TRIED:
         return
     first: Tensor = pytree.tree_leaves(input)[0]
-    _step_without_gradient(cell, input, first.new_zeros((1, size), dtype=dtype))
+    with dispatch.keeping_generators() if is_kept else contextlib.nullcontext():
+        _step_without_gradient(cell, input, first.new_zeros((1, size), dtype=dtype))
     if is_kept:
         _TRIED.add(cell)
 
@@ -275,11 +213,11 @@ def check_state(cell: Any, state: Nest, batch: int, name: str) -> None:
         ValueError: names the argument, `name`.
     """
     states, structure = pytree.tree_flatten(state)
-    letters = cell.cell.states if isinstance(cell, RecurrentCell) else _LETTERS.get(type(cell), ())
-    if letters and len(states) != len(letters):
-        expected = f"({', '.join(letters)})" if len(letters) > 1 else "one tensor"
+    names = states_of_kind(cell)
+    if names and len(states) != len(names):
+        expected = f"({', '.join(names)})" if len(names) > 1 else "one tensor"
         raise ValueError(f"{name}: expected {expected}, got {len(states)} tensors in {structure}")
-    if letters:
+    if names:
         return  # sizes are checked where they are used
     check_tensors(state, name)
     for one in states:
