@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tidegate.cli.bench.model.load import ModelError, importing_from_here, load_subject
 from tidegate.export import export_c
+from tidegate.export.folder import written
 
 
 def run_export(
@@ -31,6 +32,6 @@ def run_export(
         subject = load_subject(model, example, "model")
         if len(subject.args) != 1 or subject.kwargs:
             raise ModelError("--input: expected one tensor")
-        folder = export_c(subject.model, subject.args[0], out, name=name, weights=weights, resets=resets, wasm=wasm)
-    for file in sorted(folder.iterdir()):
-        say(f"{file}  {file.stat().st_size:,} bytes")
+        export_c(subject.model, subject.args[0], out, name=name, weights=weights, resets=resets, wasm=wasm)
+    for name in written(out):
+        say(f"{out / name}  {(out / name).stat().st_size:,} bytes")

@@ -21,6 +21,8 @@ from tidegate.fusion.trace import Cell, NotTraceableError, trace
 _SEARCHED_STEPS = 48  # for the module at fault: a step takes a millisecond there
 _VARIED_STEPS = 16
 _TOLERANCE = 1e-4  # of the output's scale: what is looked for is another computation, not a rounding
+# Of int8, where a rounding that falls the other way is a 127th of a number.
+_TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Compiled:
     expected: (T, O), the model's own output; where it gives one for a whole sequence, that after each step. Of weights
         that are stored shorter what they give.
     apart: how far that is from the model's own at most.
-    rounding: how far PyTorch itself is from float64, of the output's scale.
+    tolerance: how far from `expected` C may be, of the output's scale.
     """
 
     program: Program
@@ -44,7 +46,7 @@ class Compiled:
     example: Tensor
     expected: Tensor
     apart: float = 0.0
-    rounding: float = 0.0
+    tolerance: float = _TOLERANCES["float32"]
 
 
 @torch.no_grad()
@@ -88,13 +90,15 @@ def compile_step(model: Any, example: Any, weights: str = "float32", longest: in
         if not _alike(found, whole):
             raise _fault(made, sequence) or RefusedError("model: its steps are not its output over a sequence")
     given = _steps(made, x)
-    rounding = _rounding(made, x, expected)
+    steps, rounding = _told_apart(made, x, expected)
+    given, expected = given[:steps], expected[:steps]
+    tolerance = max(_TOLERANCES[weights], 4 * rounding)
     short = stored(matrices, weights)
     apart = 0.0
     if weights != "float32":
         of_short = evaluate(program, given, states, vectors, short)
         apart, expected = float((of_short - expected).abs().max()), of_short
-    return Compiled(program, vectors, short, made.kept, given, expected, apart, rounding)
+    return Compiled(program, vectors, short, made.kept, given, expected, apart, tolerance)
 
 
 def _steps(made: Model, x: Tensor) -> Tensor:
@@ -133,8 +137,12 @@ def _expected(made: Model, x: Tensor) -> Tensor:
     raise RefusedError(f"model: expected an output (1, T, O), (T, 1, O) or (1, O), got {tuple(y.shape)}")
 
 
-def _rounding(made: Model, x: Tensor, expected: Tensor) -> float:
-    """The last use of the module, which is float64 then."""
+def _told_apart(made: Model, x: Tensor, expected: Tensor) -> tuple[int, float]:
+    """How many steps tell a rounding from an error, and how far PyTorch itself is from float64 there, of their scale.
+
+    A model may magnify roundings, as a LayerNorm of nearly equal numbers does, and more so step by step. The last use
+    of the module, which is float64 then.
+    """
     made.module.double()
     try:
         exact = _expected(made, x.double() if x.is_floating_point() else x)
@@ -143,8 +151,16 @@ def _rounding(made: Model, x: Tensor, expected: Tensor) -> float:
         TypeError,
         ValueError,
     ):  # a model that makes float32 tensors of its own cannot be run in another dtype
-        return 0.0
-    return float((exact - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        return x.shape[made.time], 0.0
+    apart = (exact - expected).abs().amax(1).cummax(0).values
+    apart /= expected.abs().amax(1).cummax(0).values.clamp(min=1e-30)
+    steps = int((4 * apart <= _TOLERANCE).cumprod(0).sum())
+    if not steps:
+        raise RefusedError(
+            f"model: its first output in float32 is {float(apart[0]):.1g} of its size from that in float64: it "
+            "magnifies roundings, and C cannot be held against it"
+        )
+    return steps, float(apart[steps - 1])
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export writes, all or nothing."""
+"""`export_c`: its arguments, and what is written."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tidegate.export import wasm as wasm_files
 from tidegate.export.compile import Compiled, compile_step
+from tidegate.export.folder import write
 from tidegate.export.source import Source, source
 from tidegate.export.stored import KINDS
 from tidegate.export.templates import cmake, header, implementation, readme, self_test
@@ -40,7 +38,8 @@ def export_c(
         model: a torch.nn.Module that is called as model(example) and returns y, or a tuple that begins with it.
         example: (1, T, I) or (T, 1, I), as the model takes it; (T, I) for one sequence of the layers' `batch_first`.
             Of a model of indices the same without I. The first 256 steps become the self-test.
-        out: a folder, made if need be; files of these names in it are replaced, all or none.
+        out: a folder, made if need be, for one export: what an earlier one wrote there goes, by its list, export.json.
+            Other files stay; one of a name that is to be written is an error. All is replaced, or nothing.
         name: of the files and, in capitals, of the macros: letters, digits and _.
         weights: "float32"; "bfloat16" or "int8" for matrices of at least 16 rows and columns, the others stay float32.
             int8 by the arithmetic of `tidegate.quantization`: rows by a scale each, what they multiply as it comes. The
@@ -78,26 +77,6 @@ def files(compiled: Compiled, made: Source, name: str, weights: str, resets: boo
         "CMakeLists.txt": cmake(name),
         "README.md": readme(compiled, made, name, weights, resets),
     }
-
-
-def write(folder: Path, contents: Mapping[str, str | bytes]) -> Path:
-    """Put files into a folder: first aside, then all by renaming."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in contents:
-        if (folder / file).is_dir():
-            raise ValueError(f"out: expected files to replace, got the folder {folder / file}")
-    aside = Path(tempfile.mkdtemp(prefix=".tidegate-", dir=folder))
-    try:
-        for file, content in contents.items():
-            (aside / file).write_bytes(content.encode() if isinstance(content, str) else content)
-        for file in contents:
-            os.replace(aside / file, folder / file)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
-    return folder
 
 
 # CMake's own targets.

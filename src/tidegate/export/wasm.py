@@ -39,6 +39,7 @@ def files(compiled: Compiled, made: Source, name: str, texts: dict[str, str], re
         "@OUTPUT@": str(compiled.program.outputs[0].size),
         "@STATE@": str(max(sum(compiled.program.states), 1)),
         "@MARKS@": "0, " if resets else "",
+        "@TOLERANCE@": f"{compiled.tolerance:.1e}",
         "@EXAMPLE@": _array(compiled.example.flatten().tolist()),
         "@EXPECTED@": _array(compiled.expected.flatten().tolist()),
     }
