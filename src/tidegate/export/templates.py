@@ -154,8 +154,9 @@ def _layout(compiled: Compiled) -> str:
 def implementation(compiled: Compiled, made: Source, chosen: Choices) -> str:
     write = _in_blocks if chosen.block else _in_steps
     constants = _the_check(made, chosen) if chosen.blob else made.constants.text()
+    sizes = "#include <stddef.h>\n" if chosen.block else ""
     parts = [
-        f'/* Made by tidegate. See {chosen.name}.h. */\n#include "{chosen.name}.h"\n\n#include <stdint.h>',
+        f'/* Made by tidegate. See {chosen.name}.h. */\n#include "{chosen.name}.h"\n\n{sizes}#include <stdint.h>',
         made.runtime,
         constants,
         write(compiled, made, chosen),
