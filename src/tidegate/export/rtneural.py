@@ -19,7 +19,7 @@ from tidegate.export.sites import RefusedError
 from tidegate.export.step import Model, first_of
 from tidegate.nn import GRU, LSTM
 
-_ACTIVATIONS = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Softmax: "softmax", nn.ELU: "elu"}
+_ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.Sigmoid, nn.Softmax, nn.ELU)  # RTNeural's names are these in small letters
 _TOLERANCE = 1e-5  # of the output's scale
 
 
@@ -76,11 +76,10 @@ def _layers(name: str, module: nn.Module, size: int) -> list[dict[str, Any]]:
         return [_recurrent(module, layer) for layer in range(module.num_layers)]
     if isinstance(module, nn.PReLU):
         return [_layer("prelu", size, module.weight.expand(1, size))]
-    kind = _ACTIVATIONS.get(type(module))
     plain = not isinstance(module, nn.ELU) or module.alpha == 1
-    if kind is None or not plain or (isinstance(module, nn.Softmax) and module.dim not in (-1, 2)):
+    if type(module) not in _ACTIVATIONS or not plain or (isinstance(module, nn.Softmax) and module.dim not in (-1, 2)):
         raise RefusedError(f"{name} ({type(module).__name__}): it is none of RTNeural's layers that are written")
-    return [{**_layer("activation", size), "activation": kind}]
+    return [{**_layer("activation", size), "activation": type(module).__name__.lower()}]
 
 
 def _recurrent(module: GRU | LSTM, layer: int) -> dict[str, Any]:
@@ -89,9 +88,8 @@ def _recurrent(module: GRU | LSTM, layer: int) -> dict[str, Any]:
     order = torch.arange((3 if is_gru else 4) * size).reshape(-1, size)
     rows = (order[[1, 0, 2]] if is_gru else order).flatten()
     of_input, of_state = (getattr(module, f"weight_{which}_l{layer}")[rows] for which in ("ih", "hh"))
-    zero = torch.zeros(len(rows))
-    biases = torch.stack([getattr(module, f"bias_{w}_l{layer}")[rows] if module.bias else zero for w in ("ih", "hh")])
-    bias = biases if is_gru else biases.sum(0)
+    both = [getattr(module, f"bias_{which}_l{layer}", torch.zeros(len(rows)))[rows] for which in ("ih", "hh")]
+    bias = torch.stack(both) if is_gru else both[0] + both[1]
     return _layer("gru" if is_gru else "lstm", size, of_input.t(), of_state.t(), bias)
 
 

@@ -60,7 +60,7 @@ def floats(values: Tensor) -> list[str]:
     if not bool(values.isfinite().all()):
         raise ValueError(f"expected finite numbers, got {values[~values.isfinite()][0]}")
     numbers = values.tolist()
-    texts = ("%.9gf " * len(numbers) % tuple(numbers)).split()
+    texts: list[str] = [*("%.9gf " * len(numbers) % tuple(numbers)).split()]
     for k in (values == values.round()).nonzero().flatten().tolist():  # C wants a point or an exponent
         texts[k] = number(numbers[k])
     return texts
