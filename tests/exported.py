@@ -21,48 +21,76 @@ from tidegate import cells
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wpedantic", "-Werror")
 
 
-def compiled(folder: Path, flags: Sequence[str] = ("-O2", "-march=native"), compiler: str = "gcc") -> Exported:
+def library(folder: Path, flags: Sequence[str] = ("-O2", "-march=native"), compiler: str = "gcc") -> Any:
     """The model in a folder as a library."""
-    library = folder / "model.so"
-    command = [compiler, "-std=c99", *WARNINGS, *flags, "-shared", "-fPIC", str(folder / "model.c"), "-o", str(library)]
+    made = folder / "model.so"
+    command = [compiler, "-std=c99", *WARNINGS, *flags, "-shared", "-fPIC", str(folder / "model.c"), "-o", str(made)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return Exported(folder, ctypes.CDLL(str(library)))
+    return ctypes.CDLL(str(made))
+
+
+def compiled(folder: Path, flags: Sequence[str] = ("-O2", "-march=native"), compiler: str = "gcc") -> Exported:
+    return Exported(folder, library(folder, flags, compiler))
+
+
+def _sizes(folder: Path, *names: str) -> list[int]:
+    header = (folder / "model.h").read_text()
+    found = [re.search(rf"MODEL_{name}_SIZE\S* (?:\()?(\d+)", header) for name in names]
+    return [int(one[1]) for one in found if one is not None]
 
 
 class Exported:
-    """One stream of an exported model."""
+    """One stream of an exported model.
 
-    def __init__(self, folder: Path, library: Any) -> None:
-        header = (folder / "model.h").read_text()
-        self.inputs, self.outputs, self.state_size = (
-            int(re.search(rf"MODEL_{name}_SIZE (\d+)", header)[1])  # pyright: ignore[reportOptionalSubscript]
-            for name in ("INPUT", "OUTPUT", "STATE")
-        )
+    Args:
+        file: the weights, if they are in one.
+    """
+
+    def __init__(self, folder: Path, library: Any, file: ctypes.c_void_p | None = None) -> None:
+        self.inputs, self.outputs, self.state_size = _sizes(folder, "INPUT", "OUTPUT", "STATE")
         self.library = library
+        self.first = () if file is None else (file,)
         self.state = torch.full((max(self.state_size, 1),), float("nan"))
         self.reset()
 
     def reset(self) -> None:
-        self.library.model_reset(_pointer(self.state))
+        self.library.model_reset(pointer(self.state))
 
     def step(self, x: Tensor) -> Tensor:
         y = torch.full((self.outputs,), float("nan"))
         given = x.float().contiguous()
-        self.library.model_step(_pointer(self.state), _pointer(given), _pointer(y))
+        self.library.model_step(*self.first, pointer(self.state), pointer(given), pointer(y))
         return y
 
     def process(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
         """(T, I) to (T, O)."""
-        given = x.float().reshape(-1, self.inputs).contiguous()
-        y = torch.full((given.shape[0], self.outputs), float("nan"))
-        marks = None if resets is None else resets.to(torch.uint8)
-        more = () if marks is None else (_pointer(marks),)
-        self.library.model_process(_pointer(self.state), _pointer(given), _pointer(y), *more, given.shape[0])
-        return y
+        return _processed(self, self.state, x, resets)
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+class ExportedBlocks:
+    """A model over whole sequences."""
+
+    def __init__(self, folder: Path, library: Any, file: ctypes.c_void_p | None = None) -> None:
+        self.inputs, self.outputs, self.row = _sizes(folder, "INPUT", "OUTPUT", "ROOM")
+        self.library = library
+        self.first = () if file is None else (file,)
+
+    def process(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+        """(T, I) to (T, O)."""
+        return _processed(self, torch.full((self.row * x.shape[0],), float("nan")), x, resets)
+
+
+def _processed(model: Exported | ExportedBlocks, memory: Tensor, x: Tensor, resets: Tensor | None) -> Tensor:
+    given = x.float().reshape(-1, model.inputs).contiguous()
+    y = torch.full((given.shape[0], model.outputs), float("nan"))
+    marks = None if resets is None else resets.to(torch.uint8)
+    more = () if marks is None else (pointer(marks),)
+    model.library.model_process(*model.first, pointer(memory), pointer(given), pointer(y), *more, given.shape[0])
+    return y
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 

@@ -16,7 +16,7 @@ from tidegate.streaming import Stream
 if TYPE_CHECKING:
     from tidegate import convert
     from tidegate.convert import from_flax, from_keras, from_onnx, from_tf1, to_onnx
-    from tidegate.export import export_c
+    from tidegate.export import export_c, export_rtneural
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "dynamic_rnn",
     "explain",
     "export_c",
+    "export_rtneural",
     "from_flax",
     "from_keras",
     "from_onnx",
@@ -56,6 +57,6 @@ def __getattr__(name: str) -> _Any:
         return _import_module("tidegate.convert")
     if name in ("from_flax", "from_keras", "from_onnx", "from_tf1", "to_onnx"):
         return getattr(_import_module("tidegate.convert"), name)
-    if name == "export_c":
-        return _import_module("tidegate.export").export_c
+    if name in ("export_c", "export_rtneural"):
+        return getattr(_import_module("tidegate.export"), name)
     raise AttributeError(f"module 'tidegate' has no attribute {name!r}")

@@ -37,6 +37,11 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Format(str, Enum):
+    c = "c"
+    rtneural = "rtneural"
+
+
 class Weights(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -289,22 +294,28 @@ def export(
             help="A torch.nn.Module, or a function without arguments that returns one, or (model, example input).",
         ),
     ],
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder for the C files.")],
+    out: Annotated[Path, typer.Option(help="The folder for the C files; of rtneural the file.")],
     example: Annotated[
         str | None,
         typer.Option("--input", metavar="MODULE:ATTRIBUTE", help="The example input, or a function that returns it."),
     ] = None,
+    format: Annotated[Format, typer.Option(help="C, or the JSON that RTNeural reads.")] = Format.c,
     name: Annotated[str, typer.Option(help="Of the files and functions.")] = "model",
     weights: Annotated[Weights, typer.Option(help="How the weights are stored.")] = Weights.float32,
     resets: Annotated[bool, typer.Option("--resets", help="NAME_process takes marks of new sequences.")] = False,
+    block: Annotated[
+        bool, typer.Option("--block", help="Over whole sequences: for layers that run in reverse.")
+    ] = False,
+    blob: Annotated[bool, typer.Option("--blob", help="The weights in a file that the program maps.")] = False,
     wasm: Annotated[bool, typer.Option("--wasm", help="Also for browsers and Node; needs clang and wasm-ld.")] = False,
 ) -> None:
-    """Write one step of a recurrent model as self-contained C, its state explicit."""
+    """Write one step of a recurrent model as self-contained C, its state explicit; or its layers for RTNeural."""
     from tidegate.cli.bench.model.load import ModelError
     from tidegate.cli.export import run_export
     from tidegate.errors import ConversionError
 
     try:
-        run_export(model, example, out, name=name, weights=weights.value, resets=resets, wasm=wasm, say=typer.echo)
+        options = {"name": name, "weights": weights.value, "resets": resets, "block": block, "blob": blob, "wasm": wasm}
+        run_export(model, example, out, say=typer.echo, format=format.value, **options)
     except (ModelError, ConversionError, TypeError, ValueError, OSError) as error:
         raise _stop(str(error), 1) from None

@@ -3,63 +3,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tidegate.export.faults import first_difference
-from tidegate.export.sites import Kept, RefusedError
+from tidegate.export.passes import Pass, one_pass, passes
+from tidegate.export.sites import RefusedError
 from tidegate.export.step import Model, first_of
 from tidegate.export.stored import Stored, evaluate, stored
 from tidegate.fusion import loop
 from tidegate.fusion.lower import lower
-from tidegate.fusion.program import Program
 from tidegate.fusion.trace import Cell, NotTraceableError, trace
 
 _SEARCHED_STEPS = 48  # for the module at fault: a step takes a millisecond there
 _VARIED_STEPS = 16
 _TOLERANCE = 1e-4  # of the output's scale: what is looked for is another computation, not a rounding
+# Of int8, where a rounding that falls the other way is a 127th of a number.
+_TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 5e-3}
 
 
 @dataclass(frozen=True)
 class Compiled:
     """Attributes:
-    program: one input, one output.
+    passes: over the steps; of a stream one.
+    row: how many numbers a step leaves for later passes.
+    inputs, outputs: of a step.
     vectors: the parameters' numbers, (n,), float32.
     matrices: theirs, (blocks, rows, columns), as they are stored.
-    kept: the states.
     example: (T, I), indices as numbers.
     expected: (T, O), the model's own output; where it gives one for a whole sequence, that after each step. Of weights
         that are stored shorter what they give.
     apart: how far that is from the model's own at most.
-    rounding: how far PyTorch itself is from float64, of the output's scale.
+    tolerance: how far from `expected` C may be, of the output's scale.
     """
 
-    program: Program
+    passes: list[Pass]
+    row: int
+    inputs: int
+    outputs: int
     vectors: list[Tensor]
     matrices: list[Stored]
-    kept: list[Kept]
     example: Tensor
     expected: Tensor
     apart: float = 0.0
-    rounding: float = 0.0
+    tolerance: float = _TOLERANCES["float32"]
 
 
 @torch.no_grad()
-def compile_step(model: Any, example: Any, weights: str = "float32", longest: int = 256) -> Compiled:
+def compile_step(
+    model: Any, example: Any, weights: str = "float32", block: bool = False, longest: int = 256
+) -> Compiled:
     """Trace and lower one step of a model, and compare it with the model on the example's first steps.
 
     Args:
         weights: how matrices are stored, one of `stored.KINDS`.
+        block: the model's states may run from the end.
         longest: of the example, at most so many steps are used.
 
     Raises:
         TypeError, ValueError: the arguments are not what `export_c` takes.
         RefusedError: the model is no step; names the module.
     """
-    made = Model(model, example)
+    made = Model(model, example, block)
     x = made.example.narrow(made.time, 0, min(made.steps, longest))
     expected = made.guarded(lambda: _expected(made, x))
     pair = torch.cat((x.select(made.time, 0),) * 2)
@@ -80,21 +90,38 @@ def compile_step(model: Any, example: Any, weights: str = "float32", longest: in
     vectors, matrices = shared[:count], shared[count : count + lowered.counts[1]]
     if not all(bool(tensor.isfinite().all()) for tensor in (*shared, x, expected)):
         raise RefusedError("model: expected finite parameters, example and output, got infinities or NaN")
-    states = [state.flatten(1) for state in made.initial(1)]
     program = lowered.program
+    parts, row = passes(program, made.kept) if block else ([one_pass(program, made.kept)], 0)
     for sequence in (x, *_varied(x, made.time)):
         whole = expected if sequence is x else made.guarded(lambda sequence=sequence: _expected(made, sequence))
-        found = loop.evaluate(program, _steps(made, sequence), states, vectors, matrices)
+        found = _output(parts, row, _steps(made, sequence), partial(loop.evaluate, vectors=vectors, matrices=matrices))
         if not _alike(found, whole):
             raise _fault(made, sequence) or RefusedError("model: its steps are not its output over a sequence")
+    steps, rounding = _told_apart(made, x, expected)
     given = _steps(made, x)
-    rounding = _rounding(made, x, expected)
     short = stored(matrices, weights)
     apart = 0.0
     if weights != "float32":
-        of_short = evaluate(program, given, states, vectors, short)
-        apart, expected = float((of_short - expected).abs().max()), of_short
-    return Compiled(program, vectors, short, made.kept, given, expected, apart, rounding)
+        of_short = _output(parts, row, given, partial(evaluate, vectors=vectors, matrices=short))
+        apart, expected = float((of_short - expected)[:steps].abs().max()), of_short
+    given, expected = given[:steps], expected[:steps]
+    tolerance = max(_TOLERANCES[weights], 4 * rounding)
+    sizes = program.inputs[0], program.outputs[0].size
+    return Compiled(parts, row, *sizes, vectors, short, given, expected, apart, tolerance)
+
+
+def _output(parts: list[Pass], row: int, x: Tensor, run: Callable[..., list[Tensor]]) -> Tensor:
+    """Of the passes over x (T, I), each by `run`: (T, O)."""
+    y, rows = x, x.new_zeros(x.shape[0], row)
+    for part in parts:
+        states = [torch.tensor(kept.initial).unsqueeze(0) for kept in part.kept]
+        inputs = [x, rows] if row else [x]
+        for target, found in zip(part.targets, run(part.program, inputs, states, reverse=part.reverse), strict=True):
+            if target < 0:
+                y = found
+            else:
+                rows[:, target : target + found.shape[1]] = found
+    return y
 
 
 def _steps(made: Model, x: Tensor) -> Tensor:
@@ -128,13 +155,19 @@ def _expected(made: Model, x: Tensor) -> Tensor:
             raise RefusedError(f"model: for {steps} steps of its input its output has {y.shape[made.time]}")
         return y.select(1 - made.time, 0)
     if y.dim() == 2 and y.shape[0] == 1:
+        if made.in_blocks:
+            raise RefusedError(f"model: expected an output of every step, (1, T, O), got {tuple(y.shape)} for all")
         prefixes = (first_of(made.module(x.narrow(made.time, 0, t + 1))) for t in range(steps))
         return torch.cat(list(prefixes))
     raise RefusedError(f"model: expected an output (1, T, O), (T, 1, O) or (1, O), got {tuple(y.shape)}")
 
 
-def _rounding(made: Model, x: Tensor, expected: Tensor) -> float:
-    """The last use of the module, which is float64 then."""
+def _told_apart(made: Model, x: Tensor, expected: Tensor) -> tuple[int, float]:
+    """How many steps tell a rounding from an error, and how far PyTorch itself is from float64 there, of their scale.
+
+    A model may magnify roundings, as a LayerNorm of nearly equal numbers does, and more so step by step. The last use
+    of the module, which is float64 then.
+    """
     made.module.double()
     try:
         exact = _expected(made, x.double() if x.is_floating_point() else x)
@@ -143,8 +176,17 @@ def _rounding(made: Model, x: Tensor, expected: Tensor) -> float:
         TypeError,
         ValueError,
     ):  # a model that makes float32 tensors of its own cannot be run in another dtype
-        return 0.0
-    return float((exact - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        return x.shape[made.time], 0.0
+    apart = (exact - expected).abs().amax(1).cummax(0).values
+    apart /= expected.abs().amax(1).cummax(0).values.clamp(min=1e-30)
+    steps = int((4 * apart <= _TOLERANCE).sum())
+    if steps < (len(apart) if made.in_blocks else 1):  # of a block the last step tells on the first
+        which = "output" if made.in_blocks else "first output"
+        raise RefusedError(
+            f"model: its {which} in float32 is {float(apart[steps]):.1g} of its size from that in float64: it "
+            "magnifies roundings, and C cannot be held against it"
+        )
+    return steps, float(apart[steps - 1])
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:

@@ -29,6 +29,8 @@ _OTHERWISE = (
 
 def first_difference(made: Model, x: Tensor) -> RefusedError | None:
     """What to say of a model whose steps are not its output over x; None if they are."""
+    if made.in_blocks:
+        return _known(made)
     whole: list[tuple[str, Any]] = []
     with made.names.told(lambda name, output: whole.append((name, output))):
         made.module(x)
@@ -46,6 +48,15 @@ def first_difference(made: Model, x: Tensor) -> RefusedError | None:
         if not _same(output, [one for _, one in made_by_steps]):
             return RefusedError(f"{name}: {_reason(made.module, name)}")
     return None
+
+
+def _known(made: Model) -> RefusedError:
+    """Where states run from the end, steps one by one are not the sequence: a module of a kind that is known."""
+    for module, name in made.names.names.items():
+        for kind, reason in _REASONS.items():
+            if isinstance(module, kind):
+                return RefusedError(f"{name} ({type(module).__name__}): {reason}")
+    return RefusedError("model: beside the layers that run from the end something in it looks at other steps")
 
 
 def _reason(module: torch.nn.Module, name: str) -> str:

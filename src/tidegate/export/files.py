@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export writes, all or nothing."""
+"""`export_c`: its arguments, and what is written."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tidegate.export import wasm as wasm_files
 from tidegate.export.compile import Compiled, compile_step
+from tidegate.export.folder import write
+from tidegate.export.readme import readme
+from tidegate.export.self_test import self_test
 from tidegate.export.source import Source, source
 from tidegate.export.stored import KINDS
-from tidegate.export.templates import cmake, header, implementation, readme, self_test
+from tidegate.export.templates import Choices, cmake, header, implementation
 
 
 def export_c(
@@ -26,26 +26,34 @@ def export_c(
     name: str = "model",
     weights: str = "float32",
     resets: bool = False,
+    block: bool = False,
+    blob: bool = False,
     wasm: bool = False,
 ) -> Path:
     """Write one step of a model as self-contained C99: no allocation, no libm, its state explicit.
 
-    The model becomes `y_t, state' = f(x_t, state)`. Its recurrent layers (tidegate's or torch.nn's RNN, LSTM and GRU,
-    forward direction, with all their options; their cells; any cell in `tidegate.Recurrent` or `dynamic_rnn`) give the
-    state, and so does the past of causal convolutions: steps of a constant that are put before a sequence. Around them
-    may stand what the tracer of cells takes: Linear, LayerNorm, activations, sums, slices, and BatchNorm; Embedding,
-    whose index is then a number of x. A copy of the model is exported, in eval and in float32.
+    The model becomes `y_t, state' = f(x_t, state)`. Its recurrent layers (tidegate's or torch.nn's RNN, LSTM and GRU
+    with all their options, in reverse with `block`; their cells; any cell in `tidegate.Recurrent` or `dynamic_rnn`)
+    give the state, and so does the past of causal convolutions: steps of a constant that are put before a sequence.
+    Around them may stand what the tracer of cells takes: Linear, LayerNorm, activations, sums, slices, and BatchNorm;
+    Embedding, whose index is then a number of x. A copy of the model is exported, in eval and in float32.
 
     Args:
         model: a torch.nn.Module that is called as model(example) and returns y, or a tuple that begins with it.
         example: (1, T, I) or (T, 1, I), as the model takes it; (T, I) for one sequence of the layers' `batch_first`.
             Of a model of indices the same without I. The first 256 steps become the self-test.
-        out: a folder, made if need be; files of these names in it are replaced, all or none.
+        out: a folder, made if need be, for one export: what an earlier one wrote there goes, by its list, export.json.
+            Other files stay; one of a name that is to be written is an error. All is replaced, or nothing.
         name: of the files and, in capitals, of the macros: letters, digits and _.
         weights: "float32"; "bfloat16" or "int8" for matrices of at least 16 rows and columns, the others stay float32.
             int8 by the arithmetic of `tidegate.quantization`: rows by a scale each, what they multiply as it comes. The
             self-test's numbers are those of these weights; README.md says how far they are from the model's own.
         resets: `NAME_process` also takes a mark for each step that begins a new sequence.
+        block: over whole sequences instead of step by step, for models with layers that run in reverse or both ways:
+            `NAME_process` alone, which takes x and y of a sequence and `NAME_ROOM_SIZE(steps)` floats to work in. An
+            output of every step is then needed. Of rows of several lengths each is a call.
+        blob: the weights in a file, NAME.bin, that a program maps or reads and hands to each call; `NAME_check` says
+            whether it is the one. Else they are constants in NAME.c.
         wasm: also NAME.wasm, NAME.js, a module for browsers and Node, and index.html, a page that runs the self-test.
 
     Returns:
@@ -59,51 +67,39 @@ def export_c(
     _check_name(name)
     if weights not in KINDS:
         raise ValueError(f"weights: expected one of {', '.join(KINDS)}, got {weights!r}")
+    if wasm and (block or blob):
+        other = "block" if block else "blob"
+        raise ValueError(
+            f"wasm: expected False with {other}=True: the module for browsers is of steps and their weights"
+        )
     folder = _folder(out)
     if wasm:
         wasm_files.check_tools()
-    compiled = compile_step(model, example, weights)
+    chosen = Choices(name, weights, resets, block, blob)
+    compiled = compile_step(model, example, weights, block)
     made = source(compiled)
-    texts = files(compiled, made, name, weights, resets)
-    more = wasm_files.files(compiled, made, name, texts, resets) if wasm else {}
+    texts = files(compiled, made, chosen)
+    more = wasm_files.files(compiled, made, chosen, texts) if wasm else {}
+    if blob:
+        more[f"{name}.bin"] = made.constants.file()
     return write(folder, {**texts, **more})
 
 
-def files(compiled: Compiled, made: Source, name: str, weights: str, resets: bool) -> dict[str, str]:
+def files(compiled: Compiled, made: Source, chosen: Choices) -> dict[str, str]:
     """The text of every file."""
     return {
-        f"{name}.h": header(compiled, made, name, resets),
-        f"{name}.c": implementation(compiled, made, name, resets),
-        f"{name}_test.c": self_test(compiled, name, weights, resets),
-        "CMakeLists.txt": cmake(name),
-        "README.md": readme(compiled, made, name, weights, resets),
+        f"{chosen.name}.h": header(compiled, made, chosen),
+        f"{chosen.name}.c": implementation(compiled, made, chosen),
+        f"{chosen.name}_test.c": self_test(compiled, chosen),
+        "CMakeLists.txt": cmake(chosen),
+        "README.md": readme(compiled, made, chosen),
     }
-
-
-def write(folder: Path, contents: Mapping[str, str | bytes]) -> Path:
-    """Put files into a folder: first aside, then all by renaming."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in contents:
-        if (folder / file).is_dir():
-            raise ValueError(f"out: expected files to replace, got the folder {folder / file}")
-    aside = Path(tempfile.mkdtemp(prefix=".tidegate-", dir=folder))
-    try:
-        for file, content in contents.items():
-            (aside / file).write_bytes(content.encode() if isinstance(content, str) else content)
-        for file in contents:
-            os.replace(aside / file, folder / file)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
-    return folder
 
 
 # CMake's own targets.
 _TARGETS = ("all", "clean", "help", "install", "package", "test")
 # Headers that the files include: NAME.h would stand before them.
-_HEADERS = ("immintrin", "stdint", "stdio", "time", "wasm_simd128")
+_HEADERS = ("arm_neon", "immintrin", "stddef", "stdint", "stdio", "time", "wasm_simd128")
 
 
 def _folder(out: Any) -> Path:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8 matrices by vectors in C: the arithmetic of `tidegate.quantization`, two columns in one instruction.
+"""int8 matrices by vectors in C: the arithmetic of `tidegate.quantization`, four columns at a time.
 
-Panels of 32 rows, the last one of 16, filled up with zeros. A panel lies pair of columns by pair of columns, the two
-numbers of a row side by side, which is what `pmaddwd`, `i32x4.dot_i16x8_s` and their like multiply and add up.
+Panels of 32 rows, the last one of 16, filled up with zeros. A panel lies four columns by four columns, the four numbers
+of a row side by side: `vpdpbusd` multiplies and adds these up in one instruction; `pmaddwd`, `i32x4.dot_i16x8_s` and
+their like do so pair by pair. Weights are stored with 128 added, for `vpdpbusd` takes one factor without a sign: sums
+then begin with -128 times the sum of what is multiplied.
 """
 
 from __future__ import annotations
@@ -10,16 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+GROUP = 4  # columns
+
 
 def laid_out(numbers: Tensor) -> Tensor:
-    """(rows, columns) in the order in which it is read."""
+    """(rows, columns) in the order in which it is read, uint8."""
     rows, columns = numbers.shape
-    padded = numbers.new_zeros((-(-rows // 16) * 16, columns + columns % 2))
-    padded[:rows, :columns] = numbers
+    padded = torch.full((-(-rows // 16) * 16, -(-columns // GROUP) * GROUP), 128, dtype=torch.uint8)
+    padded[:rows, :columns] = (numbers.to(torch.int16) + 128).to(torch.uint8)
     first, pieces = 0, list[Tensor]()
     while first < padded.shape[0]:
         width = min(32, padded.shape[0] - first)
-        panel = padded[first : first + width].reshape(width, -1, 2)
+        panel = padded[first : first + width].reshape(width, -1, GROUP)
         pieces.append(panel.transpose(0, 1).flatten())
         first += width
     return torch.cat(pieces)
@@ -28,44 +32,105 @@ def laid_out(numbers: Tensor) -> Tensor:
 def source() -> str:
     """The C of `quantized` and `product_int8`."""
     parts = [_BEFORE]
-    for place, lanes in enumerate((16, 8, 4)):
-        condition = f"#if LANES == {lanes}" if place == 0 else f"#elif LANES == {lanes}"
-        parts.append("\n\n".join([condition, *(_panel(width, lanes) for width in (32, 16))]))
+    for place, (condition, lanes, one_by_one) in enumerate(_MACHINES):
+        word = "#elif" if place else "#if"
+        parts.append("\n\n".join([f"{word} {condition}", *(_panel(width, lanes, one_by_one) for width in (32, 16))]))
     return "\n\n".join([*parts, _PLAIN, _PRODUCT])
 
 
-def _panel(width: int, lanes: int) -> str:
-    count = width // lanes
-    columns = max(1, 4 // count)
-    names = [f"s{r}{f'_{c}' if c else ''}" for c in range(columns) for r in range(count)]
+# Condition, lanes of a vector, and whether a lane has a row's sum or half of it.
+_MACHINES = (
+    ("LANES == 16 && defined(FOURS)", 16, True),
+    ("LANES == 16", 16, False),
+    ("LANES == 8 && defined(FOURS)", 8, True),
+    ("LANES == 8", 8, False),
+    ("LANES == 4", 4, False),
+)
+
+
+def _panel(width: int, lanes: int, one_by_one: bool) -> str:
+    """A panel's sums in registers, of several groups of columns at once where one has too few.
+
+    Of machines with few registers the rows are taken in parts.
+    """
+    of_vector = lanes if one_by_one else lanes // 2  # rows
+    part = min(width, 8 * of_vector)
+    count = part // of_vector
+    groups = max(1, 8 // count)
+    names = [f"s{r}{f'_{c}' if c else ''}" for c in range(groups) for r in range(count)]
+    bytes_of = GROUP * of_vector
     lines = [
-        f"static inline void sums_{width}(const int8_t *w, const int16_t *q, int pairs, const float *scales,",
-        "                           float scale, const float *from, float *y, int rows)",
+        f"static inline void sums_{width}(const uint8_t *w, const digit *digits, int groups, const float *scales,",
+        "                           of_digits by, const float *from, float *y, int rows)",
         "{",
-        f"    ivec {', '.join(f'{name} = zero_bits()' for name in names)};",
     ]
-    for c in (columns, 1) if columns > 1 else (1,):
-        lines.append(f"    for (; pairs >= {c}; pairs -= {c}, q += {2 * c}, w += {2 * width * c}) {{")
+    begins = [f"{name} = {'zero_bits()' if '_' in name else 'first'}" for name in names]
+    body = [f"ivec {', '.join(begins)};", "int j = 0;"]
+    for c in (groups, 1) if groups > 1 else (1,):
+        body.append(f"for (; j + {c} <= groups; j += {c}) {{")
         for k in range(c):
-            lines.append(f"        const ivec both{k} = two_of(q + {2 * k});")
+            body.append(f"    const uint8_t *const w{k} = w + {GROUP * width} * (j + {k}){_part_of(width, part)};")
+            body.append(f"    const ivec four{k} = four_of(digits + {GROUP} * (j + {k}));")
             for r in range(count):
                 name = f"s{r}{f'_{k}' if k else ''}"
-                lines.append(f"        {name} = add_pairs({name}, w + {2 * width * k + 2 * lanes * r}, both{k});")
-        lines.append("    }")
-    for r in range(count):
-        total = " + ".join(f"s{r}{f'_{c}' if c else ''}" for c in range(columns))
-        at = f" + {r * lanes}" if r else ""
-        left = f"rows - {r * lanes}" if r else "rows"
-        condition = f"if ({left} > 0) " if r else ""
-        lines.append(f"    {condition}scaled({total}, scales{at}, scale, from ? from{at} : from, y{at}, {left});")
+                body.append(f"    {name} = add_products({name}, w{k} + {bytes_of * r}, four{k});")
+        body.append("}")
+    totals = [" + ".join(f"s{r}{f'_{c}' if c else ''}" for c in range(groups)) for r in range(count)]
+    if not one_by_one:
+        totals = [f"paired({a}, {b})" for a, b in zip(totals[::2], totals[1::2], strict=True)]
+    for r, total in enumerate(totals):
+        at = (f" + {r * lanes}" if r else "") + _part_of(width, part, 1)
+        left = "rows" + at.replace("+", "-")
+        condition = f"if ({left} > 0) " if at else ""
+        body.append(f"{condition}scaled({total}, scales{at}, by.scale, from ? from{at} : from, y{at}, {left});")
+    # Half of a row's sum has half of what it begins with, -64 times the sum.
+    lines.append(f"    const ivec first = zero_bits() - {128 if one_by_one else 64} * by.sum;")
+    if part < width:
+        lines += [
+            f"    for (int part = 0; part < {width}; part += {part}) {{",
+            *(f"        {one}" for one in body),
+            "    }",
+        ]
+    else:
+        lines += [f"    {one}" for one in body]
     return "\n".join([*lines, "}"])
 
 
+def _part_of(width: int, part: int, each: int = GROUP) -> str:
+    if part == width:
+        return ""
+    return f" + {each} * part" if each > 1 else " + part"
+
+
 _BEFORE = """\
-/* x as whole numbers from -127 to 127, in pairs; returns what one of them stands for. */
-static float quantized(const float *x, int n, int16_t *q)
+/* Bytes with and without a sign, multiplied and added up four by four. */
+#if LANES >= 8 && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define FOURS
+#endif
+#if LANES > 1 && !defined(FOURS)
+typedef int16_t digit;
+#else
+typedef int8_t digit;
+#endif
+#if LANES > 1
+typedef VECTOR(digit, sizeof(digit) * LANES) digits_;
+typedef digit near_digits __attribute__((vector_size(sizeof(digit) * LANES), aligned(1), may_alias));
+#endif
+
+/* What digits stand for, and their sum. */
+typedef struct {
+    float scale;
+    int32_t sum;
+} of_digits;
+
+/* x as whole numbers from -127 to 127, with zeros up to a multiple of four. */
+static of_digits quantized(const float *x, int n, digit *digits)
 {
+    of_digits by = {0, 0};
     vec most = SPLAT(0.0f);
+#if LANES > 1
+    ivec sum = zero_bits();
+#endif
     float largest = 0, factor;
     for (int i = 0; i < n; i += LANES) {
         const vec size = absolute(load(x + i, n - i));
@@ -81,49 +146,96 @@ static float quantized(const float *x, int n, int16_t *q)
         const vec scaled = load(x + i, n - i) * factor;
         const ivec whole = BITS(scaled + 12582912.0f) - 0x4b400000; /* 1.5 2^23: the rounded integer in the low bits */
 #if LANES > 1
-        if (n - i >= LANES) *(near_shorts *)(q + i) = __builtin_convertvector(whole, shorts);
+        sum += whole;
+        if (n - i >= LANES) *(near_digits *)(digits + i) = __builtin_convertvector(whole, digits_);
         else
             for (int k = 0; k < LANES - 1; ++k)
-                if (k < n - i) q[i + k] = (int16_t)whole[k];
+                if (k < n - i) digits[i + k] = (digit)whole[k];
 #else
-        q[i] = (int16_t)whole;
+        by.sum += whole;
+        digits[i] = (digit)whole;
 #endif
     }
-    if (n % 2) q[n] = 0;
-    return largest / 127.0f;
+#if LANES > 1
+    for (int i = 0; i < LANES; ++i) by.sum += sum[i];
+#endif
+    for (int i = n; i % 4; ++i) digits[i] = 0;
+    by.scale = largest / 127.0f;
+    return by;
 }
 
 #if LANES > 1
-static inline ivec two_of(const int16_t *q)
+#if defined(FOURS)
+static inline ivec four_of(const digit *digits)
 {
-    return (int32_t)((uint32_t)(uint16_t)q[0] | (uint32_t)(uint16_t)q[1] << 16) + zero_bits();
+    int32_t four;
+    __builtin_memcpy(&four, digits, 4);
+    return four + zero_bits();
 }
 
-/* sum[r] + w[2 r] q[0] + w[2 r + 1] q[1] */
-static inline ivec add_pairs(ivec sum, const int8_t *w, ivec both)
+/* sum[r] + the sum of w[4 r + k] digits[k] */
+static inline ivec add_products(ivec sum, const uint8_t *w, ivec four)
 {
 #if LANES == 16
-    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)w));
-#if defined(__AVX512VNNI__)
-    return (ivec)_mm512_dpwssd_epi32((__m512i)sum, wide, (__m512i)both);
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512((const void *)w), (__m512i)four);
 #else
-    return sum + (ivec)_mm512_madd_epi16(wide, (__m512i)both);
+    return (ivec)_mm256_dpbusd_epi32((__m256i)sum, _mm256_loadu_si256((const __m256i *)(const void *)w), (__m256i)four);
 #endif
+}
+#else
+typedef VECTOR(int64_t, 4 * LANES) longs;
+static inline ivec four_of(const digit *digits)
+{
+    const longs zero = {0};
+    int64_t four;
+    __builtin_memcpy(&four, digits, 8);
+    return (ivec)(four + zero);
+}
+
+/* sum[2 r + h] + w[4 r + 2 h] digits[2 h] + w[4 r + 2 h + 1] digits[2 h + 1] */
+static inline ivec add_products(ivec sum, const uint8_t *w, ivec four)
+{
+#if LANES == 16
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)w));
+    return sum + (ivec)_mm512_madd_epi16(wide, (__m512i)four);
 #elif LANES == 8
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)w));
-    return sum + (ivec)_mm256_madd_epi16(wide, (__m256i)both);
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)w));
+    return sum + (ivec)_mm256_madd_epi16(wide, (__m256i)four);
 #elif defined(__SSE2__)
     const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)w);
-    const __m128i wide = _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
-    return sum + (ivec)_mm_madd_epi16(wide, (__m128i)both);
+    const __m128i wide = _mm_unpacklo_epi8(bytes, _mm_setzero_si128());
+    return sum + (ivec)_mm_madd_epi16(wide, (__m128i)four);
 #elif defined(__wasm_simd128__)
-    return sum + (ivec)wasm_i32x4_dot_i16x8(wasm_i16x8_load8x8(w), (v128_t)both);
+    return sum + (ivec)wasm_i32x4_dot_i16x8(wasm_u16x8_load8x8(w), (v128_t)four);
+#elif defined(__aarch64__)
+    const int16x8_t wide = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(w)));
+    const int16x4_t digits = vget_low_s16((int16x8_t)four);
+    return sum + (ivec)vpaddq_s32(vmull_s16(vget_low_s16(wide), digits), vmull_s16(vget_high_s16(wide), digits));
 #else
-    const int32_t first = (int16_t)both[0], second = both[0] >> 16;
-    for (int r = 0; r < LANES; ++r) sum[r] += w[2 * r] * first + w[2 * r + 1] * second;
+    for (int k = 0; k < 4; ++k) {
+        const int half = k % 2;
+        sum[k] += w[2 * k] * (int16_t)four[half] + w[2 * k + 1] * (four[half] >> 16);
+    }
     return sum;
 #endif
 }
+
+/* Of neighbours the sums: those of a, then those of b. */
+static inline ivec paired(ivec a, ivec b)
+{
+#if LANES == 16
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return (ivec)_mm512_permutex2var_epi32((__m512i)a, even, (__m512i)b) +
+           (ivec)_mm512_permutex2var_epi32((__m512i)a, odd, (__m512i)b);
+#elif LANES == 8
+    return (ivec)_mm256_permute4x64_epi64(_mm256_hadd_epi32((__m256i)a, (__m256i)b), 0xd8);
+#else
+    const ivec sums = {a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
+    return sums;
+#endif
+}
+#endif
 
 static inline void scaled(ivec sums, const float *scales, float scale, const float *from, float *y, int left)
 {
@@ -134,30 +246,30 @@ static inline void scaled(ivec sums, const float *scales, float scale, const flo
 
 _PLAIN = """\
 #else
-static void sums(const int8_t *w, const int16_t *q, int pairs, const float *scales, float scale, const float *from,
-                 float *y, int rows, int width)
+static void sums(const uint8_t *w, const digit *digits, int groups, const float *scales, of_digits by,
+                 const float *from, float *y, int rows, int width)
 {
-    for (int r = 0; r < rows; ++r) {
-        int32_t sum = 0;
-        for (int j = 0; j < pairs; ++j) {
-            const int8_t *both = w + 2 * (j * width + r);
-            sum += both[0] * q[2 * j] + both[1] * q[2 * j + 1];
+    for (int r = 0; r < rows; ++r, w += 4) {
+        int32_t sum = -128 * by.sum;
+        for (int j = 0; j < groups; ++j) {
+            const uint8_t *four = w + 4 * j * width;
+            for (int k = 0; k < 4; ++k) sum += four[k] * digits[4 * j + k];
         }
-        y[r] = (float)sum * (scales[r] * scale) + (from ? from[r] : 0.0f);
+        y[r] = (float)sum * (scales[r] * by.scale) + (from ? from[r] : 0.0f);
     }
 }
-#define sums_32(w, q, pairs, scales, scale, from, y, rows) sums(w, q, pairs, scales, scale, from, y, rows, 32)
-#define sums_16(w, q, pairs, scales, scale, from, y, rows) sums(w, q, pairs, scales, scale, from, y, rows, 16)
+#define sums_32(w, digits, groups, scales, by, from, y, rows) sums(w, digits, groups, scales, by, from, y, rows, 32)
+#define sums_16(w, digits, groups, scales, by, from, y, rows) sums(w, digits, groups, scales, by, from, y, rows, 16)
 #endif"""
 
 _PRODUCT = """\
-/* y = from + W x, of a quantized x of n numbers; from may be 0 or y itself. */
-static void product_int8(const int8_t *w, const float *scales, const int16_t *q, float scale, int n, const float *from,
-                         float *y, int rows)
+/* y = from + W x, of x in digits; from may be 0 or y itself. */
+static void product_int8(const uint8_t *w, const float *scales, const digit *digits, of_digits by, int n,
+                         const float *from, float *y, int rows)
 {
-    const int pairs = (n + 1) / 2;
+    const int groups = (n + 3) / 4;
     int r = 0;
-    for (; r + 16 < rows; r += 32, w += 64 * pairs)
-        sums_32(w, q, pairs, scales + r, scale, from ? from + r : from, y + r, rows - r < 32 ? rows - r : 32);
-    if (r < rows) sums_16(w, q, pairs, scales + r, scale, from ? from + r : from, y + r, rows - r);
+    for (; r + 16 < rows; r += 32, w += 128 * groups)
+        sums_32(w, digits, groups, scales + r, by, from ? from + r : from, y + r, rows - r < 32 ? rows - r : 32);
+    if (r < rows) sums_16(w, digits, groups, scales + r, by, from ? from + r : from, y + r, rows - r);
 }"""

@@ -48,13 +48,13 @@ class Rewritten:
     """Attributes:
     nodes: by number, which operands in the bank "v" say.
     orders: by number, where a node stood among the program's instructions.
-    next_states, output: what they become.
+    next_states, outputs: what they become.
     """
 
     nodes: dict[int, Node]
     orders: dict[int, int]
     next_states: list[Operand]
-    output: Operand
+    outputs: list[Operand]
 
 
 def operands_of(node: Node) -> list[Operand]:
@@ -65,7 +65,7 @@ def operands_of(node: Node) -> list[Operand]:
 
 
 def rewritten(program: Program) -> Rewritten:
-    """The nodes of a program with one output."""
+    """The nodes of a program."""
     found = _Moves(program).run()
     _join_sums(found)
     _join_neighbours(found)
@@ -89,8 +89,8 @@ class _Moves:
             else:
                 self.nodes[k] = self._node(instruction)
         next_states = [self._followed(operand) for operand in self.program.next_states]
-        (output,) = map(self._followed, self.program.outputs)
-        return Rewritten(self.nodes, self.orders, next_states, output)
+        outputs = [self._followed(operand) for operand in self.program.outputs]
+        return Rewritten(self.nodes, self.orders, next_states, outputs)
 
     @staticmethod
     def _is_move(instruction: Instruction) -> bool:
@@ -148,7 +148,7 @@ class _Moves:
 
 def _uses(found: Rewritten) -> list[Operand]:
     used = [operand for node in found.nodes.values() for operand in operands_of(node)]
-    return [operand for operand in (*used, *found.next_states, found.output) if operand.bank == "v"]
+    return [operand for operand in (*used, *found.next_states, *found.outputs) if operand.bank == "v"]
 
 
 def _overlap(a: Operand, b: Operand) -> bool:
@@ -227,7 +227,7 @@ def _join_neighbours(found: Rewritten) -> None:
 
     found.nodes = {k: _with_operands(node, moved) for k, node in found.nodes.items()}
     found.next_states = [moved(operand) for operand in found.next_states]
-    found.output = moved(found.output)
+    found.outputs = [moved(operand) for operand in found.outputs]
 
 
 def _joined_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -267,7 +267,7 @@ def _with_operands(node: Node, change: Callable[[Operand], Operand]) -> Node:
 
 def _drop_unneeded(found: Rewritten) -> None:
     needed: set[int] = set()
-    waiting = [operand.number for operand in (*found.next_states, found.output) if operand.bank == "v"]
+    waiting = [operand.number for operand in (*found.next_states, *found.outputs) if operand.bank == "v"]
     while waiting:
         k = waiting.pop()
         if k not in needed:

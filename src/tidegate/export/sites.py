@@ -29,6 +29,12 @@ _TOO_MANY_STEPS = (
 )
 
 
+_MARKS = (
+    "it is given lengths or resets by the model: of a block the caller gives them, its steps and, with resets=True, "
+    "its marks"
+)
+
+
 class Kept(NamedTuple):
     """A tensor that a model keeps from step to step.
 
@@ -36,11 +42,13 @@ class Kept(NamedTuple):
         name: the module that keeps it, and what it is: "gru.h_l0".
         sizes: of its features.
         initial: its numbers before the first step, in order.
+        reverse: it runs from the last step to the first.
     """
 
     name: str
     sizes: tuple[int, ...]
     initial: tuple[float, ...]
+    reverse: bool = False
 
 
 class RefusedError(ConversionError):
@@ -54,15 +62,16 @@ class Sites:
         entering: the state, (B, ...) each, in the order in which it is asked for; None to find out what there is,
             from each place's own initial state.
         current: gives the name of the module that is running.
+        block: states may run from the end: the step is one of a whole block.
 
     Attributes:
         kept: what was found.
         leaving: the state after the step.
     """
 
-    def __init__(self, entering: Sequence[Tensor] | None, current: Callable[[], str]) -> None:
+    def __init__(self, entering: Sequence[Tensor] | None, current: Callable[[], str], block: bool) -> None:
         self.entering = None if entering is None else list(entering)
-        self.current = current
+        self.current, self.block = current, block
         self.kept: list[Kept] = []
         self.leaving: list[Tensor] = []
 
@@ -78,15 +87,18 @@ class Sites:
     def refuse(self, reason: str) -> RefusedError:
         return RefusedError(f"{self.current()}: {reason}")
 
-    def exchange(self, initial: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+    def exchange(
+        self, initial: Sequence[Tensor], names: Sequence[str], reverse: Sequence[bool] | None = None
+    ) -> list[Tensor]:
         """The entering state of a place, whose own first state is `initial`, (B, ...) each."""
         if self.entering is None:
-            for tensor, name in zip(initial, names, strict=True):
+            ways = reverse or [False] * len(names)
+            for tensor, name, way in zip(initial, names, ways, strict=True):
                 first = tensor[0]
                 if not bool((tensor == first).all()):
                     raise self.refuse("its initial state depends on the input, so that a stream has none to begin with")
                 numbers = tuple(first.double().flatten().tolist())
-                self.kept.append(Kept(f"{self.current().split()[0]}.{name}", tuple(first.shape), numbers))
+                self.kept.append(Kept(f"{self.current().split()[0]}.{name}", tuple(first.shape), numbers, way))
             return list(initial)
         place = len(self.leaving)
         found = self.entering[place : place + len(initial)]
@@ -105,38 +117,53 @@ class Sites:
     def _call(self, call: Call) -> tuple[Tensor, ...]:
         """A layer or a cell of tidegate's, or one of torch.nn's that became one."""
         if call.direction is not Direction.FORWARD:
-            way = "both ways" if call.direction is Direction.BOTH else "from the end"
-            raise self.refuse(f"it runs {way} over a sequence, whose end a stream has not seen")
+            self._from_the_end("both ways" if call.direction is Direction.BOTH else "from the end")
         if call.steps != 1:
             raise self.refuse(_TOO_MANY_STEPS)
         if call.lengths is not None or call.resets is not None:
-            raise self.refuse("it is given lengths or resets, which the export does not carry")
-        whole = call.time_major()
+            raise self.refuse(_MARKS)
+        whole, count = call.time_major(), call.layers * call.directions
+        backward = [call.direction is Direction.REVERSE or k % call.directions == 1 for k in range(count)]
+        ends = [f"_l{k // call.directions}{'_reverse' * backward[k]}" for k in range(count)]
         letters = tuple(call.cell.states)
-        names = [f"{letter}_l{k}" if not call.is_step else letter for letter in letters for k in range(call.layers)]
-        layers = [state[k] for state in whole.states if state is not None for k in range(call.layers)]
-        entering = self.exchange(layers, names)
+        names = [letter if call.is_step else letter + end for letter in letters for end in ends]
+        columns = [state[k] for state in whole.states if state is not None for k in range(count)]
+        entering = self.exchange(columns, names, backward * len(letters))
         output, options = whole.input, call.named_options()
         leaving: list[Sequence[Tensor]] = []
-        for k in range(call.layers):
-            states = tuple(entering[k :: call.layers])
-            output, *left = reference.forward(
-                Layer(call.cell, output, states, call.weights_of(k), None, None, False, options)
-            )
-            leaving.append(left)
+        for layer in range(call.layers):
+            outputs: list[Tensor] = []
+            for k in range(layer * call.directions, (layer + 1) * call.directions):
+                states = tuple(entering[k::count])
+                one = Layer(call.cell, output, states, call.weights_of(k), None, None, False, options)
+                result, *left = reference.forward(one)
+                outputs.append(result)
+                leaving.append(left)
+            output = outputs[0] if call.directions == 1 else torch.cat(outputs, -1)
         by_letter = list(zip(*leaving, strict=True))
         self.leaving += [state for column in by_letter for state in column]
         # Rows first, as long as they are moved: the tracer follows them there.
         return call.restored(output, [torch.stack(column, 1).transpose(0, 1) for column in by_letter])
 
+    def _from_the_end(self, way: str) -> None:
+        if not self.block:
+            raise self.refuse(
+                f"it runs {way} over a sequence, whose end a stream has not seen; with block=True the model is "
+                "exported over whole sequences"
+            )
+
     def _cell(self, run: CellRun) -> tuple[Any, Any]:
         """Any cell over time."""
+        if run.reverse:
+            self._from_the_end("from the end")
+        if run.lengths is not None or run.resets is not None:
+            raise self.refuse(_MARKS)
         steps = pytree.tree_leaves(run.inputs)[0].shape[0]
         if steps != 1:
             raise self.refuse(_TOO_MANY_STEPS)
         leaves, structure = pytree.tree_flatten(run.state)
         names = ["state"] if len(leaves) == 1 else [f"state{k}" for k in range(len(leaves))]
-        state = pytree.tree_unflatten(self.exchange(leaves, names), structure)
+        state = pytree.tree_unflatten(self.exchange(leaves, names, [run.reverse] * len(leaves)), structure)
         y, leaving = split_result(run.cell(pytree.tree_map(_first, run.inputs), state), state)
         self.leaving += pytree.tree_leaves(leaving)
         return pytree.tree_map(_as_sequence, y), leaving

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -10,69 +11,104 @@ from torch import Tensor
 
 from tidegate.export import products, products_int8
 from tidegate.export.compile import Compiled
+from tidegate.export.constants import Constants
 from tidegate.export.loops import Loop
+from tidegate.export.passes import Pass
 from tidegate.export.rewrite import Move, Node, Piece, Product, rewritten
 from tidegate.export.stages import Copy, Place, Stages, is_elementwise, staged
-from tidegate.export.text import number, numbers, runtime, table
+from tidegate.export.text import number, runtime
 from tidegate.fusion.program import Argument, Instruction, Operand
 from tidegate.quantization import Quantized
 
 _FEW = 5
-_LINE = 64  # bytes: matrices begin with a cache line, or wide loads would read two
 _REDUCTIONS = {"sum": "sum_of", "mean": "sum_of", "max": "max_of", "dot": "dot_of"}
+
+
+@dataclass
+class Body:
+    """One pass's step in C.
+
+    Attributes:
+        text: over `state`, `x`, `y` and `row`.
+        scratch: numbers of scratch memory.
+        stack: bytes of numbers that it has on its stack.
+    """
+
+    text: str
+    scratch: int
+    stack: int
+
+    def reads(self, name: str) -> bool:
+        return re.search(rf"\b{name}\b", self.text) is not None
 
 
 @dataclass
 class Source:
     """Attributes:
-    text: what `model.c` has before its functions.
-    body: of the step.
-    weights: bytes of all that is constant in it.
-    scratch: numbers of scratch memory.
-    stack: bytes of numbers that a step has on its stack.
-    initial: the state before the first step.
+    runtime: what the bodies call.
+    constants: what they read.
+    bodies: of each pass.
     """
 
-    text: str
-    body: str
-    weights: int
-    scratch: int
-    stack: int
-    initial: list[float] = field(default_factory=list[float])
-
-
-@dataclass
-class _Array:
-    """Constants of one kind, as C."""
-
-    kind: str
-    texts: list[str] = field(default_factory=list[str])
+    runtime: str
+    constants: Constants
+    bodies: list[Body] = field(default_factory=list[Body])
 
     @property
-    def size(self) -> int:
-        """Of a number, in bytes."""
-        return {"float": 4, "uint16_t": 2, "int8_t": 1}[self.kind]
+    def stack(self) -> int:
+        return max(body.stack for body in self.bodies)
 
 
 def source(compiled: Compiled) -> Source:
-    return _Writer(compiled).run()
+    sections, constants = _Sections(), Constants()
+    bodies = [_Writer(compiled, part, sections, constants).run() for part in compiled.passes]
+    return Source(sections.text(), constants, bodies)
+
+
+class _Sections:
+    """What the passes need of the runtime.
+
+    Attributes:
+        names: its sections.
+        product_rows: of the products of floats and of halves, how many rows they have.
+        fits_16: all loops are of no more than a few numbers, or of multiples of 16.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.product_rows: dict[str, list[int]] = {"weights": [], "halves": []}
+        self.quantizes = False
+        self.fits_16 = True
+
+    def text(self) -> str:
+        floats, halves = self.product_rows.values()
+        names = self.names | ({"dot_of"} if any(rows % 4 for rows in floats) else set())
+        names |= {"halves"} if halves else set()
+        names |= {"absolute", "access"} if self.quantizes else set()
+        narrow = "#define NARROW /* 16 lanes would straddle what was stored: no sizes of 16 */\n"
+        parts = ["" if self.fits_16 else narrow, runtime(names)]
+        parts += [products.source(products.FLOAT, floats)] if floats else []
+        parts += [products.source(products.HALF, halves)] if halves else []
+        parts += [products_int8.source()] if self.quantizes else []
+        return "\n\n".join(part for part in parts if part)
 
 
 class _Writer:
-    def __init__(self, compiled: Compiled) -> None:
-        self.compiled, self.program = compiled, compiled.program
-        self.stages: Stages = staged(rewritten(self.program), self.program)
-        self.sections: set[str] = set()
-        self.vectors: list[float] = []
-        self.known_vectors: dict[tuple[float, ...], int] = {}
-        self.arrays = {"weights": _Array("float"), "halves": _Array("uint16_t"), "bytes": _Array("int8_t")}
-        self.product_rows: dict[str, list[int]] = {"weights": [], "halves": []}
+    """One pass.
+
+    Attributes:
+        quantized: of what is multiplied by int8, the names of its whole numbers.
+    """
+
+    def __init__(self, compiled: Compiled, part: Pass, sections: _Sections, constants: Constants) -> None:
+        self.compiled, self.sections, self.constants = compiled, sections, constants
+        targets = [Place("row", target) if target >= 0 else Place("y", 0) for target in part.targets]
+        self.stages: Stages = staged(rewritten(part.program), part.program, targets)
         self.quantized: dict[str, str] = {}
         self.quantized_bytes = 0
         self.lines: list[str] = []
-        self.fits_16 = True  # all loops are of no more than a few numbers, or of multiples of 16
 
-    def run(self) -> Source:
+    def run(self) -> Body:
         for stage in self.stages.order:
             node = self.stages.nodes[stage[0]]
             if is_elementwise(node):
@@ -85,50 +121,20 @@ class _Writer:
                 self._reduction(stage[0], node)
         for copy in self.stages.copies:
             self._copy(copy)
-        parts: list[str] = []
-        parts += [
-            table(f"ALIGNED {array.kind}", name, array.texts) for name, array in self.arrays.items() if array.texts
-        ]
-        if self.vectors:
-            parts.append(table("float", "vectors", numbers(self.vectors)))
-        floats, halves = self.product_rows.values()
-        self.sections |= {"dot_of"} if any(rows % 4 for rows in floats) else set()
-        self.sections |= {"halves"} if halves else set()
-        self.sections |= {"absolute", "access", "shorts"} if self.quantized else set()
-        narrow = "#define NARROW /* 16 lanes would straddle what was stored: no sizes of 16 */\n"
-        code = ["" if self.fits_16 else narrow, runtime(self.sections)]
-        code += [products.source(products.FLOAT, floats)] if floats else []
-        code += [products.source(products.HALF, halves)] if halves else []
-        code += [products_int8.source()] if self.quantized else []
-        initial = [value for kept in self.compiled.kept for value in kept.initial]
-        return Source(
-            "\n\n".join(part for part in (*code, *parts) if part),
-            "\n".join(self.lines),
-            sum(array.size * len(array.texts) for array in self.arrays.values()) + 4 * len(self.vectors),
-            self.stages.scratch,
-            4 * self.stages.scratch + self.quantized_bytes,
-            initial,
-        )
+        scratch = self.stages.scratch
+        return Body("\n".join(self.lines), scratch, 4 * scratch + self.quantized_bytes)
 
     # Where numbers are
 
     def _at(self, place: Place) -> str:
         return f"{place.base} + {place.offset}" if place.offset else place.base
 
-    def _vector(self, values: Tensor) -> int:
-        """Where numbers stand among the vectors."""
-        key = tuple(values.tolist())
-        if key not in self.known_vectors:
-            self.known_vectors[key] = len(self.vectors)
-            self.vectors += key
-        return self.known_vectors[key]
-
     def parameter(self, operand: Operand) -> Tensor:
         return self.compiled.vectors[operand.number][operand.offset : operand.offset + operand.size]
 
     def address(self, operand: Operand) -> str:
         if operand.bank == "p":
-            return self._at(Place("vectors", self._vector(self.parameter(operand))))
+            return self._at(Place("vectors", self.constants.vector(self.parameter(operand))))
         return self._at(self.stages.place(operand))
 
     def _single(self, argument: Argument) -> str:
@@ -149,7 +155,7 @@ class _Writer:
         if node.biases:
             total = sum(self.parameter(bias) for bias in node.biases)
             assert isinstance(total, Tensor)
-            bias = self._at(Place("vectors", self._vector(total)))
+            bias = self._at(Place("vectors", self.constants.vector(total)))
         for name in ("weights", "halves"):
             pieces = [piece for piece in node.pieces if self._array_of(piece) == name]
             if pieces:
@@ -174,9 +180,9 @@ class _Writer:
             if isinstance(matrix, Tensor)
         ]
         blocks = [products.laid_out(torch.cat([part[b] for part in parts], -1)) for b in range(parts[0].shape[0])]
-        at = self._at(Place(name, self._add(name, blocks)))
+        at = self._at(Place(name, self.constants.add(name, blocks)))
         function = "product" if name == "weights" else "product_half"
-        self.product_rows[name].append(rows)
+        self.sections.product_rows[name].append(rows)
         given = [(self.address(p.operand), p.operand.size // node.groups) for p in pieces]
         (x, n), (x2, n2) = (given[0], given[1] if len(given) == 2 else (given[0][0], 0))
         if node.groups == 1:
@@ -193,7 +199,7 @@ class _Writer:
         assert isinstance(matrix, Quantized)
         numbers, scales = self._rows(matrix.numbers, piece, node), self._rows(matrix.scales, piece, node)
         blocks = [products_int8.laid_out(block) for block in numbers]
-        at, of_scales = self._add("bytes", blocks), self._vector(scales.flatten())
+        at, of_scales = self.constants.add("bytes", blocks), self.constants.vector(scales.flatten())
         n = piece.operand.size // node.groups
         for g in range(node.groups):
             block = g if len(blocks) > 1 else 0
@@ -201,34 +207,21 @@ class _Writer:
             weights = self._at(Place("bytes", at + block * blocks[0].numel()))
             scale = self._at(Place("vectors", of_scales + block * rows))
             to = f"{home} + {g * rows}" if g else home
-            self.lines.append(f"    product_int8({weights}, {scale}, {q}, scale_of_{q}, {n}, {bias}, {to}, {rows});")
+            self.lines.append(f"    product_int8({weights}, {scale}, {q}, of_{q}, {n}, {bias}, {to}, {rows});")
 
     def _quantized(self, operand: Operand) -> str:
         """The name of an operand's whole numbers, made once."""
         key = f"{operand}"
         if key not in self.quantized:
+            self.sections.quantizes = True
             name = self.quantized[key] = f"q{len(self.quantized)}"
-            room = operand.size + operand.size % 2
+            room = -(-operand.size // products_int8.GROUP) * products_int8.GROUP
             self.quantized_bytes += 2 * room
             self.lines += [
-                f"    int16_t {name}[{room}];",
-                f"    const float scale_of_{name} = quantized({self.address(operand)}, {operand.size}, {name});",
+                f"    digit {name}[{room}];",
+                f"    const of_digits of_{name} = quantized({self.address(operand)}, {operand.size}, {name});",
             ]
         return self.quantized[key]
-
-    def _add(self, name: str, pieces: list[Tensor]) -> int:
-        """Where numbers come to stand in an array of constants."""
-        array = self.arrays[name]
-        array.texts += ["0"] * (-len(array.texts) % (_LINE // array.size))
-        at = len(array.texts)
-        for piece in pieces:
-            if name == "weights":
-                array.texts += numbers(piece.tolist())
-            elif name == "halves":
-                array.texts += [f"0x{value & 0xFFFF:04x}" for value in piece.view(torch.int16).tolist()]
-            else:
-                array.texts += map(str, piece.tolist())
-        return at
 
     @staticmethod
     def _rows(whole: Tensor, piece: Piece, node: Product) -> Tensor:
@@ -237,7 +230,7 @@ class _Writer:
     def _reduction(self, k: int, node: Node) -> None:
         assert isinstance(node, Instruction)
         function = _REDUCTIONS[node.operation]
-        self.sections.add(function)
+        self.sections.names.add(function)
         operands = [operand for operand in node.operands if isinstance(operand, Operand)]
         each = operands[0].size // node.groups
         scale = f" * {number(1 / each)}" if node.operation == "mean" else ""
@@ -309,7 +302,7 @@ class _Writer:
         if first.bank == "p":
             whole = self.compiled.vectors[first.number]
             values = torch.stack([whole[first.offset + step * k] for k in range(count)])
-            source, step = self._at(Place("vectors", self._vector(values))), 1
+            source, step = self._at(Place("vectors", self.constants.vector(values))), 1
         else:
             source = self._at(self.stages.place(first))
         index = "i" if step == 1 else f"i * {step}" if step else "0"
@@ -317,6 +310,6 @@ class _Writer:
 
     def _loop(self, stage: list[int]) -> None:
         loop = Loop(self, stage)
-        self.fits_16 &= loop.each < _FEW or loop.each % 16 == 0
-        self.sections |= loop.sections
+        self.sections.fits_16 &= loop.each < _FEW or loop.each % 16 == 0
+        self.sections.names |= loop.sections
         self.lines += loop.lines()

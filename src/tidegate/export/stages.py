@@ -16,7 +16,7 @@ _ROOM = 4  # numbers: scratch memory is shared out in multiples
 
 class Place(NamedTuple):
     """Attributes:
-    base: "x", "y", "state", "scratch" or "vectors".
+    base: "x", "y", "row", "state", "scratch" or "vectors".
     offset: in numbers.
     """
 
@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """At the end of a step: what a state, or y, becomes.
+    """At the end of a step: what a state, or an output, becomes.
 
     Attributes:
         source: an operand, or a move that is done right there, in rising order.
@@ -62,11 +62,15 @@ class Stages:
             return Place("state", self.state_offsets[number] + offset)
         if bank == "p":
             return Place("vectors", self.vector_offsets[number] + offset)
-        return Place("x", offset)
+        return Place("row" if number else "x", offset)
 
 
-def staged(found: Rewritten, program: Program) -> Stages:
-    return _Stager(found, program).run()
+def staged(found: Rewritten, program: Program, targets: list[Place]) -> Stages:
+    """
+    Args:
+        targets: where the outputs are to be.
+    """
+    return _Stager(found, program, targets).run()
 
 
 def is_elementwise(node: Node) -> bool:
@@ -78,8 +82,8 @@ def _offsets(sizes: tuple[int, ...]) -> list[int]:
 
 
 class _Stager:
-    def __init__(self, found: Rewritten, program: Program) -> None:
-        self.found, self.program = found, program
+    def __init__(self, found: Rewritten, program: Program, targets: list[Place]) -> None:
+        self.found, self.program, self.targets = found, program, targets
         self.nodes = dict(found.nodes)
         self.next_states = list(found.next_states)
 
@@ -123,7 +127,7 @@ class _Stager:
 
     def _readers(self, number: int) -> int:
         read = [operand for node in self.nodes.values() for operand in operands_of(node)]
-        return sum(operand[:2] == ("v", number) for operand in (*read, *self.next_states, self.found.output))
+        return sum(operand[:2] == ("v", number) for operand in (*read, *self.next_states, *self.found.outputs))
 
     def _ordered(self, left_out: set[int]) -> list[list[int]]:
         waiting = sorted((k for k in self.nodes if k not in left_out), key=lambda k: (self.found.orders[k], k))
@@ -160,9 +164,8 @@ class _Stager:
 
     def _give_homes(self, stages: Stages, stage_of: dict[int, int], copied: dict[int, int]) -> None:
         """What is made where it is to be at the end of the step; the rest is copied there."""
-        end = [operand for operand in (*self.next_states, self.found.output) if operand.bank == "s"]
+        end = [operand for operand in (*self.next_states, *self.found.outputs) if operand.bank == "s"]
         end += [operand for number in copied for operand in operands_of(self.nodes[number])]
-        output = self.found.output
         state_copies: list[Copy] = []
         for state, operand in enumerate(self.next_states):
             target = Place("state", stages.state_offsets[state])
@@ -176,10 +179,11 @@ class _Stager:
                 stages.homes[operand.number] = target
             else:
                 state_copies.append(Copy(target, operand))
-        if output.bank == "v" and output.number not in copied and self._fits(output, stages):
-            stages.homes[output.number] = Place("y", 0)
-        else:
-            stages.copies.append(Copy(Place("y", 0), output))
+        for output, target in zip(self.found.outputs, self.targets, strict=True):
+            if output.bank == "v" and output.number not in copied and self._fits(output, stages):
+                stages.homes[output.number] = target
+            else:
+                stages.copies.append(Copy(target, output))
         stages.copies += state_copies
 
     def _fits(self, operand: Operand, stages: Stages) -> bool:

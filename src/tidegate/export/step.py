@@ -61,10 +61,10 @@ class Step(torch.nn.Module):
         kept: what the state's tensors are, in order.
     """
 
-    def __init__(self, model: torch.nn.Module, time: int, names: Callable[[], str]) -> None:
+    def __init__(self, model: torch.nn.Module, time: int, names: Callable[[], str], block: bool) -> None:
         super().__init__()
         self.model, self.time = model, time
-        self.names = names
+        self.names, self.block = names, block
 
     def find_states(self, x: Tensor) -> list[Kept]:
         """What is kept from step to step, found in a step on x (B, ...).
@@ -72,12 +72,12 @@ class Step(torch.nn.Module):
         Raises:
             RefusedError: there is a place whose past cannot be kept.
         """
-        sites = Sites(None, self.names)
+        sites = Sites(None, self.names, self.block)
         self._run(x, sites)
         return sites.kept
 
     def forward(self, x: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        sites = Sites(state, self.names)
+        sites = Sites(state, self.names, self.block)
         y = self._run(x, sites)
         return y, tuple(sites.leaving)
 
@@ -114,9 +114,10 @@ class Model:
         time: which of its dimensions is the steps'.
         step: one step of it.
         kept: the states.
+        in_blocks: whether some of them run from the end.
     """
 
-    def __init__(self, model: Any, example: Any) -> None:
+    def __init__(self, model: Any, example: Any, block: bool = False) -> None:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, torch.jit.ScriptModule):
@@ -134,9 +135,10 @@ class Model:
             parameter.requires_grad_(False)
         self.names = Names(self.module)
         self.example, self.time = _read_example(example, self.module)
-        self.step = Step(self.module, self.time, self.names.current)
+        self.step = Step(self.module, self.time, self.names.current, block)
         with torch.no_grad():
             self.kept = self.guarded(lambda: self.step.find_states(self._rows()))
+        self.in_blocks = any(kept.reverse for kept in self.kept)
 
     def _rows(self) -> Tensor:
         """Steps that differ, one a row: what depends on the input is then not the same in all of them."""

@@ -30,15 +30,22 @@ def _stored(matrix: Tensor, weights: str) -> Stored:
 
 
 def evaluate(
-    program: Program, x: Tensor, states: Sequence[Tensor], vectors: Sequence[Tensor], matrices: Sequence[Stored]
-) -> Tensor:
-    """The output (T, m) of a sequence of one row (T, n), step by step, by the arithmetic of `tidegate.quantization`."""
-    current, outputs = list(states), list[Tensor]()
-    for t in range(x.shape[0]):
-        step = _StoredStep(program, [x[t : t + 1]], current, vectors, matrices)
-        outputs.append(step.value(program.outputs[0]))
+    program: Program,
+    inputs: Sequence[Tensor],
+    states: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    matrices: Sequence[Stored],
+    reverse: bool = False,
+) -> list[Tensor]:
+    """As `fusion.loop.evaluate`, step by step, by the arithmetic of `tidegate.quantization`."""
+    steps = inputs[0].shape[0]
+    current, made = list(states), list[list[Tensor]]()
+    for t in reversed(range(steps)) if reverse else range(steps):
+        step = _StoredStep(program, [x[t : t + 1] for x in inputs], current, vectors, matrices)
+        made.append([step.value(output) for output in program.outputs])
         current = [step.value(operand) for operand in program.next_states]
-    return torch.cat(outputs)
+    ordered = made[::-1] if reverse else made
+    return [torch.cat(column) for column in zip(*ordered, strict=True)]
 
 
 class _StoredStep(Step):

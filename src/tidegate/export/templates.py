@@ -3,57 +3,70 @@
 
 from __future__ import annotations
 
-import re
+from typing import NamedTuple
+
+import torch
 
 from tidegate.export.compile import Compiled
-from tidegate.export.source import Source
-from tidegate.export.text import numbers, table
-
-# Of int8, where a rounding that falls the other way is a 127th of a number.
-_TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 5e-3}
-
-
-def _tolerance(compiled: Compiled, weights: str) -> str:
-    """More where a model magnifies roundings, as a LayerNorm of nearly equal numbers does: by PyTorch's own."""
-    return f"{max(_TOLERANCES[weights], 4 * compiled.rounding):.1e}f"
+from tidegate.export.constants import HEAD, LINE
+from tidegate.export.passes import Pass
+from tidegate.export.source import Body, Source
+from tidegate.export.text import floats, table
 
 
-def _with(weights: str) -> str:
-    return "" if weights == "float32" else f" with these {weights} weights"
+class Choices(NamedTuple):
+    """What `export_c` was asked for, as its arguments of these names."""
+
+    name: str
+    weights: str = "float32"
+    resets: bool = False
+    block: bool = False
+    blob: bool = False
+
+    @property
+    def upper(self) -> str:
+        return self.name.upper()
+
+    @property
+    def file(self) -> str:
+        """A function's first parameter."""
+        return "const void *file, " if self.blob else ""
+
+    @property
+    def process(self) -> str:
+        memory = "float *room" if self.block else f"{self.name}_state *state"
+        marks = ", const unsigned char *resets" if self.resets else ""
+        return f"void {self.name}_process({self.file}{memory}, const float *x, float *y{marks}, int steps)"
+
+    @property
+    def step(self) -> str:
+        return f"void {self.name}_step({self.file}{self.name}_state *state, const float *x, float *y)"
+
+    def call(self, function: str, *more: str) -> str:
+        """A call in the examples and in the self-test."""
+        memory = "room" if self.block else "&state"
+        marks = ["0"] if self.resets and function == "process" else []
+        given = [*["file"] * self.blob, memory, "x", "y", *marks, *more]
+        return f"{self.name}_{function}({', '.join(given)})"
 
 
-def header(compiled: Compiled, made: Source, name: str, resets: bool) -> str:
-    upper = name.upper()
+def header(compiled: Compiled, made: Source, chosen: Choices) -> str:
+    upper = chosen.upper
+    kind = "A recurrent model over whole sequences" if chosen.block else "One step of a recurrent model at a time"
     return f"""\
-/* One step of a recurrent model at a time. Made by tidegate.
-   No allocation, no libm, nothing that changes but the state. */
+/* {kind}. Made by tidegate.
+   No allocation, no libm, nothing that changes but {"memory of the caller's" if chosen.block else "the state"}. */
 #ifndef {upper}_H
 #define {upper}_H
-
-#define {upper}_INPUT_SIZE {compiled.program.inputs[0]}
-#define {upper}_OUTPUT_SIZE {compiled.program.outputs[0].size}
-#define {upper}_STATE_SIZE {sum(compiled.program.states)}
-
-/* The state, plain floats that can be copied, saved and loaded:
-{_layout(compiled)}
-   A step has {made.stack} bytes of numbers on its stack. */
-typedef struct {{
-    float values[{max(sum(compiled.program.states), 1)}];
-}} {name}_state;
-
+{"" if not chosen.blob else f"{chr(10)}#include <stddef.h>{chr(10)}"}
+#define {upper}_INPUT_SIZE {compiled.inputs}
+#define {upper}_OUTPUT_SIZE {compiled.outputs}
+{_memory(compiled, made, chosen)}
 #ifdef __cplusplus
 extern "C" {{
 #endif
 
-/* Before the first step, and before each new sequence. */
-void {name}_reset({name}_state *state);
-
-/* x: {upper}_INPUT_SIZE numbers, y: {upper}_OUTPUT_SIZE numbers; they may not overlap. */
-void {name}_step({name}_state *state, const float *x, float *y);
-
-/* Steps of one sequence: x (steps, {upper}_INPUT_SIZE), y (steps, {upper}_OUTPUT_SIZE).{_resets_note(resets)} */
-{_process(name, resets)};
-
+{_check(made, chosen)}{_functions(compiled, chosen)}
 #ifdef __cplusplus
 }}
 #endif
@@ -62,125 +75,200 @@ void {name}_step({name}_state *state, const float *x, float *y);
 """
 
 
-def _resets_note(resets: bool) -> str:
-    if not resets:
+def _memory(compiled: Compiled, made: Source, chosen: Choices) -> str:
+    upper, size = chosen.upper, state_size(compiled)
+    stack = f"   A step has {made.stack} bytes of numbers on its stack"
+    if chosen.block:
+        return f"""\
+/* Floats that a sequence of so many steps needs beside x and y. It needs nothing of what was in them before.
+{stack}, the sequence {4 * max(len_of(part) for part in compiled.passes)} more. */
+#define {upper}_ROOM_SIZE(steps) ({max(compiled.row, 1)} * (steps))
+"""
+    return f"""\
+#define {upper}_STATE_SIZE {size}
+
+/* The state, plain floats that can be copied, saved and loaded:
+{_layout(compiled)}
+{stack}. */
+typedef struct {{
+    float values[{max(size, 1)}];
+}} {chosen.name}_state;
+"""
+
+
+def _check(made: Source, chosen: Choices) -> str:
+    if not chosen.blob:
         return ""
-    return "\n   resets: a byte for each step, not 0 where it begins a new sequence; 0 for none."
+    return f"""\
+/* The weights are {chosen.name}.bin, in memory as it is, mapped or read: `file` is where it begins, a multiple of
+   {chosen.upper}_FILE_ALIGNMENT. Call this first. 0: all is well; 1: it has another size; 2: it begins elsewhere;
+   3: it is another file, or this processor has another order of bytes. It reads the first {HEAD} bytes alone. */
+#define {chosen.upper}_FILE_SIZE {len(made.constants.file())}
+#define {chosen.upper}_FILE_ALIGNMENT {LINE}
+int {chosen.name}_check(const void *file, size_t size);
+
+"""
 
 
-def _process(name: str, resets: bool) -> str:
-    marks = ", const unsigned char *resets" if resets else ""
-    return f"void {name}_process({name}_state *state, const float *x, float *y{marks}, int steps)"
+def _functions(compiled: Compiled, chosen: Choices) -> str:
+    upper = chosen.upper
+    sizes = f"x (steps, {upper}_INPUT_SIZE), y (steps, {upper}_OUTPUT_SIZE)"
+    marks = (
+        "\n   resets: a byte for each step, not 0 where it begins a new sequence; 0 for none." if chosen.resets else ""
+    )
+    if chosen.block:
+        ways = ", ".join(
+            "from the last to the first" if part.reverse else "from the first to the last" for part in compiled.passes
+        )
+        return f"""\
+/* One whole sequence: {sizes}; they may not overlap. room has
+   {upper}_ROOM_SIZE(steps) floats. It goes over the steps {ways}.{marks} */
+{chosen.process};
+"""
+    return f"""\
+/* Before the first step, and before each new sequence. */
+void {chosen.name}_reset({chosen.name}_state *state);
+
+/* x: {upper}_INPUT_SIZE numbers, y: {upper}_OUTPUT_SIZE numbers; they may not overlap. */
+{chosen.step};
+
+/* Steps of one sequence: {sizes}.{marks} */
+{chosen.process};
+"""
+
+
+def state_size(compiled: Compiled) -> int:
+    return sum(sum(part.program.states) for part in compiled.passes)
 
 
 def _layout(compiled: Compiled) -> str:
     at, lines = 0, list[str]()
-    for kept, size in zip(compiled.kept, compiled.program.states, strict=True):
+    (part,) = compiled.passes
+    for kept, size in zip(part.kept, part.program.states, strict=True):
         shape = " x ".join(map(str, kept.sizes))
         lines.append(f"   values[{at}] .. values[{at + size - 1}]: {kept.name} ({shape})")
         at += size
     return "\n".join(lines) or "   none"
 
 
-def implementation(compiled: Compiled, made: Source, name: str, resets: bool) -> str:
-    upper = name.upper()
-    scratch = f"    float scratch[{made.scratch}];\n" if made.scratch else ""
-    state = "    float *const state = whole->values;\n" if re.search(r"\bstate\b", made.body) else "    (void)whole;\n"
-    unused_x = "" if re.search(r"\bx\b", made.body) else "    (void)x;\n"
-    same = set(map(repr, made.initial))
-    initial = ""
-    if same and same != {"0.0"}:
-        initial = "\n" + table("float", "initial", numbers(made.initial)) + "\n"
-    value = "initial[i]" if initial else "0.0f"
-    mark = f"        if (resets && resets[t]) {name}_reset(state);\n" if resets else ""
+def implementation(compiled: Compiled, made: Source, chosen: Choices) -> str:
+    write = _in_blocks if chosen.block else _in_steps
+    constants = _the_check(made, chosen) if chosen.blob else made.constants.text()
+    sizes = "#include <stddef.h>\n" if chosen.block else ""
+    parts = [
+        f'/* Made by tidegate. See {chosen.name}.h. */\n#include "{chosen.name}.h"\n\n{sizes}#include <stdint.h>',
+        made.runtime,
+        constants,
+        write(compiled, made, chosen),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _the_check(made: Source, chosen: Choices) -> str:
+    head = ", ".join(map(str, made.constants.file()[:HEAD]))
     return f"""\
-/* Made by tidegate. See {name}.h. */
-#include "{name}.h"
-
-#include <stdint.h>
-
-{made.text}
-{initial}
-void {name}_reset({name}_state *state)
+int {chosen.name}_check(const void *file, size_t size)
 {{
-    for (int i = 0; i < {max(sum(compiled.program.states), 1)}; ++i) state->values[i] = {value};
+    static const unsigned char mine[{HEAD}] = {{{head}}};
+    const unsigned char *const head = (const unsigned char *)file;
+    const uint16_t order = 1;
+    if (size != {chosen.upper}_FILE_SIZE) return 1;
+    if ((uintptr_t)file % {chosen.upper}_FILE_ALIGNMENT != 0) return 2;
+    for (int i = 0; i < {HEAD}; ++i)
+        if (head[i] != mine[i]) return 3;
+    return *(const unsigned char *)&order == 1 ? 0 : 3;
+}}"""
+
+
+def _in_steps(compiled: Compiled, made: Source, chosen: Choices) -> str:
+    name, upper = chosen.name, chosen.upper
+    (part,), (body,) = compiled.passes, made.bodies
+    table_of_initial, fill = _initial(part, "initial", "state->values", max(state_size(compiled), 1))
+    mark = f"        if (resets && resets[t]) {name}_reset(state);\n" if chosen.resets else ""
+    step = chosen.step.replace(f"{name}_state *state", f"{name}_state *whole")
+    state = "    float *const state = whole->values;\n" if body.reads("state") else "    (void)whole;\n"
+    file = "file, " if chosen.blob else ""
+    return f"""\
+{table_of_initial}void {name}_reset({name}_state *state)
+{{
+    {fill}
 }}
 
-void {name}_step({name}_state *whole, const float *x, float *y)
+{step}
 {{
-{state}{scratch}{unused_x}{made.body}
+{state}{_opened(body, made, chosen)}
 }}
 
-{_process(name, resets)}
+{chosen.process}
 {{
     for (int t = 0; t < steps; ++t, x += {upper}_INPUT_SIZE, y += {upper}_OUTPUT_SIZE) {{
-{mark}        {name}_step(state, x, y);
+{mark}        {name}_step({file}state, x, y);
     }}
 }}
 """
 
 
-def _short(compiled: Compiled, weights: str) -> str:
-    """What shorter weights cost."""
-    if weights == "float32":
-        return ""
-    return (
-        f"; {weights}: at most {compiled.apart:.2g} from float32 on the example, of {compiled.expected.abs().max():.3g}"
-    )
+def _in_blocks(compiled: Compiled, made: Source, chosen: Choices) -> str:
+    upper, parts, runs = chosen.upper, list[str](), list[str]()
+    file = "file, " if chosen.blob else ""
+    sizes = [max(len_of(part), 1) for part in compiled.passes]
+    for k, (part, body, size) in enumerate(zip(compiled.passes, made.bodies, sizes, strict=True)):
+        unused = "".join(f"    (void){given};\n" for given in ("state", "row", "y") if not body.reads(given))
+        table_of_initial, fill = _initial(part, f"initial_{k}", "state", size)
+        given = f"{file}state, x + (size_t)t * {upper}_INPUT_SIZE, room + (size_t)t * {max(compiled.row, 1)}"
+        parts.append(
+            f"{table_of_initial}static void pass_{k}({chosen.file}float *state, const float *x, float *row, float *y)\n"
+            f"{{\n{unused}{_opened(body, made, chosen)}\n}}\n"
+        )
+        loop = "int t = steps - 1; t >= 0; --t" if part.reverse else "int t = 0; t < steps; ++t"
+        marked = "t + 1 < steps && resets[t + 1]" if part.reverse else "resets[t]"
+        condition = f"t == {'steps - 1' if part.reverse else '0'}"
+        if chosen.resets:
+            condition += f" || (resets && {marked})"
+        runs += [
+            f"    for ({loop}) {{",
+            f"        if ({condition})",
+            f"            {fill}",
+            f"        pass_{k}({given},",
+            f"               y + (size_t)t * {upper}_OUTPUT_SIZE);",
+            "    }",
+        ]
+    body = "\n".join(runs)
+    return "\n".join([*parts, f"{chosen.process}\n{{\n    float state[{max(sizes)}];\n{body}\n}}\n"])
 
 
-def self_test(compiled: Compiled, name: str, weights: str, resets: bool) -> str:
-    upper, steps = name.upper(), compiled.example.shape[0]
-    marks = "0, " if resets else ""
-    return f"""\
-/* Feeds the example that the model was exported with, and compares with PyTorch's numbers. Made by tidegate. */
-#include "{name}.h"
-
-#include <stdio.h>
-#include <time.h>
-
-#define STEPS {steps}
-#define TOLERANCE {_tolerance(compiled, weights)} /* of the largest number that PyTorch gave{_with(weights)} */
-
-{table("float", "example", numbers(compiled.example.flatten().tolist()))}
-
-{table("float", "expected", numbers(compiled.expected.flatten().tolist()))}
-
-static float size_of(float x)
-{{
-    return x < 0 ? -x : x;
-}}
-
-int main(void)
-{{
-    static {name}_state state;
-    static float y[STEPS * {upper}_OUTPUT_SIZE];
-    float largest = 0, difference = 0;
-    long rounds = 0;
-    clock_t start, now;
-    int i;
-
-    {name}_reset(&state);
-    {name}_process(&state, example, y, {marks}STEPS);
-    for (i = 0; i < STEPS * {upper}_OUTPUT_SIZE; ++i) {{
-        const float apart = size_of(y[i] - expected[i]);
-        if (size_of(expected[i]) > largest) largest = size_of(expected[i]);
-        if (!(apart <= difference)) difference = apart; /* NaN, too */
-    }}
-    start = clock();
-    do {{
-        {name}_process(&state, example, y, {marks}STEPS);
-        ++rounds;
-        now = clock();
-    }} while (now - start < CLOCKS_PER_SEC / 10);
-    printf("largest difference %.3g, of numbers up to %.3g; %.1f ns a step\\n", (double)difference, (double)largest,
-           (double)(now - start) * 1e9 / CLOCKS_PER_SEC / ((double)rounds * STEPS));
-    return difference <= TOLERANCE * largest ? 0 : 1;
-}}
-"""
+def len_of(part: Pass) -> int:
+    """Numbers of a pass's state."""
+    return sum(part.program.states)
 
 
-def cmake(name: str) -> str:
+def _initial(part: Pass, name: str, state: str, size: int) -> tuple[str, str]:
+    """A table of the state before the first step, if it is not zeros, and the loop that sets it."""
+    values = [value for kept in part.kept for value in kept.initial]
+    if set(map(repr, values)) <= {"0.0"}:
+        return "", f"for (int i = 0; i < {size}; ++i) {state}[i] = 0.0f;"
+    found = table("float", name, floats(torch.tensor(values)))
+    return f"{found}\n\n", f"for (int i = 0; i < {size}; ++i) {state}[i] = {name}[i];"
+
+
+def _opened(body: Body, made: Source, chosen: Choices) -> str:
+    """A body with what it reads declared."""
+    lines: list[str] = []
+    if chosen.blob:
+        read = {name: place for name, place in made.constants.places().items() if body.reads(name)}
+        for name, (kind, at) in read.items():
+            lines.append(f"    const {kind} *const {name} = (const {kind} *)(const void *)((const char *)file + {at});")
+        lines += [] if read else ["    (void)file;"]
+    if body.scratch:
+        lines.append(f"    float scratch[{body.scratch}];")
+    if not body.reads("x"):
+        lines.append("    (void)x;")
+    return "\n".join([*lines, body.text])
+
+
+def cmake(chosen: Choices) -> str:
+    name = chosen.name
+    file = f" ${{CMAKE_CURRENT_SOURCE_DIR}}/{name}.bin" if chosen.blob else ""
     return f"""\
 cmake_minimum_required(VERSION 3.10)
 project({name} C)
@@ -202,40 +290,5 @@ endif()
 add_executable({name}_test {name}_test.c)
 target_link_libraries({name}_test {name})
 enable_testing()
-add_test(NAME {name} COMMAND {name}_test)
-"""
-
-
-def readme(compiled: Compiled, made: Source, name: str, weights: str, resets: bool) -> str:
-    upper, count = name.upper(), sum(compiled.program.states)
-    marks = "0, " if resets else ""
-    return f"""\
-# {name}
-
-One step of a recurrent model as C99, made by tidegate: `{name}.h` and `{name}.c` are all that a program needs.
-
-| | |
-| --- | --- |
-| input, output | {compiled.program.inputs[0]} and {compiled.program.outputs[0].size} floats a step |
-| weights | {made.weights} bytes, constant{_short(compiled, weights)} |
-| state | {4 * count} bytes a stream |
-| stack | {made.stack} bytes of numbers a step |
-| code | `size {name}.o` tells: it depends on the compiler |
-
-```c
-#include "{name}.h"
-
-static {name}_state state;
-{name}_reset(&state);
-{name}_step(&state, x, y);                      /* x[{upper}_INPUT_SIZE], y[{upper}_OUTPUT_SIZE] */
-{name}_process(&state, x, y, {marks}steps);         /* the same over a block */
-```
-
-No allocation, no libm, no variable but the state: any number of states, in any number of threads. The state is plain
-floats and can be copied, saved and loaded; `{name}.h` says what is where. Compile with `-O3` and the processor's
-vectors (`-march=native`); `-ffast-math` brings nothing. `-DPLAIN_C` does without vectors.
-
-```
-cmake -S . -B build && cmake --build build && build/{name}_test
-```
+add_test(NAME {name} COMMAND {name}_test{file})
 """

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 _RUNTIME = Path(__file__).parent / "runtime"
 _HEAD = re.compile(r"/\*: (\w+)(?: : ([\w, ]+))? \*/\n")
 _A_LINE = 12  # numbers
@@ -53,8 +55,15 @@ def table(kind: str, name: str, values: Sequence[str]) -> str:
     return f"static const {kind} {name}[{len(values)}] = {{\n    " + ",\n    ".join(lines) + "\n};"
 
 
-def numbers(values: Iterable[float]) -> list[str]:
-    return [number(value) for value in values]
+def floats(values: Tensor) -> list[str]:
+    """As `number`, of many."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"expected finite numbers, got {values[~values.isfinite()][0]}")
+    numbers = values.tolist()
+    texts: list[str] = [*("%.9gf " * len(numbers) % tuple(numbers)).split()]
+    for k in (values == values.round()).nonzero().flatten().tolist():  # C wants a point or an exponent
+        texts[k] = number(numbers[k])
+    return texts
 
 
 def as_float32(value: float) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tidegate.export.compile import Compiled
 from tidegate.export.source import Source
+from tidegate.export.templates import Choices, state_size
 
 _TOOLS = {"clang": "clang", "wasm-ld": "lld"}  # and Debian's and Ubuntu's packages of them
 _STACK = 4096  # bytes beside a step's own numbers
@@ -27,18 +28,20 @@ def check_tools() -> None:
         raise FileNotFoundError(f"wasm: {' and '.join(missing)} not found: on Debian and Ubuntu apt install {packages}")
 
 
-def files(compiled: Compiled, made: Source, name: str, texts: dict[str, str], resets: bool) -> dict[str, str | bytes]:
+def files(compiled: Compiled, made: Source, chosen: Choices, texts: dict[str, str]) -> dict[str, str | bytes]:
     """`NAME.wasm`, `NAME.js` and `index.html`.
 
     Args:
         texts: the C files.
     """
+    name = chosen.name
     sizes = {
         "@NAME@": name,
-        "@INPUT@": str(compiled.program.inputs[0]),
-        "@OUTPUT@": str(compiled.program.outputs[0].size),
-        "@STATE@": str(max(sum(compiled.program.states), 1)),
-        "@MARKS@": "0, " if resets else "",
+        "@INPUT@": str(compiled.inputs),
+        "@OUTPUT@": str(compiled.outputs),
+        "@STATE@": str(max(state_size(compiled), 1)),
+        "@MARKS@": "0, " if chosen.resets else "",
+        "@TOLERANCE@": f"{compiled.tolerance:.1e}",
         "@EXAMPLE@": _array(compiled.example.flatten().tolist()),
         "@EXPECTED@": _array(compiled.expected.flatten().tolist()),
     }

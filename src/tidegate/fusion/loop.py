@@ -116,15 +116,21 @@ def run(
 
 
 def evaluate(
-    program: Program, x: Tensor, states: Sequence[Tensor], vectors: Sequence[Tensor], matrices: Sequence[Tensor]
-) -> Tensor:
-    """The one output of a program of one input, over a sequence of one row, (T, n) to (T, m), without gradients."""
+    program: Program,
+    inputs: Sequence[Tensor],
+    states: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    reverse: bool = False,
+) -> list[Tensor]:
+    """The outputs (T, m) of a program over a sequence of one row, inputs (T, n) each, without gradients."""
     from tidegate.fusion.interpret import interpret
 
-    given = ([x.unsqueeze(1)], list(states), list(vectors), list(matrices), None, None, x.shape[0], 1, False)
+    sequences = [x.unsqueeze(1) for x in inputs]
+    given = (sequences, list(states), list(vectors), list(matrices), None, None, inputs[0].shape[0], 1, reverse)
     # A program without a state says nothing of its dtype to the operator.
     found = interpret(program, *given) if cpu.availability() or not states else _run(str(program), *given)
-    return found[0].squeeze(1)
+    return [output.squeeze(1) for output in found[: len(program.outputs)]]
 
 
 @cache

@@ -28,6 +28,8 @@
 #include <immintrin.h>
 #elif defined(__wasm_simd128__)
 #include <wasm_simd128.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #define VECTOR(type, bytes) type __attribute__((vector_size(bytes)))
 #define NEAR(type, bytes) type __attribute__((vector_size(bytes), aligned(4), may_alias))
@@ -136,12 +138,6 @@ static inline void store(float *to, float value, int left)
     (void)left;
     *to = value;
 }
-#endif
-
-/*: shorts */
-#if LANES > 1
-typedef VECTOR(int16_t, 2 * LANES) shorts;
-typedef int16_t near_shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #endif
 
 /*: halves */
