@@ -116,6 +116,8 @@ def _operator(layer: Layer) -> tuple[Tensor, ...]:
 
 def _forward_mode(layer: Layer, name: str | None = None) -> tuple[Tensor, ...]:
     name = scope.named if name is None else name
+    if layer.cell.storage:
+        raise UnsupportedError(f"{backends.describe(layer)}: its weights are stored for inference, not differentiated")
     if name not in ("", "reference"):
         raise UnsupportedError(f"{name}: forward-mode differentiation of {backends.describe(layer)} runs on reference")
     return reference.forward(layer)

@@ -147,6 +147,11 @@ class CellRun(NamedTuple):
     reverse: bool
 
 
+def add(cell: type[RecurrentCell]) -> None:
+    """A class of cells of ours that runs whole over a sequence."""
+    _OURS[cell] = cell
+
+
 class TorchCell(NamedTuple):
     """One of torch.nn's cells, to be run as ours are.
 
