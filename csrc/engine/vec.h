@@ -10,7 +10,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -186,7 +186,7 @@ inline Vec<computed<F>> load_words(const S* from, int64_t count) {
     else {
         Vec<computed<F>> words{};
         if (count >= width<computed<F>> * factors_in_word<F>) std::memcpy(&words, from, sizeof words);
-        else std::memcpy(&words, from, static_cast<size_t>(count) * sizeof(F));
+        else std::memcpy(&words, from, static_cast<size_t>(count) * sizeof(S));
         return words;
     }
 }

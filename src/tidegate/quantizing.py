@@ -82,13 +82,8 @@ def _outputs(model: Module, example: Any) -> list[Tensor]:
     finally:
         for module, mode in modes:
             module.training = mode
-    return [leaf for leaf in pytree.tree_leaves(_plain(found)) if isinstance(leaf, Tensor)]
-
-
-def _plain(found: Any) -> Any:
-    return pytree.tree_map(
-        lambda leaf: leaf.data if isinstance(leaf, torch.nn.utils.rnn.PackedSequence) else leaf, found
-    )
+    leaves = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in pytree.tree_leaves(found)]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _note(model: Module, before: list[Tensor], after: list[Tensor]) -> None:

@@ -9,7 +9,6 @@ states, biases and all sums are float32.
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from tidegate.quantization import Quantized
 
 STORAGES = ("int8", "bfloat16")
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
-_BY_NAME = {cell.name: cell for cell in CELLS}
 
 
 def read_storage(weights: Any) -> str:
@@ -30,10 +28,12 @@ def read_storage(weights: Any) -> str:
     return weights
 
 
-@cache
 def stored(name: str, storage: str) -> Cell:
     """The cell `name`, "gru" say, with its matrices as `storage` says: "gru_int8"."""
-    cell = _BY_NAME[name]
+    return _STORED[name, storage]
+
+
+def _made(cell: Cell, storage: str) -> Cell:
     matrices = [name for name, parameter in cell.parameters.items() if len(parameter.shape) == 2]
     parameters = dict(cell.parameters)
     for name in matrices:
@@ -64,3 +64,6 @@ def stored(name: str, storage: str) -> Cell:
 def scale_of(matrix: str) -> str:
     """Of "weight_ih" or "weight_ih_l0" the name of its scales."""
     return matrix.replace("weight_", "scale_", 1)
+
+
+_STORED = {(cell.name, storage): _made(cell, storage) for cell in CELLS for storage in STORAGES}

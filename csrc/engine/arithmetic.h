@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// How rows are multiplied by packed weights, by what both are stored as. F names it:
+//
+//   float, double   as they are
+//   bf16            both bfloat16, where the processor has that dot product (vec.h)
+//   HalfWeights     rows of float, weights of bfloat16, which are widened
+//   Int8            both int8, each row of the product's operand with a scale of its own, each column of the weights
+//                   too. Sums are exact; y = sum (weight's scale * row's scale) + bias. The rule, to the bit, stands in
+//                   quantization.py; a sum fits in 32 bits up to `most_int8_depth`.
+#pragma once
+
+#include <type_traits>
+
+#include "engine/buffer.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+struct HalfWeights {
+    uint16_t bits;
+};
+struct Int8 {
+    int8_t number;
+};
+template <>
+struct Computed<HalfWeights> {
+    using type = float;
+};
+template <>
+struct Computed<Int8> {
+    using type = float;
+};
+
+// What a row in memory is made of.
+template <class F>
+struct Element {
+    using type = F;
+};
+template <>
+struct Element<HalfWeights> {
+    using type = float;
+};
+template <class F>
+using element = typename Element<F>::type;
+
+template <class F>
+constexpr bool is_int8 = std::is_same_v<F, Int8>;
+
+// In which type a weight lies in the memory that it is packed from, S being what the rest of the problem is stored as.
+template <class S, class F>
+using weight_stored_as = std::conditional_t<is_int8<F>, int8_t, std::conditional_t<std::is_same_v<F, HalfWeights>, bf16, S>>;
+
+// The rounding error of one long sum in float grows with its length.
+constexpr int64_t block_words = 256;
+
+template <class F>
+struct Arithmetic {
+    using A = computed<F>;
+    using Sum = Vec<A>;
+    static constexpr int tail = 1;              // vectors behind a column's weights: its bias
+    static constexpr int64_t header = 0;        // elements before a row's first
+    static constexpr int64_t block = block_words;   // in one sum; 0 for any number
+
+    static Sum start(const A* bias) { return load(bias); }
+    static Vec<A> splat(const F* from) { return splat_word<F>(from); }
+    // Whatever lies behind a row may be a NaN, which a weight of zero does not stop.
+    static Vec<A> splat_last(const F* from) { return splat_first<F>(from); }
+    static Vec<A> weights(const A* from) { return load(from); }
+    static Sum add(Sum sum, Vec<A> x, Vec<A> w) { return add_products<F>(sum, x, w); }
+    static Vec<A> finish(Sum sum, const A*, int64_t, const F*) { return sum; }
+};
+
+template <>
+struct Arithmetic<HalfWeights> {
+    using A = float;
+    using Sum = Vec<float>;
+    static constexpr int tail = 1;
+    static constexpr int64_t header = 0, block = block_words / 2;   // two products a word
+    struct Two {
+        Vec<float> first, second;
+    };
+
+    static Sum start(const float* bias) { return load(bias); }
+    static Two splat(const float* from) {
+        return {tidegate::TIDEGATE_ISA::splat<float>(from[0]), tidegate::TIDEGATE_ISA::splat<float>(from[1])};
+    }
+    static Two splat_last(const float* from) { return {tidegate::TIDEGATE_ISA::splat<float>(from[0]), Vec<float>{}}; }
+    static Two weights(const float* from) {
+        using Uint = Lanes<float>::Uint;
+        const auto both = (Uint)load(from);
+        return {(Vec<float>)(both << 16), (Vec<float>)(both & 0xffff0000u)};
+    }
+    static Sum add(Sum sum, Two x, Two w) { return sum + x.first * w.first + x.second * w.second; }
+    static Vec<float> finish(Sum sum, const float*, int64_t, const float*) { return sum; }
+};
+
+// A row: a cache line that begins with its scale, then its numbers. Where the dot product takes one unsigned factor they
+// are 128 more than they are, and sums begin with what makes up for it.
+template <>
+struct Arithmetic<Int8> {
+    using A = float;
+    using Sum = Lanes<float>::Int;
+    static constexpr int tail = 3;   // what a sum begins with; the weights' scales; the bias
+    static constexpr int64_t header = 64, block = 0;
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+    static constexpr int offset = 128;
+    using Splat = Sum;
+    using Weights = Sum;
+#elif defined(__AVX512BW__)
+    static constexpr int offset = 0;
+    using Splat = Sum;
+    struct Weights {
+        Sum magnitude;
+        __mmask64 negative;
+    };
+#elif defined(__AVX2__)
+    static constexpr int offset = 0;
+    using Splat = Sum;
+    struct Weights {
+        Sum magnitude, itself;
+    };
+#else
+    static constexpr int offset = 0;
+    struct Splat {
+        int32_t number[4];
+    };
+    struct Weights {
+        Sum number[4];
+    };
+#endif
+
+    static Sum start(const float* from) { return (Sum)load(from); }
+
+    static Splat splat(const Int8* from) {
+        int32_t word;
+        std::memcpy(&word, from, sizeof word);
+#if defined(__AVX2__)
+        return word + Sum{};
+#else
+        return {{from[0].number, from[1].number, from[2].number, from[3].number}};
+#endif
+    }
+    // The weights behind the last are zeros.
+    static Splat splat_last(const Int8* from) { return splat(from); }
+
+    static Weights weights(const float* from) {
+        const Sum w = (Sum)load(from);
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+        return w;
+#elif defined(__AVX512BW__)
+        return {(Sum)_mm512_abs_epi8((__m512i)w), _mm512_movepi8_mask((__m512i)w)};
+#elif defined(__AVX2__)
+        return {(Sum)_mm256_abs_epi8((__m256i)w), w};
+#else
+        return {{(w << 24) >> 24, (w << 16) >> 24, (w << 8) >> 24, w >> 24}};
+#endif
+    }
+
+    // sum + the four products of each lane's bytes.
+    static Sum add(Sum sum, Splat x, Weights w) {
+#if defined(__AVX512VNNI__)
+        return (Sum)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#elif defined(__AVXVNNI__)
+        return (Sum)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
+#elif defined(__AVX512BW__)
+        // |w| x with w's sign: two products are at most 2 * 128 * 127, which 16 bits hold.
+        const __m512i zero = _mm512_setzero_si512();
+        const __m512i turned = _mm512_mask_sub_epi8((__m512i)x, w.negative, zero, (__m512i)x);
+        const __m512i pairs = _mm512_maddubs_epi16((__m512i)w.magnitude, turned);
+        return sum + (Sum)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+        const __m256i turned = _mm256_sign_epi8((__m256i)x, (__m256i)w.itself);
+        const __m256i pairs = _mm256_maddubs_epi16((__m256i)w.magnitude, turned);
+        return sum + (Sum)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+        for (int k = 0; k < 4; ++k) sum += w.number[k] * x.number[k];
+        return sum;
+#endif
+    }
+
+    // columns: from one vector of the tail to the next.
+    static Vec<float> finish(Sum sum, const float* tail_of_column, int64_t columns, const Int8* row) {
+        float scale;
+        std::memcpy(&scale, row, sizeof scale);
+        return __builtin_convertvector(sum, Vec<float>) * (load(tail_of_column + columns) * scale) +
+               load(tail_of_column + 2 * columns);
+    }
+};
+
+// Elements from a row to the next.
+template <class F>
+constexpr int64_t row_stride(int64_t columns) {
+    return padded<element<F>>(columns + Arithmetic<F>::header);
+}
+
+// a * b, rounded, and not contracted with what follows.
+inline Vec<float> rounded_product(Vec<float> a, float b) {
+    Vec<float> product = a * b;
+#if defined(__x86_64__) || defined(_M_X64)
+    __asm__("" : "+v"(product));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(product));
+#endif
+    return product;
+}
+
+// A row as a product reads it: each number times 127 / the largest, to the nearest integer. A row with a NaN or an infinity
+// has a NaN for its scale.
+inline void quantize_row(Int8* to, const float* from, int64_t count) {
+    using Int = Lanes<float>::Int;
+    constexpr int lanes = width<float>;
+    Vec<float> largest{}, strange{};
+    for (int64_t k = 0; k < count; k += lanes) {
+        const Vec<float> x = load(from + k, count - k), size = absolute<float>(x);
+        largest = size > largest ? size : largest;
+        strange += x - x;
+    }
+    float most = 0;
+    for (int i = 0; i < lanes; ++i) most = largest[i] > most ? largest[i] : most;
+    const float scale = most / 127.0f + sum<float>(strange);
+    const float factor = most > 0x1p-100f ? 127.0f / most : 0.0f;
+    std::memcpy(to, &scale, sizeof scale);
+    to += Arithmetic<Int8>::header;
+    for (int64_t k = 0; k < count; k += lanes) {
+        const Vec<float> scaled = rounded_product(load(from + k, count - k), factor);
+        const Int whole = (Int)(scaled + Constants<float>::magic) - Constants<float>::magic_bits + Arithmetic<Int8>::offset;
+        typedef int8_t Bytes __attribute__((vector_size(lanes)));
+        const Bytes bytes = __builtin_convertvector(whole, Bytes);
+        std::memcpy(to + k, &bytes, sizeof bytes);   // a row has room for whole vectors
+    }
+}
+
+}  // namespace tidegate::TIDEGATE_ISA
