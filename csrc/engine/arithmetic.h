@@ -52,11 +52,16 @@ using weight_stored_as = std::conditional_t<is_int8<F>, int8_t, std::conditional
 // The rounding error of one long sum in float grows with its length.
 constexpr int64_t block_words = 256;
 
+// Sums that are in registers at once, beside what is multiplied.
+constexpr int most_sums = vector_registers == 32 ? 24 : 12;
+
 template <class F>
 struct Arithmetic {
     using A = computed<F>;
     using Sum = Vec<A>;
     static constexpr int tail = 1;              // vectors behind a column's weights: its bias
+    static constexpr int row_word = factors_in_word<F>;   // elements of a row that a word of weights multiplies
+    static constexpr int sums = most_sums;
     static constexpr int64_t header = 0;        // elements before a row's first
     static constexpr int64_t block = block_words;   // in one sum; 0 for any number
 
@@ -73,7 +78,7 @@ template <>
 struct Arithmetic<HalfWeights> {
     using A = float;
     using Sum = Vec<float>;
-    static constexpr int tail = 1;
+    static constexpr int tail = 1, row_word = 2, sums = most_sums;
     static constexpr int64_t header = 0, block = block_words / 2;   // two products a word
     struct Two {
         Vec<float> first, second;
@@ -93,33 +98,36 @@ struct Arithmetic<HalfWeights> {
     static Vec<float> finish(Sum sum, const float*, int64_t, const float*) { return sum; }
 };
 
-// A row: a cache line that begins with its scale, then its numbers. Where the dot product takes one unsigned factor they
-// are 128 more than they are, and sums begin with what makes up for it.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define TIDEGATE_INT8_DOTS   // four unsigned by signed bytes, in one instruction
+#elif defined(__AVX2__)
+#define TIDEGATE_INT8_PAIRS   // two
+#endif
+
+// A row: a cache line that begins with its scale, then its numbers x, a word four of them.
+//
+// Where the instructions take one unsigned factor: with dots, x + 128, and sums begin with what makes up for it. With
+// pairs, whose sums must not pass 16 bits, the four |x| and behind them, where x is negative, bits to turn the weight to
+// its complement: |x| (-w - 1) = x w - |x|. The sum of those |x| stands behind the scale.
 template <>
 struct Arithmetic<Int8> {
     using A = float;
     using Sum = Lanes<float>::Int;
     static constexpr int tail = 3;   // what a sum begins with; the weights' scales; the bias
     static constexpr int64_t header = 64, block = 0;
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-    static constexpr int offset = 128;
+#if defined(TIDEGATE_INT8_DOTS)
+    static constexpr int offset = 128, row_word = 4, sums = most_sums;
     using Splat = Sum;
     using Weights = Sum;
-#elif defined(__AVX512BW__)
-    static constexpr int offset = 0;
-    using Splat = Sum;
-    struct Weights {
-        Sum magnitude;
-        __mmask64 negative;
+#elif defined(TIDEGATE_INT8_PAIRS)
+    // A sum waits for an addition of integers alone, so that few keep the multipliers busy.
+    static constexpr int offset = 0, row_word = 8, sums = vector_registers == 32 ? 24 : 8;
+    struct Splat {
+        Sum size, turn;
     };
-#elif defined(__AVX2__)
-    static constexpr int offset = 0;
-    using Splat = Sum;
-    struct Weights {
-        Sum magnitude, itself;
-    };
+    using Weights = Sum;
 #else
-    static constexpr int offset = 0;
+    static constexpr int offset = 0, row_word = 4, sums = most_sums;
     struct Splat {
         int32_t number[4];
     };
@@ -131,10 +139,14 @@ struct Arithmetic<Int8> {
     static Sum start(const float* from) { return (Sum)load(from); }
 
     static Splat splat(const Int8* from) {
-        int32_t word;
-        std::memcpy(&word, from, sizeof word);
-#if defined(__AVX2__)
-        return word + Sum{};
+#if defined(TIDEGATE_INT8_DOTS) || defined(TIDEGATE_INT8_PAIRS)
+        int32_t word[row_word / 4];
+        std::memcpy(word, from, sizeof word);
+#endif
+#if defined(TIDEGATE_INT8_DOTS)
+        return word[0] + Sum{};
+#elif defined(TIDEGATE_INT8_PAIRS)
+        return {word[0] + Sum{}, word[1] + Sum{}};
 #else
         return {{from[0].number, from[1].number, from[2].number, from[3].number}};
 #endif
@@ -144,12 +156,8 @@ struct Arithmetic<Int8> {
 
     static Weights weights(const float* from) {
         const Sum w = (Sum)load(from);
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(TIDEGATE_INT8_DOTS) || defined(TIDEGATE_INT8_PAIRS)
         return w;
-#elif defined(__AVX512BW__)
-        return {(Sum)_mm512_abs_epi8((__m512i)w), _mm512_movepi8_mask((__m512i)w)};
-#elif defined(__AVX2__)
-        return {(Sum)_mm256_abs_epi8((__m256i)w), w};
 #else
         return {{(w << 24) >> 24, (w << 16) >> 24, (w << 8) >> 24, w >> 24}};
 #endif
@@ -162,14 +170,10 @@ struct Arithmetic<Int8> {
 #elif defined(__AVXVNNI__)
         return (Sum)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
 #elif defined(__AVX512BW__)
-        // |w| x with w's sign: two products are at most 2 * 128 * 127, which 16 bits hold.
-        const __m512i zero = _mm512_setzero_si512();
-        const __m512i turned = _mm512_mask_sub_epi8((__m512i)x, w.negative, zero, (__m512i)x);
-        const __m512i pairs = _mm512_maddubs_epi16((__m512i)w.magnitude, turned);
+        const __m512i pairs = _mm512_maddubs_epi16((__m512i)x.size, (__m512i)(w ^ x.turn));
         return sum + (Sum)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 #elif defined(__AVX2__)
-        const __m256i turned = _mm256_sign_epi8((__m256i)x, (__m256i)w.itself);
-        const __m256i pairs = _mm256_maddubs_epi16((__m256i)w.magnitude, turned);
+        const __m256i pairs = _mm256_maddubs_epi16((__m256i)x.size, (__m256i)(w ^ x.turn));
         return sum + (Sum)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
         for (int k = 0; k < 4; ++k) sum += w.number[k] * x.number[k];
@@ -181,15 +185,24 @@ struct Arithmetic<Int8> {
     static Vec<float> finish(Sum sum, const float* tail_of_column, int64_t columns, const Int8* row) {
         float scale;
         std::memcpy(&scale, row, sizeof scale);
+#if defined(TIDEGATE_INT8_PAIRS)
+        int32_t turned;
+        std::memcpy(&turned, row + sizeof scale, sizeof turned);
+        sum += turned;
+#endif
         return __builtin_convertvector(sum, Vec<float>) * (load(tail_of_column + columns) * scale) +
                load(tail_of_column + 2 * columns);
     }
 };
 
-// Elements from a row to the next.
+// Elements of a row before the one at `depth`, a multiple of the factors in a word; and from a row to the next.
+template <class F>
+constexpr int64_t place_in_row(int64_t depth) {
+    return Arithmetic<F>::header + depth / factors_in_word<F> * Arithmetic<F>::row_word;
+}
 template <class F>
 constexpr int64_t row_stride(int64_t columns) {
-    return padded<element<F>>(columns + Arithmetic<F>::header);
+    return padded<element<F>>(place_in_row<F>(ceil_div(columns, factors_in_word<F>) * factors_in_word<F>));
 }
 
 // a * b, rounded, and not contracted with what follows.
@@ -208,25 +221,42 @@ inline Vec<float> rounded_product(Vec<float> a, float b) {
 inline void quantize_row(Int8* to, const float* from, int64_t count) {
     using Int = Lanes<float>::Int;
     constexpr int lanes = width<float>;
-    Vec<float> largest{}, strange{};
+    Vec<float> sizes{}, strange{};
     for (int64_t k = 0; k < count; k += lanes) {
         const Vec<float> x = load(from + k, count - k), size = absolute<float>(x);
-        largest = size > largest ? size : largest;
+        sizes = size > sizes ? size : sizes;
         strange += x - x;
     }
-    float most = 0;
-    for (int i = 0; i < lanes; ++i) most = largest[i] > most ? largest[i] : most;
+    const float most = tidegate::TIDEGATE_ISA::largest<float>(sizes);
     const float scale = most / 127.0f + sum<float>(strange);
     const float factor = most > 0x1p-100f ? 127.0f / most : 0.0f;
     std::memcpy(to, &scale, sizeof scale);
-    to += Arithmetic<Int8>::header;
+    Int turned{};
     for (int64_t k = 0; k < count; k += lanes) {
         const Vec<float> scaled = rounded_product(load(from + k, count - k), factor);
-        const Int whole = (Int)(scaled + Constants<float>::magic) - Constants<float>::magic_bits + Arithmetic<Int8>::offset;
+        const Int x = (Int)(scaled + Constants<float>::magic) - Constants<float>::magic_bits;
         typedef int8_t Bytes __attribute__((vector_size(lanes)));
-        const Bytes bytes = __builtin_convertvector(whole, Bytes);
-        std::memcpy(to + k, &bytes, sizeof bytes);   // a row has room for whole vectors
+        Int8* const at = to + place_in_row<Int8>(k);
+#if defined(TIDEGATE_INT8_PAIRS)
+        const Int negative = x < 0, size = (x ^ negative) - negative;
+        turned += size & negative;
+        const Bytes sizes_of_words = __builtin_convertvector(size, Bytes), turns = __builtin_convertvector(negative, Bytes);
+        for (int word = 0; word < lanes / 4 && k + 4 * word < count; ++word) {
+            std::memcpy(at + 8 * word, reinterpret_cast<const char*>(&sizes_of_words) + 4 * word, 4);
+            std::memcpy(at + 8 * word + 4, reinterpret_cast<const char*>(&turns) + 4 * word, 4);
+        }
+#else
+        const Bytes bytes = __builtin_convertvector(x + Arithmetic<Int8>::offset, Bytes);
+        std::memcpy(at, &bytes, sizeof bytes);   // a row has room for whole vectors
+#endif
     }
+#if defined(TIDEGATE_INT8_PAIRS)
+    int32_t all_turned = 0;
+    for (int i = 0; i < lanes; ++i) all_turned += turned[i];
+    std::memcpy(to + sizeof scale, &all_turned, sizeof all_turned);
+#else
+    (void)turned;
+#endif
 }
 
 }  // namespace tidegate::TIDEGATE_ISA

@@ -135,7 +135,7 @@ void tile(const element<F>* rows, int64_t row_stride, const computed<F>* panel, 
             for (int c = 0; c < C; ++c) w[c] = Of::weights(panel + m * panel_stride + (word * C + c) * lanes);
 #pragma GCC unroll 24
             for (int r = 0; r < R; ++r) {
-                const auto x = splat_factors(rows + r * row_stride + Of::header + word * in_word);
+                const auto x = splat_factors(rows + r * row_stride + Of::header + word * Of::row_word);
 #pragma GCC unroll 24
                 for (int c = 0; c < C; ++c) acc[r][m][c] = Of::add(acc[r][m][c], x, w[c]);
             }
@@ -160,7 +160,7 @@ struct Tiles {
     using Function = void (*)(const element<F>*, int64_t, const A*, int64_t, const A*, int64_t, A*);
 
     // One register for x and C for the weights; the rest accumulate.
-    static constexpr int budget = vector_registers == 32 ? 24 : 12;
+    static constexpr int budget = Arithmetic<F>::sums;
     static constexpr int max_rows = budget / C < 12 ? budget / C : 12;
     // Few rows take several panels at once: enough chains to hide the latency of an addition.
     static constexpr int panels_for(int rows) {

@@ -263,6 +263,16 @@ inline A sum(Vec<A> value) {
     else return sum<A, shift / 2>(value + pick_lanes<A, Shifted<shift, width<A>>>(value, value));
 }
 
+// The largest lane, of none that is a NaN.
+template <class A, int shift = width<A> / 2>
+inline A largest(Vec<A> value) {
+    if constexpr (shift == 0) return value[0];
+    else {
+        const Vec<A> other = pick_lanes<A, Shifted<shift, width<A>>>(value, value);
+        return largest<A, shift / 2>(other > value ? other : value);
+    }
+}
+
 template <class A>
 struct Constants;
 template <>

@@ -107,6 +107,8 @@ class Sites:
         if call.direction is not Direction.FORWARD:
             way = "both ways" if call.direction is Direction.BOTH else "from the end"
             raise self.refuse(f"it runs {way} over a sequence, whose end a stream has not seen")
+        if call.cell.storage:
+            raise self.refuse(f"its weights are {call.cell.storage}: export the float32 model, with weights=")
         if call.steps != 1:
             raise self.refuse(_TOO_MANY_STEPS)
         if call.lengths is not None or call.resets is not None:

@@ -115,18 +115,30 @@ class Stored(Extended):
 
         return super()._apply(moved, recurse)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """As torch's; but what is of another dtype is refused, where torch would cut float weights to integers."""
-        errors: list[str] = args[-1]
+        refused: list[str] = []
         for name, buffer in self._buffers.items():
             given = state_dict.get(prefix + name)
             if buffer is not None and isinstance(given, Tensor) and given.dtype != buffer.dtype:
-                errors.append(
+                refused.append(
                     f"{prefix + name}: expected {buffer.dtype}, got {given.dtype}; load float weights into the float "
                     "model, then quantize it"
                 )
-        if not errors:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+        if refused:
+            error_msgs += refused
+            return
+        keys = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *keys)
 
 
 class QuantizedLayer(Stored, RecurrentLayer):

@@ -57,7 +57,7 @@ def store(module: Any, cls: Any, weights: str) -> None:
     else:
         names = [name for name in cls.cell.parameters if getattr(module, name, None) is not None]
     given: dict[str, Tensor | Quantized] = {name: getattr(module, name) for name in names}
-    made = _empty(module, cls, weights, options, next(iter(given.values())))
+    made = _empty(module, cls, weights, options, getattr(module, names[0]).device)
     _become(module, made, given)
 
 
@@ -83,7 +83,7 @@ def take_over(module: Any) -> None:
     given: dict[str, Tensor | Quantized] = {name: _rows_of(weight) for name, weight in weights.items()}
     given |= {name: bias.detach() for name, bias in module.get_bias().items() if bias is not None}
     options = {"nonlinearity": module.nonlinearity} if cls is QuantizedRNNCell else {}
-    made = _empty(module, cls, "int8", options, next(iter(weights.values())))
+    made = _empty(module, cls, "int8", options, next(iter(weights.values())).device)
     _become(module, made, given)
 
 
@@ -124,9 +124,9 @@ def _options_of(module: Any) -> dict[str, Any]:
     return found | ({"peepholes": True} if _own(module, "peepholes", False) else {})
 
 
-def _empty(module: Any, cls: Any, weights: str, options: dict[str, Any], like: Tensor) -> Any:
-    """One of ours of the module's sizes, on its device."""
-    options |= {"weights": weights, "device": like.device}
+def _empty(module: Any, cls: Any, weights: str, options: dict[str, Any], device: torch.device) -> Any:
+    """One of ours of the module's sizes."""
+    options |= {"weights": weights, "device": device}
     if _own(module, "proj_size", 0) or (issubclass(cls, QuantizedLayer) and getattr(module, "proj_size", 0)):
         options["proj_size"] = module.proj_size
     if not issubclass(cls, QuantizedLayer):
