@@ -383,10 +383,7 @@ def test_what_looks_recurrent_is_named_with_the_reason() -> None:
         "li": "left alone: none of torch.nn's; what is a cell runs fused in tidegate.Recurrent",
         "wrapper.rnn": "swapped",
         "script.0": "left alone: TorchScript; accelerate the Python model instead",
-        **dict.fromkeys(
-            ("int8.0", "int8.1", "int8.2"),
-            "left alone: quantized by torch, its weights are integers; accelerate the model before",
-        ),
+        **dict.fromkeys(("int8.0", "int8.1", "int8.2"), "tidegate's own, weights in int8"),
     }
     assert entries["li"].module == "LiGRU"
 

@@ -396,17 +396,17 @@ def arguments_of(form: int, **changes: Any) -> tuple[Any, ...]:
     return tuple((given | changes).values())
 
 
-LSTM_FORM = 2 + (1 << 15)
+LSTM_FORM = 2 + (1 << 17)
 WITH_LENGTHS, WITH_RESETS, WITH_PROJECTION = 1 << 11, 1 << 12, 1 << 13
 
 
 @pytest.mark.parametrize(
     ("form", "changes", "message"),
     [
-        (9 + (1 << 15), {}, "form: expected one of 5 kinds, got"),
+        (9 + (1 << 17), {}, "form: expected one of 5 kinds, got"),
         (2, {}, "form: expected a layout, a direction and at least one layer"),
         (LSTM_FORM + (7 << 4), {}, "form: expected a layout, a direction"),
-        (LSTM_FORM + (1 << 15), {}, "rest: expected 4 weights of other cells, got 0"),
+        (LSTM_FORM + (1 << 17), {}, "rest: expected 4 weights of other cells, got 0"),
         (LSTM_FORM, {"input": torch.zeros(4, 2, 5)}, r"h_0: expected \(1, 2, 6\), got \(1, 3, 6\)"),
         (LSTM_FORM, {"input": torch.zeros(4, 3)}, "input: expected 3 dimensions, got 2"),
         (LSTM_FORM, {"input": torch.zeros(0, 3, 5)}, "input: expected at least one step"),
@@ -415,7 +415,7 @@ WITH_LENGTHS, WITH_RESETS, WITH_PROJECTION = 1 << 11, 1 << 12, 1 << 13
         (LSTM_FORM, {"input": torch.zeros(4, 3, 5, device="meta")}, "input: expected a tensor on the cpu"),
         (LSTM_FORM, {"h_0": torch.zeros(1, 3, 7)}, r"h_0: expected \(1, 3, 6\), got \(1, 3, 7\)"),
         (LSTM_FORM, {"c_0": torch.zeros(1, 3, 5)}, r"c_0: expected \(1, 3, 6\), got \(1, 3, 5\)"),
-        (3 + (1 << 15), {"weight_hh": torch.zeros(18, 6)}, r"weight_ih: expected \(18, 5\), got \(24, 5\)"),
+        (3 + (1 << 17), {"weight_hh": torch.zeros(18, 6)}, r"weight_ih: expected \(18, 5\), got \(24, 5\)"),
         (LSTM_FORM, {"weight_ih": torch.zeros(24, 4)}, r"weight_ih: expected \(24, 5\), got \(24, 4\)"),
         (LSTM_FORM, {"weight_hh": torch.zeros(24, 5)}, "weight_hh: expected 6 columns, got 5"),
         (LSTM_FORM, {"weight_hh": torch.zeros(0, 6)}, "weight_hh: expected at least one hidden unit"),

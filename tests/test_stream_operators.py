@@ -20,8 +20,11 @@ pytestmark = needs.compiled_operators
 GRU, LSTM = 3, 2
 
 
+REPLACES = 1 << 14  # the states
+
+
 def form(kind: int, layout: Layout, layers: int = 1, projects: bool = False) -> int:
-    return kind + (layout << 4) + (projects << 13) + (layers << 15)
+    return kind + (layout << 4) + (projects << 13) + (layers << 17)
 
 
 def weights(kind: int = GRU, layers: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -38,7 +41,7 @@ def pack(kind: int, given: list[Tensor], layers: int = 1, projects: bool = False
 
 def step(packed: Tensor, x: Tensor, h: Tensor, c: Tensor | None = None, kind: int = GRU, layers: int = 1) -> Any:
     layout = Layout.STEP if x.dim() > 1 else Layout.UNBATCHED_STEP
-    return cpu.operators().advance.default(form(kind, layout, layers), packed, x, h, c)
+    return cpu.operators().advance.default(form(kind, layout, layers) + REPLACES, packed, x, h, c)
 
 
 def test_a_step_refuses_what_does_not_fit() -> None:

@@ -8,17 +8,62 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
+// In which type h is carried between steps by a cell that does not read it itself: as the product reads it, if that is
+// made number by number.
+template <class F>
+using carried = std::conditional_t<is_int8<F>, float, element<F>>;
+
+// Rows that a product reads, written a vector at a time.
+template <class F>
+class FactorRows {
+    using A = computed<F>;
+    static constexpr bool whole_rows = is_int8<F>;   // made of a row when all of it is known
+
+public:
+    FactorRows(int64_t rows, int64_t columns, bool poison)
+        : stride(row_stride<F>(columns)),
+          columns_(columns),
+          value_stride_(padded<A>(columns)),
+          values_(whole_rows ? rows * value_stride_ : 0, poison),
+          factors_(rows * stride, poison) {}
+
+    void write(int64_t row, int64_t column, int64_t valid, Vec<A> value) const {
+        if constexpr (whole_rows) store(values_ + row * value_stride_ + column, value, valid);
+        else store(factors_ + row * stride + column, value, valid);
+    }
+    // What any of a crew wrote can then be read by all of it.
+    void finish(Crew& crew, const Share& share, int64_t step) const {
+        crew.wait();
+        if constexpr (whole_rows) {
+            for (int64_t i = 0; i < share.live(step); ++i)
+                if (crew.dealt(i))
+                    copy_factors<F>(factors_ + share.rank(i) * stride, values_ + share.rank(i) * value_stride_, columns_);
+            crew.wait();
+        }
+    }
+    const element<F>* at(int64_t row) const { return factors_ + row * stride; }
+
+    const int64_t stride;
+
+private:
+    const int64_t columns_, value_stride_;
+    const Buffer<A> values_;
+    const Buffer<element<F>> factors_;
+};
+
 // What every cell's forward shares: h between steps, by rank and double-buffered, because all of h_{t-1} is read while
-// h_t is written. H is in which type the cell itself reads it; the product reads factors.
-template <class S, class H>
+// h_t is written. H is in which type the cell itself reads it; the product reads factors, by F's arithmetic.
+template <class S, class F_, class H>
 class ForwardBase {
 public:
     using A = computed<S>;
-    using F = factor<S>;
+    using F = F_;
+    using E = element<F>;
     using V = Vec<A>;
     static constexpr int lanes = width<A>;
     static constexpr double barrier_flops = forward_barrier_flops;
     static double input_flops(const ForwardProblem&) { return 0; }   // the loop's own contain them
+    static constexpr double flops_of_weight = is_int8<F> ? int8_flops : 2;
 
     int64_t chunk_steps() const { return chunk_steps_; }
     int64_t first_slot(const Team& team) const {
@@ -31,15 +76,19 @@ protected:
         : p_(p),
           hidden_(p.hidden),
           projected_(p.projected),
-          h_stride_(padded<F>(p.projected)),
-          x_stride_(padded<F>(p.input_size)),
+          h_stride_(padded<E>(p.projected)),
+          factor_stride_(factors_apart ? row_stride<F>(p.projected) : h_stride_),
+          x_stride_(row_stride<F>(p.input_size)),
           chunk_steps_(sharing.chunk_steps),
           input_columns_(input_columns),
           h_{{p.rows.batch * h_stride_, p.poison}, {p.rows.batch * h_stride_, p.poison}},
-          h_factors_{{factors_apart * p.rows.batch * h_stride_, p.poison},
-                     {factors_apart * p.rows.batch * h_stride_, p.poison}},
+          h_factors_{{factors_apart * p.rows.batch * factor_stride_, p.poison},
+                     {factors_apart * p.rows.batch * factor_stride_, p.poison}},
           x_(chunk_steps_ * (p.rows.batch + sharing.teams) * x_stride_, p.poison),
           x_gates_(chunk_steps_ * (p.rows.batch + sharing.teams) * input_columns, p.poison) {}
+
+    Matrix input_matrix() const { return {p_.weight_ih, p_.bias_ih, p_.scale_ih}; }
+    Matrix recurrent_matrix() const { return {p_.weight_hh, p_.bias_hh, p_.scale_hh}; }
 
     // Where the next panels lie in the weights that were packed before; null if they are to be packed for this call.
     template <int C>
@@ -60,7 +109,7 @@ protected:
                 const S* from = static_cast<const S*>(p_.input) +
                                 time_of(p_.rows, step, rank) * p_.input_time_stride +
                                 p_.rows.order[rank] * p_.input_batch_stride;
-                copy_factors(x_ + (first + slot) * x_stride_, from, p_.input_size);
+                copy_factors<F>(x_ + (first + slot) * x_stride_, from, p_.input_size);
             }
         team.crew.wait();
         return slot;
@@ -100,15 +149,25 @@ protected:
     }
 
     const H* h_before(int64_t step, int64_t rank) const { return h_[step & 1] + rank * h_stride_; }
-    const F* h_factors(int64_t step, int64_t rank) const {
-        if constexpr (factors_apart) return h_factors_[step & 1] + rank * h_stride_;
+    const E* h_factors(int64_t step, int64_t rank) const {
+        if constexpr (factors_apart) return h_factors_[step & 1] + rank * factor_stride_;
         else return h_before(step, rank);
+    }
+    // Of the h that enters a step, what `h_factors` gives, if it was not made with h.
+    void make_h_factors(Crew& crew, const Share& share, int64_t step) const {
+        if constexpr (is_int8<F>) {
+            for (int64_t i = 0; i < share.live(step); ++i)
+                if (crew.dealt(i))
+                    copy_factors<F>(h_factors_[step & 1] + share.rank(i) * factor_stride_, h_before(step, share.rank(i)),
+                                    projected_);
+            crew.wait();
+        }
     }
 
     void carry_h(int64_t step, int64_t rank, int64_t unit, int64_t valid, V h) const {
-        const int64_t at = rank * h_stride_ + unit;
-        store(h_[step & 1] + at, h, valid);
-        if constexpr (factors_apart) store(h_factors_[step & 1] + at, h, valid);
+        store(h_[step & 1] + rank * h_stride_ + unit, h, valid);
+        if constexpr (factors_apart && !is_int8<F>)
+            store(h_factors_[step & 1] + rank * factor_stride_ + unit, h, valid);
     }
 
     void write_h(const LiveRow& row, int64_t step, int64_t unit, int64_t valid, V h) const {
@@ -123,12 +182,12 @@ protected:
     S* saved(const LiveRow& row) const { return static_cast<S*>(p_.saved) + row.position * p_.saved_stride; }
 
     const ForwardProblem& p_;
-    const int64_t hidden_, projected_, h_stride_, x_stride_, chunk_steps_, input_columns_;
+    const int64_t hidden_, projected_, h_stride_, factor_stride_, x_stride_, chunk_steps_, input_columns_;
     int64_t packed_before_ = 0;
-    static constexpr bool factors_apart = !std::is_same_v<H, F>;
+    static constexpr bool factors_apart = !std::is_same_v<H, E>;
     const Buffer<H> h_[2];           // by rank
-    const Buffer<F> h_factors_[2];   // by rank; empty where h_ holds them
-    const Buffer<F> x_;              // of a chunk of steps, by team and slot
+    const Buffer<E> h_factors_[2];   // by rank; empty where h_ holds them
+    const Buffer<E> x_;              // of a chunk of steps, by team and slot
     const Buffer<A> x_gates_;        // likewise
 };
 

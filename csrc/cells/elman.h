@@ -29,15 +29,17 @@ struct ReluUnit {
     }
 };
 
-template <class S, class Unit>
-class ElmanForward : public ForwardBase<S, factor<S>> {
-    using Base = ForwardBase<S, factor<S>>;
+template <class S, class Unit, class F_ = factor<S>>
+class ElmanForward : public ForwardBase<S, F_, carried<F_>> {
+    using Base = ForwardBase<S, F_, carried<F_>>;
     using Base::hidden_, Base::lanes, Base::p_, Base::x_gates;
     using typename Base::A, typename Base::F, typename Base::V;
     static constexpr int wide = 2;   // vectors of units in a panel
 
 public:
-    static double row_flops(const ForwardProblem& p) { return 2.0 * p.hidden * (p.hidden + p.input_size); }
+    static double row_flops(const ForwardProblem& p) {
+        return Base::flops_of_weight * p.hidden * (p.hidden + p.input_size);
+    }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
     static int64_t packed_size(const ForwardProblem& p) {
         return Panels<F, wide>::size(panels_of(p), p.input_size) + Panels<F, wide>::size(panels_of(p), p.hidden);
@@ -55,8 +57,8 @@ public:
         for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
             for (int c = 0; c < wide; ++c) {
                 const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ > unit ? hidden_ - unit : 0;
-                input_weights_.template pack<S>(panel, c, p_.weight_ih, p_.bias_ih, unit, valid);
-                weights_.template pack<S>(panel, c, p_.weight_hh, p_.bias_hh, unit, valid);
+                input_weights_.template pack<S>(panel, c, this->input_matrix(), unit, valid);
+                weights_.template pack<S>(panel, c, this->recurrent_matrix(), unit, valid);
             }
     }
 
@@ -65,7 +67,8 @@ public:
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        multiply(this->h_factors(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
+        this->make_h_factors(crew, share, step);
+        multiply(this->h_factors(step, share.first()), share.stride() * this->factor_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
                      const A* x = x_gates(share[i]) + panel * weights_.columns;
                      for (int c = 0; c < wide; ++c) {

@@ -22,14 +22,16 @@ inline GruUnit<A> gru_unit(Vec<A> r, Vec<A> z, Vec<A> x_n, Vec<A> h_n, Vec<A> h)
     return {r, z, n, n + z * (h - n)};
 }
 
-template <class S>
-class GruForward : public ForwardBase<S, computed<S>> {
-    using Base = ForwardBase<S, computed<S>>;
+template <class S, class F_ = factor<S>>
+class GruForward : public ForwardBase<S, F_, computed<S>> {
+    using Base = ForwardBase<S, F_, computed<S>>;
     using Base::h_before, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
     using typename Base::A, typename Base::F, typename Base::V;
 
 public:
-    static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
+    static double row_flops(const ForwardProblem& p) {
+        return 3 * Base::flops_of_weight * p.hidden * (p.hidden + p.input_size);
+    }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
     static int64_t packed_size(const ForwardProblem& p) {
         return Panels<F, 3>::size(panels_of(p), p.input_size) + Panels<F, 3>::size(panels_of(p), p.hidden);
@@ -46,8 +48,8 @@ public:
         for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
             for (int gate = 0; gate < 3; ++gate) {
                 const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
-                input_weights_.template pack<S>(panel, gate, p_.weight_ih, p_.bias_ih, first, valid);
-                weights_.template pack<S>(panel, gate, p_.weight_hh, p_.bias_hh, first, valid);
+                input_weights_.template pack<S>(panel, gate, this->input_matrix(), first, valid);
+                weights_.template pack<S>(panel, gate, this->recurrent_matrix(), first, valid);
             }
     }
 
@@ -56,7 +58,8 @@ public:
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        multiply(this->h_factors(step, share.first()), share.stride() * this->h_stride_, share.live(step), weights_,
+        this->make_h_factors(crew, share, step);
+        multiply(this->h_factors(step, share.first()), share.stride() * this->factor_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
                      point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
                  });

@@ -7,15 +7,17 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
-template <class S>
-class GruResetBeforeForward : public ForwardBase<S, computed<S>> {
-    using Base = ForwardBase<S, computed<S>>;
+template <class S, class F_ = factor<S>>
+class GruResetBeforeForward : public ForwardBase<S, F_, computed<S>> {
+    using Base = ForwardBase<S, F_, computed<S>>;
     using Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
     using typename Base::A, typename Base::F, typename Base::V;
     static constexpr int wide = 2;   // vectors of units in a panel of W_hn
 
 public:
-    static double row_flops(const ForwardProblem& p) { return 6.0 * p.hidden * (p.hidden + p.input_size); }
+    static double row_flops(const ForwardProblem& p) {
+        return 3 * Base::flops_of_weight * p.hidden * (p.hidden + p.input_size);
+    }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
     static int64_t rz_panels(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
     static int64_t packed_size(const ForwardProblem& p) {
@@ -30,7 +32,7 @@ public:
           input_n_(panels_of(p), p.input_size, p.poison, this->template memory<wide>(panels_of(p), p.input_size)),
           weights_n_(panels_of(p), p.hidden, p.poison, this->template memory<wide>(panels_of(p), p.hidden)),
           n_offset_(input_rz_.count * input_rz_.columns),
-          reset_h_(p.rows.batch * h_stride_, p.poison),
+          reset_h_(p.rows.batch, p.hidden, p.poison),
           z_(p.rows.batch * h_stride_, p.poison) {}
 
     void start(const Crew& all) const { this->start_h(all); }
@@ -51,14 +53,17 @@ public:
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        const int64_t count = share.live(step), stride = share.stride() * h_stride_;
-        multiply(this->h_factors(step, share.first()), stride, count, weights_rz_, crew.begin(weights_rz_.count),
-                 crew.end(weights_rz_.count), [&](int64_t i, int64_t panel, const A* sums) {
+        const int64_t count = share.live(step);
+        this->make_h_factors(crew, share, step);
+        multiply(this->h_factors(step, share.first()), share.stride() * this->factor_stride_, count, weights_rz_,
+                 crew.begin(weights_rz_.count), crew.end(weights_rz_.count),
+                 [&](int64_t i, int64_t panel, const A* sums) {
                      reset(share[i], step, panel * lanes, x_gates(share[i]) + panel * 2 * lanes, sums);
                  });
-        crew.wait();
-        multiply(reset_h_ + share.first() * h_stride_, stride, count, weights_n_, crew.begin(weights_n_.count),
-                 crew.end(weights_n_.count), [&](int64_t i, int64_t panel, const A* sums) {
+        reset_h_.finish(crew, share, step);
+        multiply(reset_h_.at(share.first()), share.stride() * reset_h_.stride, count, weights_n_,
+                 crew.begin(weights_n_.count), crew.end(weights_n_.count),
+                 [&](int64_t i, int64_t panel, const A* sums) {
                      const A* x = x_gates(share[i]) + n_offset_ + panel * wide * lanes;
                      for (int c = 0; c < wide; ++c)
                          update(share[i], step, (panel * wide + c) * lanes, load(x + c * lanes) + load(sums + c * lanes));
@@ -70,15 +75,15 @@ private:
     void pack_panel(const Panels<F, 2>& input, const Panels<F, 2>& recurrent, int64_t panel, int c, int64_t first,
                     int64_t unit) const {
         const int64_t valid = hidden_ > unit ? hidden_ - unit : 0;
-        input.template pack<S>(panel, c, p_.weight_ih, p_.bias_ih, first + unit, valid);
-        recurrent.template pack<S>(panel, c, p_.weight_hh, p_.bias_hh, first + unit, valid);
+        input.template pack<S>(panel, c, this->input_matrix(), first + unit, valid);
+        recurrent.template pack<S>(panel, c, this->recurrent_matrix(), first + unit, valid);
     }
 
     void reset(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
         const int64_t valid = hidden_ - unit, own = row.rank * h_stride_ + unit;
         const V r = sigmoid<A>(load(x) + load(sums));
         const V z = sigmoid<A>(load(x + lanes) + load(sums + lanes));
-        store(reset_h_ + own, r * load(h_before(step, row.rank) + unit, valid), valid);
+        reset_h_.write(row.rank, unit, valid, r * load(h_before(step, row.rank) + unit, valid));
         store(z_ + own, z, valid);
         if (!p_.saved) return;
         store(saved(row) + unit, r, valid);
@@ -97,8 +102,8 @@ private:
 
     const Panels<F, 2> input_rz_, weights_rz_, input_n_, weights_n_;
     const int64_t n_offset_;     // of n's product among a slot's gates
-    const Buffer<F> reset_h_;    // by rank
-    const Buffer<A> z_;          // by rank
+    const FactorRows<F> reset_h_;   // by rank
+    const Buffer<A> z_;             // by rank
 };
 
 template <class S>

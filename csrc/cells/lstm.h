@@ -24,16 +24,18 @@ inline LstmUnit<A> lstm_unit(Vec<A> i, Vec<A> f, Vec<A> g, Vec<A> o, Vec<A> c) {
     return {i, f, g, o, c, o * tanh<A>(c)};
 }
 
-template <class S>
-class LstmForward : public ForwardBase<S, factor<S>> {
-    using Base = ForwardBase<S, factor<S>>;
-    using Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::projected_, Base::saved,
+template <class S, class F_ = factor<S>>
+class LstmForward : public ForwardBase<S, F_, carried<F_>> {
+    using Base = ForwardBase<S, F_, carried<F_>>;
+    using Base::factor_stride_, Base::hidden_, Base::lanes, Base::p_, Base::projected_, Base::saved,
         Base::x_gates;
     using typename Base::A, typename Base::F, typename Base::V;
     static constexpr int wide = 2;   // vectors of h in a panel of W_hr
 
 public:
-    static double row_flops(const ForwardProblem& p) { return 8.0 * p.hidden * (p.projected + p.input_size); }
+    static double row_flops(const ForwardProblem& p) {
+        return 4 * Base::flops_of_weight * p.hidden * (p.projected + p.input_size);
+    }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
     static int64_t projection_panels(const ForwardProblem& p) {
         return p.weight_hr ? ceil_div(p.projected, wide * lanes) : 0;
@@ -49,9 +51,9 @@ public:
           weights_(panels_of(p), p.projected, p.poison, this->template memory<4>(panels_of(p), p.projected)),
           projection_(projection_panels(p), p.hidden, p.poison,
                       this->template memory<wide>(projection_panels(p), p.hidden)),
-          c_stride_(padded<F>(p.hidden)),
+          c_stride_(padded<carried<F>>(p.hidden)),
           c_(p.rows.batch * c_stride_, p.poison),
-          m_(p.weight_hr ? p.rows.batch * c_stride_ : 0, p.poison) {}
+          m_(p.weight_hr ? p.rows.batch : 0, p.hidden, p.poison) {}
 
     void start(const Crew& all) const {
         this->start_h(all);
@@ -64,13 +66,13 @@ public:
         for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
             for (int gate = 0; gate < 4; ++gate) {
                 const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
-                input_weights_.template pack<S>(panel, gate, p_.weight_ih, p_.bias_ih, first, valid);
-                weights_.template pack<S>(panel, gate, p_.weight_hh, p_.bias_hh, first, valid);
+                input_weights_.template pack<S>(panel, gate, this->input_matrix(), first, valid);
+                weights_.template pack<S>(panel, gate, this->recurrent_matrix(), first, valid);
             }
         for (int64_t panel = all.begin(projection_.count); panel < all.end(projection_.count); ++panel)
             for (int c = 0; c < wide; ++c) {
                 const int64_t unit = (panel * wide + c) * lanes, valid = projected_ > unit ? projected_ - unit : 0;
-                projection_.template pack<S>(panel, c, p_.weight_hr, nullptr, unit, valid);
+                projection_.template pack<S>(panel, c, {p_.weight_hr, nullptr, p_.scale_hr}, unit, valid);
             }
     }
 
@@ -79,13 +81,14 @@ public:
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
-        multiply(this->h_factors(step, share.first()), share.stride() * h_stride_, share.live(step), weights_,
+        this->make_h_factors(crew, share, step);
+        multiply(this->h_factors(step, share.first()), share.stride() * factor_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
                      point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
                  });
-        crew.wait();
-        if (!p_.weight_hr) return;
-        multiply(m_ + share.first() * c_stride_, share.stride() * c_stride_, share.live(step), projection_,
+        if (!p_.weight_hr) return crew.wait();
+        m_.finish(crew, share, step);
+        multiply(m_.at(share.first()), share.stride() * m_.stride, share.live(step), projection_,
                  crew.begin(projection_.count), crew.end(projection_.count),
                  [&](int64_t i, int64_t panel, const A* sums) {
                      for (int c = 0; c < wide; ++c) {
@@ -107,7 +110,7 @@ private:
                          load(carried, valid));
         store(carried, row.cut_next ? V{} : c, valid);
         if (row.last) store(static_cast<S*>(p_.c_n) + row.row * hidden_ + unit, c, valid);
-        if (p_.weight_hr) store(m_ + row.rank * c_stride_ + unit, m, valid);
+        if (p_.weight_hr) m_.write(row.rank, unit, valid, m);
         else this->write_h(row, step, unit, valid, m);
         if (!p_.saved) return;
         S* at = saved(row) + unit;
@@ -121,8 +124,8 @@ private:
     const Panels<F, 4> input_weights_, weights_;
     const Panels<F, wide> projection_;
     const int64_t c_stride_;
-    const Buffer<A> c_;   // by rank
-    const Buffer<F> m_;   // by rank
+    const Buffer<A> c_;        // by rank
+    const FactorRows<F> m_;    // by rank
 };
 
 template <class S>

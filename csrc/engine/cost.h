@@ -14,6 +14,9 @@ constexpr int64_t few_rows = 16;
 // Up to so many rows read a matrix where it lies: packing it costs more.
 constexpr int64_t rows_not_worth_packing = 8;
 
+// Of one int8 weight and one row, where a float32 has two.
+constexpr double int8_flops = 0.8;
+
 // Of a step, below which a thread costs more to meet at a barrier than it brings. About half of a forward's flops are
 // the input's, which are multiplied by chunks of steps and not between barriers.
 constexpr double forward_barrier_flops = 2.4e4, backward_barrier_flops = 1.2e4;

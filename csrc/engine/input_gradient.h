@@ -46,7 +46,7 @@ private:
         const S* from = static_cast<const S*>(p_.dgates) + first * p_.dgates_stride;
         // Padded, so that rows do not fall on one cache set.
         for (int64_t row = 0; row < count; ++row, from += p_.dgates_stride)
-            copy_factors(rows + row * stride_, from, columns_.depth());
+            copy_factors<F>(rows + row * stride_, from, columns_.depth());
         S* const to = static_cast<S*>(p_.dinput);
         columns_.multiply(crew, rows, stride_, count, count, [&](int64_t row, int64_t column, int64_t valid, Vec<A> sum) {
             S* at = to + places[row] * columns_.columns + column;

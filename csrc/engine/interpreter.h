@@ -308,7 +308,7 @@ private:
         const void* bias = i.bias < 0 ? nullptr : p_.vectors[i.bias];
         for (int c = 0; c < wide; ++c) {
             const int64_t first = (panel * wide + c) * lanes;
-            panels.template pack<A>(panel, c, matrix, bias, first, first < m.rows ? m.rows - first : 0);
+            panels.template pack<A>(panel, c, {matrix, bias}, first, first < m.rows ? m.rows - first : 0);
         }
     }
 

@@ -26,17 +26,28 @@ auto with_type(Type type, Go&& go) {
     return go(Tag<bf16>());
 }
 
-// Calls go(Tag<Cell>()) with the class that runs the forward, or the backward, of a kind.
-template <class S, class Go>
-auto with_forward(Kind kind, Go&& go) {
+// Calls go(Tag<Cell>()) with the class that runs the forward of a kind, or the backward. S: the stored type, F: the
+// arithmetic of its products.
+template <class S, class F, class Go>
+auto with_kind(Kind kind, Go&& go) {
     switch (kind) {
-        case Kind::rnn_tanh: return go(Tag<ElmanForward<S, TanhUnit>>());
-        case Kind::rnn_relu: return go(Tag<ElmanForward<S, ReluUnit>>());
-        case Kind::lstm: return go(Tag<LstmForward<S>>());
-        case Kind::gru: return go(Tag<GruForward<S>>());
+        case Kind::rnn_tanh: return go(Tag<ElmanForward<S, TanhUnit, F>>());
+        case Kind::rnn_relu: return go(Tag<ElmanForward<S, ReluUnit, F>>());
+        case Kind::lstm: return go(Tag<LstmForward<S, F>>());
+        case Kind::gru: return go(Tag<GruForward<S, F>>());
         case Kind::gru_reset_before: break;
     }
-    return go(Tag<GruResetBeforeForward<S>>());
+    return go(Tag<GruResetBeforeForward<S, F>>());
+}
+template <class Go>
+auto with_forward(const ForwardProblem& problem, Go&& go) {
+    switch (problem.storage) {
+        case Storage::int8: return with_kind<float, Int8>(problem.kind, go);
+        case Storage::bf16: return with_kind<float, HalfWeights>(problem.kind, go);
+        case Storage::own: break;
+    }
+    return with_type(problem.type,
+                     [&]<class S>(Tag<S>) { return with_kind<S, factor<S>>(problem.kind, go); });
 }
 template <class S, class Go>
 auto with_backward(Kind kind, Go&& go) {
@@ -53,7 +64,7 @@ auto with_backward(Kind kind, Go&& go) {
 // Whether the weights are better read where they lie.
 bool is_one_step(const ForwardProblem& problem) {
     const Rows& rows = problem.rows;
-    return !problem.packed && rows.time == 1 && rows.total == rows.batch && !rows.resets &&
+    return !problem.packed && problem.storage == Storage::own && rows.time == 1 && rows.total == rows.batch && !rows.resets &&
            fits_step(problem.kind, problem.weight_hr);
 }
 
@@ -86,26 +97,20 @@ void forward_one_step(const ForwardProblem& p) {
 }
 
 void forward(const ForwardProblem* problems, int count, Together together) {
-    with_type(problems[0].type, [&]<class S>(Tag<S>) {
-        if (is_one_step(problems[0])) {
+    if (is_one_step(problems[0]))
+        with_type(problems[0].type, [&]<class S>(Tag<S>) {
             for (int i = 0; i < count; ++i) forward_one_step<S>(problems[i]);
-            return;
-        }
-        with_forward<S>(problems[0].kind,
-                        [&]<class Cell>(Tag<Cell>) { run_forwards<Cell>(problems, count, together); });
-    });
+        });
+    else
+        with_forward(problems[0], [&]<class Cell>(Tag<Cell>) { run_forwards<Cell>(problems, count, together); });
 }
 
 int64_t packed_size(const ForwardProblem& problem) {
-    return with_type(problem.type, [&]<class S>(Tag<S>) {
-        return with_forward<S>(problem.kind, [&]<class Cell>(Tag<Cell>) { return Cell::packed_size(problem); });
-    });
+    return with_forward(problem, [&]<class Cell>(Tag<Cell>) { return Cell::packed_size(problem); });
 }
 
 void pack(const ForwardProblem& problem) {
-    with_type(problem.type, [&]<class S>(Tag<S>) {
-        with_forward<S>(problem.kind, [&]<class Cell>(Tag<Cell>) { pack_weights<Cell>(problem); });
-    });
+    with_forward(problem, [&]<class Cell>(Tag<Cell>) { pack_weights<Cell>(problem); });
 }
 
 void step(const StepProblem& problem) {
@@ -139,10 +144,14 @@ void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t cou
     });
 }
 
-int32_t layout(Type type) {
-    return with_type(type, []<class S>(Tag<S>) {
-        return vector_bytes * 16 + static_cast<int32_t>(sizeof(factor<S>));
-    });
+int32_t layout(Type type, Storage storage) {
+    const int32_t vectors = vector_bytes * 16;
+    switch (storage) {
+        case Storage::int8: return vectors + 1 + (Arithmetic<Int8>::offset != 0);
+        case Storage::bf16: return vectors + 3;
+        case Storage::own: break;
+    }
+    return with_type(type, [=]<class S>(Tag<S>) { return vectors + 4 + static_cast<int32_t>(sizeof(factor<S>)); });
 }
 
 #define TIDEGATE_TEXT(name) #name

@@ -3,7 +3,8 @@
 //
 // A panel holds columns of a product, C vectors wide, depth-major: [depth][C][lane], or, where a lane of the sums takes
 // two factors at a time, [depth / 2][C][lane][2], an odd depth ending in zeros. For a gated cell the C vectors are
-// the gates of one vector of hidden units, so that all that a unit needs comes out of one tile.
+// the gates of one vector of hidden units, so that all that a unit needs comes out of one tile. Behind all of them lies
+// each panel's tail, [vector of the tail][C][lane]: the bias, and what else `Arithmetic` says.
 // Each sum runs over the depth in order, whatever the tile: a row's bits do not depend on the number of rows or threads.
 // A block of depth is added up in one accumulator, then to the sum of the blocks before it, because the rounding error of
 // one long sum in float grows with its length.
@@ -12,11 +13,17 @@
 #include <type_traits>
 #include <utility>
 
+#include "engine/arithmetic.h"
 #include "engine/buffer.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
-constexpr int64_t block_words = 256;
+// Rows of weights in the memory that they are packed from.
+struct Matrix {
+    const void* weights;                // row-major
+    const void* bias = nullptr;         // of each row, or null
+    const float* scales = nullptr;      // of each row of int8
+};
 
 template <class F, int C>
 class Panels {
@@ -34,14 +41,14 @@ public:
           stride(ceil_div(depth, in_word) * columns),
           own_(memory ? 0 : size(count, depth), poison),
           weights_(memory ? memory : own_ + 0),
-          bias_(weights_ + count * stride) {}
+          tails_(weights_ + count * stride) {}
 
     static constexpr int64_t size(int64_t count, int64_t depth) {
-        return count * (ceil_div(depth, in_word) + 1) * columns;
+        return count * (ceil_div(depth, in_word) + Arithmetic<F>::tail) * columns;
     }
 
     A* at(int64_t panel) const { return weights_ + panel * stride; }
-    const A* bias_at(int64_t panel) const { return bias_ + panel * columns; }
+    A* tail_at(int64_t panel) const { return tails_ + panel * Arithmetic<F>::tail * columns; }
 
     // Panel vector c takes rows first .. first + valid - 1 of a row-major (rows, depth) matrix as its columns.
     template <class S>
@@ -73,16 +80,28 @@ public:
         clear_bias(panel);
     }
 
-    // Rows as above, and their bias, which may be null.
+    // Rows as above, and their tail. S: what the bias is stored as.
     template <class S>
-    void pack(int64_t panel, int c, const void* matrix, const void* bias_of_rows, int64_t first, int64_t valid) const {
-        pack_rows(panel, c, static_cast<const S*>(matrix), first, valid);
-        const S* from = static_cast<const S*>(bias_of_rows);
-        store(bias_ + panel * columns + c * lanes, from ? load(from + first, valid) : Vec<A>{});
+    void pack(int64_t panel, int c, const Matrix& matrix, int64_t first, int64_t valid) const {
+        using W = weight_stored_as<S, F>;
+        const W* weights = static_cast<const W*>(matrix.weights);
+        pack_rows(panel, c, weights, first, valid);
+        const S* from = static_cast<const S*>(matrix.bias);
+        A* const tail = tail_at(panel) + c * lanes;
+        const Vec<A> bias = from && valid > 0 ? load(from + first, valid) : Vec<A>{};
+        store(tail + (Arithmetic<F>::tail - 1) * columns, bias);
+        if constexpr (is_int8<F>) {
+            typename Arithmetic<F>::Sum begin{};
+            for (int lane = 0; lane < lanes && lane < valid && Arithmetic<F>::offset; ++lane)
+                for (int64_t k = 0; k < depth; ++k)
+                    begin[lane] -= Arithmetic<F>::offset * weights[(first + lane) * depth + k];
+            store(tail, (Vec<A>)begin);
+            store(tail + columns, valid > 0 ? load(matrix.scales + first, valid) : Vec<A>{});
+        }
     }
 
     void clear_bias(int64_t panel) const {
-        for (int c = 0; c < C; ++c) store(bias_ + panel * columns + c * lanes, Vec<A>{});
+        for (int c = 0; c < C; ++c) store(tail_at(panel) + c * lanes, Vec<A>{});
     }
 
     const int64_t count, depth, stride;   // stride: from a panel to the next
@@ -90,58 +109,58 @@ public:
 private:
     const Buffer<A> own_;
     A* const weights_;
-    A* const bias_;
+    A* const tails_;
 };
 
-// sums[r][m][c] = bias + rows[r] . panel m's vector c, for R rows and M panels.
+// sums[r][m][c] = bias + rows[r] . panel m's vector c, for R rows and M panels, whose tails are one behind the other.
 template <class F, int R, int M, int C>
-void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t panel_stride, const computed<F>* bias,
-          int64_t depth, computed<F>* sums) {
+void tile(const element<F>* rows, int64_t row_stride, const computed<F>* panel, int64_t panel_stride,
+          const computed<F>* tails, int64_t depth, computed<F>* sums) {
     using A = computed<F>;
+    using Of = Arithmetic<F>;
     constexpr int lanes = width<A>, in_word = factors_in_word<F>;
-    Vec<A> acc[R][M][C];
+    typename Of::Sum acc[R][M][C];
+    const auto tail = [&](int m, int c) { return tails + (m * Of::tail * C + c) * lanes; };
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 24
-            for (int c = 0; c < C; ++c) acc[r][m][c] = load(bias + (m * C + c) * lanes);
+            for (int c = 0; c < C; ++c) acc[r][m][c] = Of::start(tail(m, c));
     const auto add = [&](int64_t word, auto splat_factors) __attribute__((always_inline)) {
 #pragma GCC unroll 24
         for (int m = 0; m < M; ++m) {
-            Vec<A> w[C];
+            decltype(Of::weights(panel)) w[C];
 #pragma GCC unroll 24
-            for (int c = 0; c < C; ++c) {
-                const A* from = panel + m * panel_stride + (word * C + c) * lanes;
-                w[c] = load(from);
-            }
+            for (int c = 0; c < C; ++c) w[c] = Of::weights(panel + m * panel_stride + (word * C + c) * lanes);
 #pragma GCC unroll 24
             for (int r = 0; r < R; ++r) {
-                const Vec<A> x = splat_factors(rows + r * row_stride + word * in_word);
+                const auto x = splat_factors(rows + r * row_stride + Of::header + word * Of::row_word);
 #pragma GCC unroll 24
-                for (int c = 0; c < C; ++c) acc[r][m][c] = add_products<F>(acc[r][m][c], x, w[c]);
+                for (int c = 0; c < C; ++c) acc[r][m][c] = Of::add(acc[r][m][c], x, w[c]);
             }
         }
     };
     const int64_t words = depth / in_word;
-    for (int64_t word = 0; word < words; ++word) add(word, splat_word<F>);
-    // Whatever lies behind a row may be a NaN, which a weight of zero does not stop.
-    if (depth % in_word) add(words, splat_first<F>);
+    for (int64_t word = 0; word < words; ++word) add(word, Of::splat);
+    if (depth % in_word) add(words, Of::splat_last);
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 24
-            for (int c = 0; c < C; ++c) store(sums + ((r * M + m) * C + c) * lanes, acc[r][m][c]);
+            for (int c = 0; c < C; ++c)
+                store(sums + ((r * M + m) * C + c) * lanes,
+                      Of::finish(acc[r][m][c], tail(m, c), C * lanes, rows + r * row_stride));
 }
 
 template <class F, int C>
 struct Tiles {
     using A = computed<F>;
-    using Function = void (*)(const F*, int64_t, const A*, int64_t, const A*, int64_t, A*);
+    using Function = void (*)(const element<F>*, int64_t, const A*, int64_t, const A*, int64_t, A*);
 
     // One register for x and C for the weights; the rest accumulate.
-    static constexpr int budget = vector_registers == 32 ? 24 : 12;
+    static constexpr int budget = Arithmetic<F>::sums;
     static constexpr int max_rows = budget / C < 12 ? budget / C : 12;
     // Few rows take several panels at once: enough chains to hide the latency of an addition.
     static constexpr int panels_for(int rows) {
@@ -171,26 +190,27 @@ struct Tiles {
     }
 };
 
-// Copies values of a row in memory as factors of a product.
+// Copies values of a row in memory as a row of a product.
 template <class F, class S>
-inline void copy_factors(F* to, const S* from, int64_t count) {
+inline void copy_factors(element<F>* to, const S* from, int64_t count) {
     constexpr int lanes = width<computed<F>>;
-    if constexpr (std::is_same_v<F, S>) std::memcpy(to, from, static_cast<size_t>(count) * sizeof(F));
+    if constexpr (is_int8<F>) quantize_row(to, from, count);
+    else if constexpr (std::is_same_v<element<F>, S>) std::memcpy(to, from, static_cast<size_t>(count) * sizeof(S));
     else
         for (int64_t k = 0; k < count; k += lanes) store(to + k, load(from + k, count - k), count - k);
 }
 
 // A tile over any depth, a block at a time. `count` sums.
 template <class F, int C>
-[[gnu::noinline]] void run_blocks(typename Tiles<F, C>::Function tile, const F* rows, int64_t row_stride,
+[[gnu::noinline]] void run_blocks(typename Tiles<F, C>::Function tile, const element<F>* rows, int64_t row_stride,
                                   const Panels<F, C>& panels, int64_t panel, int64_t count, computed<F>* sums) {
     using A = computed<F>;
-    constexpr int64_t factors = block_words * factors_in_word<F>, most = Tiles<F, C>::budget * width<A>;
+    constexpr int64_t factors = Arithmetic<F>::block * factors_in_word<F>, most = Tiles<F, C>::budget * width<A>;
     alignas(64) A sums_of_block[most], zeros[most] = {};
     for (int64_t k = 0; k < panels.depth; k += factors) {
         const int64_t depth = panels.depth - k < factors ? panels.depth - k : factors;
         tile(rows + k, row_stride, panels.at(panel) + k / factors_in_word<F> * panels.columns, panels.stride,
-             k == 0 ? panels.bias_at(panel) : zeros, depth, k == 0 ? sums : sums_of_block);
+             k == 0 ? panels.tail_at(panel) : zeros, depth, k == 0 ? sums : sums_of_block);
         for (int64_t i = 0; k > 0 && i < count; i += width<A>) store(sums + i, load(sums + i) + load(sums_of_block + i));
     }
 }
@@ -198,7 +218,7 @@ template <class F, int C>
 // Calls each(row, panel, sums) with sums[C][lane] = bias + rows[row] . panel, for all rows and panels begin .. end - 1.
 // A panel stays in the nearest cache while the rows pass over it.
 template <class F, int C, class Each>
-inline void multiply(const F* rows, int64_t row_stride, int64_t count, const Panels<F, C>& panels, int64_t begin,
+inline void multiply(const element<F>* rows, int64_t row_stride, int64_t count, const Panels<F, C>& panels, int64_t begin,
                      int64_t end, Each&& each) {
     using A = computed<F>;
     using T = Tiles<F, C>;
@@ -212,11 +232,14 @@ inline void multiply(const F* rows, int64_t row_stride, int64_t count, const Pan
             const int64_t first = count * i / tiles;
             const int size = static_cast<int>(count * (i + 1) / tiles - first);
             const auto run = T::find(size, group);
-            const F* const from = rows + first * row_stride;
-            if (panels.depth > block_words * factors_in_word<F>)
-                run_blocks<F, C>(run, from, row_stride, panels, panel, size * group * panels.columns, sums);
-            else
-                run(from, row_stride, panels.at(panel), panels.stride, panels.bias_at(panel), panels.depth, sums);
+            const element<F>* const from = rows + first * row_stride;
+            bool in_blocks = false;
+            if constexpr (Arithmetic<F>::block > 0) {
+                in_blocks = panels.depth > Arithmetic<F>::block * factors_in_word<F>;
+                if (in_blocks) run_blocks<F, C>(run, from, row_stride, panels, panel, size * group * panels.columns, sums);
+            }
+            if (!in_blocks)
+                run(from, row_stride, panels.at(panel), panels.stride, panels.tail_at(panel), panels.depth, sums);
             for (int r = 0; r < size; ++r)
                 for (int m = 0; m < group; ++m) each(first + r, panel + m, sums + (r * group + m) * panels.columns);
         }

@@ -16,6 +16,11 @@ namespace tidegate {
 
 enum class Kind : int64_t { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
 enum class Type { f32, f64, bf16 };
+// How the matrices are stored: as everything else, or beside float32. int8: each row with a scale.
+enum class Storage { own, int8, bf16 };
+
+// Of the rows of an int8 matrix: their sums then fit in 32 bits.
+constexpr int64_t most_int8_depth = int64_t{1} << 17;
 
 // What the problems of one call are to each other.
 enum class Together {
@@ -38,6 +43,7 @@ struct Rows {
 struct ForwardProblem {
     Kind kind = Kind::rnn_tanh;
     Type type = Type::f32;
+    Storage storage = Storage::own;
     int64_t input_size = 0, hidden = 0, projected = 0;   // I, H, P
     Rows rows = {};
     int threads = 1;                    // at most so many
@@ -51,6 +57,9 @@ struct ForwardProblem {
     const void* bias_ih = nullptr;      // (G*H) or null
     const void* bias_hh = nullptr;      // (G*H) or null
     const void* weight_hr = nullptr;    // (P, H) or null
+    const float* scale_ih = nullptr;    // (G*H) of int8 weights, as the next two
+    const float* scale_hh = nullptr;
+    const float* scale_hr = nullptr;    // (P)
     void* output = nullptr;             // (T, B, P), its rows `output_stride` apart
     int64_t output_stride = 0;
     void* kept = nullptr;               // a second place for all that is written to `output`, its rows as far apart,
@@ -139,11 +148,12 @@ struct ProgramProblem;   // engine/program.h
 // One instruction set's kernels.
 struct Kernels {
     const char* name;
-    int32_t (*layout)(Type);   // of packed weights: the same number, the same layout
+    int32_t (*layout)(Type, Storage);   // of packed weights: the same number, the same layout
     // Problems of one kind, type, batch and number of steps, side by side where that is quicker; each in memory of its
     // own. layers: the input of each is the output of the one before.
     void (*forward)(const ForwardProblem*, int count, Together);
-    // Of a forward's weights, in words of the computed type; from kind, type, sizes and whether there is a projection.
+    // Of a forward's weights, in words of the computed type; from kind, type, storage, sizes and whether there is a
+    // projection.
     int64_t (*packed_size)(const ForwardProblem&);
     void (*pack)(const ForwardProblem&);   // the weights into `packed`
     void (*step)(const StepProblem&);      // what `fits_step`

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -186,7 +186,7 @@ inline Vec<computed<F>> load_words(const S* from, int64_t count) {
     else {
         Vec<computed<F>> words{};
         if (count >= width<computed<F>> * factors_in_word<F>) std::memcpy(&words, from, sizeof words);
-        else std::memcpy(&words, from, static_cast<size_t>(count) * sizeof(F));
+        else std::memcpy(&words, from, static_cast<size_t>(count) * sizeof(S));
         return words;
     }
 }
@@ -261,6 +261,16 @@ template <class A, int shift = width<A> / 2>
 inline A sum(Vec<A> value) {
     if constexpr (shift == 0) return value[0];
     else return sum<A, shift / 2>(value + pick_lanes<A, Shifted<shift, width<A>>>(value, value));
+}
+
+// The largest lane, of none that is a NaN.
+template <class A, int shift = width<A> / 2>
+inline A largest(Vec<A> value) {
+    if constexpr (shift == 0) return value[0];
+    else {
+        const Vec<A> other = pick_lanes<A, Shifted<shift, width<A>>>(value, value);
+        return largest<A, shift / 2>(other > value ? other : value);
+    }
 }
 
 template <class A>

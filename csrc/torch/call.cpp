@@ -18,7 +18,13 @@ Kind read_kind(int64_t code) {
     return static_cast<Kind>(kind);
 }
 
-constexpr int64_t layers_place = 15;
+Storage read_storage(int64_t code) {
+    const int64_t storage = code >> 15 & 3;
+    if (storage > static_cast<int64_t>(Storage::bf16)) fail("form", "a storage", std::to_string(storage));
+    return static_cast<Storage>(storage);
+}
+
+constexpr int64_t layers_place = 17;
 
 bool has_whole_rows(const Tensor& tensor) {
     const int64_t last = tensor.dim() - 1;
@@ -36,6 +42,7 @@ Form::Form(int64_t code)
       has_resets(code >> 12 & 1),
       projects(code >> 13 & 1),
       replaces(code >> 14 & 1),
+      storage(read_storage(code)),
       layers(code >> layers_place) {
     if (layout > Layout::unbatched_step || direction > Direction::both || layers < 1)
         fail("form", "a layout, a direction and at least one layer", std::to_string(code));
@@ -55,6 +62,8 @@ Call::Call(int64_t code, const Tensor& any_input, const Arguments& arguments)
     batch_stride = form.is_batched() ? whole.stride(batch_dim) : 0;
     input = static_cast<const char*>(whole.const_data_ptr());
     if (time == 0) fail("input", "at least one step", "none");
+    if (form.storage != Storage::own && type != Type::f32) fail("input", "float32 beside stored weights", "another dtype");
+    if (form.storage != Storage::own && form.saves) fail("form", "nothing to save of stored weights", "a call that saves");
     const Tensor* next = arguments.rest ? arguments.rest->data() : nullptr;
     const Tensor* const end = arguments.rest ? next + arguments.rest->size() : nullptr;
     const bool is_packed = !arguments.weight_hh;
@@ -76,27 +85,50 @@ void Call::read_weights(const Arguments& given, const Tensor* next, const Tensor
     if (hidden == 0 || projected == 0) fail("weight_hh", "at least one hidden unit", "none");
     if (form.projects && !cell().may_project) fail("weight_hr", "none", "a tensor");
     if (!form.projects && projected != hidden) fail("weight_hh", std::to_string(hidden) + " columns", std::to_string(projected));
+    const int64_t scales = form.storage == Storage::int8 ? 2 + form.projects : 0;
+    if (end - next < form.projects + scales)
+        fail("rest", std::to_string(form.projects + scales) + " tensors of the first cell", std::to_string(end - next));
     const Tensor* const hr = form.projects ? next++ : nullptr;
-    const int64_t each = 2 + given.bias_ih.has_value() + given.bias_hh.has_value() + form.projects;
+    const Tensor* const first_scales = next;
+    next += scales;
+    const int64_t each = 2 + given.bias_ih.has_value() + given.bias_hh.has_value() + form.projects + scales;
     const int64_t others = form.cells() - 1;
     if (end - next != each * others)
         fail("rest", std::to_string(each * others) + " weights of other cells", std::to_string(end - next));
     const int64_t rows = gates * hidden;
+    const int32_t stored = form.storage == Storage::int8   ? aoti_torch_dtype_int8()
+                           : form.storage == Storage::bf16 ? aoti_torch_dtype_bfloat16()
+                                                           : dtype;
+    if (form.storage == Storage::int8 && std::max({input_size, width(), hidden}) > most_int8_depth)
+        fail("weight_ih", "at most " + std::to_string(most_int8_depth) + " columns of int8", "more");
+    const auto read_scales = [&](const Tensor* tensor, const char* name, int64_t count) {
+        return reinterpret_cast<const float*>(read(*tensor, name, {count}));
+    };
     const auto read_cell = [&](int64_t k, const Tensor& ih, const Tensor& hh, const Tensor* bias_ih,
-                               const Tensor* bias_hh, const Tensor* hr) {
-        weights.push_back({read(ih, "weight_ih", {rows, input_size_of(k)}), read(hh, "weight_hh", {rows, projected}),
-                           bias_ih ? read(*bias_ih, "bias_ih", {rows}) : nullptr,
-                           bias_hh ? read(*bias_hh, "bias_hh", {rows}) : nullptr,
-                           hr ? read(*hr, "weight_hr", {projected, hidden}) : nullptr});
+                               const Tensor* bias_hh, const Tensor* hr, const Tensor* of_rows) {
+        CellWeights w = {};
+        w.ih = read(ih, "weight_ih", {rows, input_size_of(k)}, stored);
+        w.hh = read(hh, "weight_hh", {rows, projected}, stored);
+        if (bias_ih) w.bias_ih = read(*bias_ih, "bias_ih", {rows});
+        if (bias_hh) w.bias_hh = read(*bias_hh, "bias_hh", {rows});
+        if (hr) w.hr = read(*hr, "weight_hr", {projected, hidden}, stored);
+        if (scales) {
+            w.scale_ih = read_scales(of_rows, "scale_ih", rows);
+            w.scale_hh = read_scales(of_rows + 1, "scale_hh", rows);
+            if (hr) w.scale_hr = read_scales(of_rows + 2, "scale_hr", projected);
+        }
+        weights.push_back(w);
     };
     const auto pointer = [](const Optional& tensor) { return tensor ? &*tensor : nullptr; };
     weights.reserve(static_cast<size_t>(others + 1));
-    read_cell(0, given.weight_ih, *given.weight_hh, pointer(given.bias_ih), pointer(given.bias_hh), hr);
+    read_cell(0, given.weight_ih, *given.weight_hh, pointer(given.bias_ih), pointer(given.bias_hh), hr, first_scales);
     for (int64_t k = 1; k < form.cells(); ++k) {
         const Tensor &ih = *next++, &hh = *next++;
         const Tensor* bias_ih = given.bias_ih ? next++ : nullptr;
         const Tensor* bias_hh = given.bias_hh ? next++ : nullptr;
-        read_cell(k, ih, hh, bias_ih, bias_hh, form.projects ? next++ : nullptr);
+        const Tensor* hr_of_cell = form.projects ? next++ : nullptr;
+        read_cell(k, ih, hh, bias_ih, bias_hh, hr_of_cell, next);
+        next += scales;
     }
 }
 
@@ -110,8 +142,9 @@ void Call::read_packed(const Tensor& tensor) {
     PackedHeader header;
     std::memcpy(&header, tensor.const_data_ptr(), sizeof header);
     constexpr int64_t most = int64_t{1} << 31;
-    const bool sensible = header.kind == static_cast<int64_t>(form.kind) && header.layers == form.layers &&
-                          form.direction == Direction::forward && header.layout == active_kernels().layout(type) &&
+    const bool sensible = header.kind == static_cast<int32_t>(form.kind) && header.layers == form.layers &&
+                          header.directions == form.directions() &&
+                          header.layout == active_kernels().layout(type, form.storage) &&
                           header.input_size == input_size && header.hidden > 0 && header.hidden < most &&
                           header.projected > 0 && header.projected < most && header.projects == form.projects &&
                           (!form.projects || cell().may_project) &&
@@ -122,6 +155,7 @@ void Call::read_packed(const Tensor& tensor) {
     ForwardProblem problem = {};
     problem.kind = form.kind;
     problem.type = type;
+    problem.storage = form.storage;
     problem.hidden = hidden;
     problem.projected = projected;
     problem.weight_hr = form.projects ? tensor.const_data_ptr() : nullptr;   // that there is one
@@ -129,8 +163,8 @@ void Call::read_packed(const Tensor& tensor) {
         problem.input_size = columns;
         return active_kernels().packed_size(problem);
     };
-    if (header.first != words_of(input_size) || header.other != (form.layers > 1 ? words_of(projected) : 0) ||
-        tensor.numel() != head + header.first + (form.layers - 1) * header.other)
+    if (header.first != words_of(input_size) || header.other != (form.layers > 1 ? words_of(width()) : 0) ||
+        tensor.numel() != head + form.directions() * (header.first + (form.layers - 1) * header.other))
         fail("packed", expected, "other sizes");
     packed = tensor;
 }
@@ -170,12 +204,13 @@ void Call::need_schedules() {
 }
 
 bool Call::is_one_step() const {
-    return time == 1 && cell().has_step && !form.projects && !packed && !resets_ && schedules_.empty();
+    return time == 1 && cell().has_step && !form.projects && !packed && form.storage == Storage::own && !resets_ &&
+           schedules_.empty();
 }
 
 Dims Call::state_dims(int64_t size) const {
     Dims dims;
-    if (packed && form.is_step()) return {form.cells(), batch, size};   // a stream's
+    if (form.replaces && form.is_step()) return {form.cells(), batch, size};   // a stream's
     if (!form.is_step()) dims.values[dims.count++] = form.cells();
     if (form.is_batched()) dims.values[dims.count++] = batch;
     dims.values[dims.count++] = size;
@@ -195,8 +230,8 @@ char* Call::replaced_state(const Optional& state, const char* name, int64_t size
     return static_cast<char*>(state->mutable_data_ptr());
 }
 
-const char* Call::read(const Tensor& tensor, const char* name, const Dims& sizes) {
-    check(tensor, name, dtype, sizes);
+const char* Call::read(const Tensor& tensor, const char* name, const Dims& sizes, int32_t of_dtype) {
+    check(tensor, name, of_dtype, sizes);
     if (tensor.is_contiguous()) return data(tensor);
     copies_.push_back(dense(tensor));
     return data(std::as_const(copies_.back()));
@@ -231,19 +266,20 @@ const char* Call::read_sequence(const Tensor& tensor, const char* name, int64_t 
 Tensor pack(int64_t code, const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih,
             const Optional& bias_hh, const std::optional<std::vector<Tensor>>& rest) {
     const Form form(code);
-    if (form.direction != Direction::forward) fail("form", "the forward direction", "another");
     if (weight_ih.dim() != 2) fail("weight_ih", "two dimensions", std::to_string(weight_ih.dim()));
     // A row that is never read stands for the input, whose sizes and dtype a call is read by.
-    const Tensor row = make(type_of(weight_ih, "weight_ih"), {weight_ih.size(1)});
+    const Type type = form.storage == Storage::own ? type_of(weight_ih, "weight_ih") : Type::f32;
+    const Tensor row = make(type, {weight_ih.size(1)});
     if (form.layout != Layout::unbatched_step) fail("form", "the layout of a step of one row", "another");
     const Optional hh = weight_hh;
     const Call call(code, row, {weight_ih, hh, bias_ih, bias_hh, rest});
     std::vector<ForwardProblem> problems;
-    for (int64_t k = 0; k < form.layers; ++k) {
+    for (int64_t k = 0; k < form.cells(); ++k) {
         const CellWeights& w = call.weights[static_cast<size_t>(k)];
         ForwardProblem problem = {};
         problem.kind = form.kind;
         problem.type = call.type;
+        problem.storage = form.storage;
         problem.input_size = call.input_size_of(k);
         problem.hidden = call.hidden;
         problem.projected = call.projected;
@@ -252,21 +288,33 @@ Tensor pack(int64_t code, const Tensor& weight_ih, const Tensor& weight_hh, cons
         problem.bias_ih = w.bias_ih;
         problem.bias_hh = w.bias_hh;
         problem.weight_hr = w.hr;
+        problem.scale_ih = w.scale_ih;
+        problem.scale_hh = w.scale_hh;
+        problem.scale_hr = w.scale_hr;
         problems.push_back(problem);
     }
+    const size_t directions = static_cast<size_t>(form.directions());
     const auto size_of = [&](size_t k) { return k < problems.size() ? active_kernels().packed_size(problems[k]) : 0; };
-    const PackedHeader header = {active_kernels().layout(call.type), form.projects, static_cast<int64_t>(form.kind),
-                                 form.layers, call.input_size, call.hidden, call.projected, size_of(0), size_of(1)};
+    const PackedHeader header = {.layout = active_kernels().layout(call.type, form.storage),
+                                 .projects = form.projects,
+                                 .kind = static_cast<int32_t>(form.kind),
+                                 .directions = static_cast<int32_t>(directions),
+                                 .layers = form.layers,
+                                 .input_size = call.input_size,
+                                 .hidden = call.hidden,
+                                 .projected = call.projected,
+                                 .first = size_of(0),
+                                 .other = size_of(directions)};
     const Type words = call.type == Type::f64 ? Type::f64 : Type::f32;
     const int64_t head = static_cast<int64_t>(sizeof header) / bytes_of(words);
-    Tensor packed = make(words, {head + header.first + (form.layers - 1) * header.other});
+    Tensor packed = make(words, {head + form.directions() * (header.first + (form.layers - 1) * header.other)});
     char* to = data(packed);
     std::memcpy(to, &header, sizeof header);
     to += sizeof header;
     for (size_t k = 0; k < problems.size(); ++k) {
         problems[k].packed = to;
         active_kernels().pack(problems[k]);
-        to += (k == 0 ? header.first : header.other) * bytes_of(words);
+        to += (k < directions ? header.first : header.other) * bytes_of(words);
     }
     return packed;
 }

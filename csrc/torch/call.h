@@ -19,7 +19,8 @@ enum class Direction : int64_t { forward, reverse, both };
 
 // What a call is, as one number: an argument that is not there costs as much to hand over as one that is. From the
 // lowest bits: 4 for the kind, 4 for the layout, 2 for the direction, a bit each for whether a forward saves, for what
-// `rest` begins with, and for whether the new states replace the old ones in their memory; then the layers.
+// `rest` begins with, and for whether the new states replace the old ones in their memory; 2 for how the matrices are
+// stored; then the layers.
 struct Form {
     explicit Form(int64_t code);
 
@@ -27,6 +28,7 @@ struct Form {
     Layout layout;
     Direction direction;
     bool saves, has_lengths, has_resets, projects, replaces;
+    Storage storage;
     int64_t layers;
 
     int64_t directions() const { return direction == Direction::both ? 2 : 1; }
@@ -41,6 +43,7 @@ struct Form {
 
 struct CellWeights {
     const void *ih, *hh, *bias_ih, *bias_hh, *hr;
+    const float *scale_ih, *scale_hh, *scale_hr;
 };
 
 // The tensors that a call has beside input and states. Of the first cell they come one by one, because a list costs as
@@ -49,8 +52,8 @@ struct Arguments {
     const Tensor& weight_ih;
     const Optional& weight_hh;   // none: `weight_ih` is what `pack` returned
     const Optional &bias_ih, &bias_hh;
-    // lengths, resets and weight_hr, if the form says so; then the other cells' weights in turn, without those that the
-    // first has not.
+    // lengths, resets, weight_hr and, of int8, the scales of ih, hh and hr, if the form says so; then the other cells'
+    // weights in turn, scales last, without those that the first has not.
     const std::optional<std::vector<Tensor>>& rest;
 };
 
@@ -66,7 +69,8 @@ public:
     // Where new states go in place of the old ones.
     char* replaced_state(const Optional& state, const char* name, int64_t size);
     // A tensor's data, which stays as long as the call: of its copy, if it does not lie in one piece.
-    const char* read(const Tensor& tensor, const char* name, const Dims& sizes);
+    const char* read(const Tensor& tensor, const char* name, const Dims& sizes) { return read(tensor, name, sizes, dtype); }
+    const char* read(const Tensor& tensor, const char* name, const Dims& sizes, int32_t dtype);
     // (T, B, columns) in memory, rows t*B + b, in the layout's dimensions.
     Tensor make_sequence(int64_t columns) const;
     // A sequence in the layout's dimensions as rows: where it lies, or a copy whose rows are whole.
@@ -109,12 +113,12 @@ private:
 
 // What `pack` puts in front of the weights, in the first 64 bytes.
 struct PackedHeader {
-    int32_t layout, projects;   // layout: Kernels::layout
-    int64_t kind, layers, input_size, hidden, projected, first, other;   // words of the first layer, of each other
+    int32_t layout, projects, kind, directions;                    // layout: Kernels::layout
+    int64_t layers, input_size, hidden, projected, first, other;   // words of a cell of the first layer, of each other
 };
 static_assert(sizeof(PackedHeader) == 64);
 
-// Packs the weights of a module of one direction for steps to come.
+// Packs the weights of a module for calls to come.
 Tensor pack(int64_t form, const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih,
             const Optional& bias_hh, const std::optional<std::vector<Tensor>>& rest);
 

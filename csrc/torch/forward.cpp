@@ -45,6 +45,7 @@ std::vector<ForwardProblem> problems_of(const Call& call, const States& states, 
         ForwardProblem p = {};
         p.kind = call.form.kind;
         p.type = call.type;
+        p.storage = call.form.storage;
         p.threads = thread_count();
         p.poison = poison;
         p.rows = call.schedule(k);
@@ -76,7 +77,7 @@ std::vector<ForwardProblem> problems_of(const Call& call, const States& states, 
         if (packed) {
             p.packed = const_cast<char*>(packed);
             p.weight_hr = call.form.projects ? packed : nullptr;   // that there is one; it is read packed
-            packed += (k == 0 ? header.first : header.other) * (call.type == Type::f64 ? 8 : 4);
+            packed += (k < directions ? header.first : header.other) * (call.type == Type::f64 ? 8 : 4);
         } else {
             const CellWeights& w = call.weights[static_cast<size_t>(k)];
             p.weight_ih = w.ih;
@@ -84,6 +85,9 @@ std::vector<ForwardProblem> problems_of(const Call& call, const States& states, 
             p.bias_ih = w.bias_ih;
             p.bias_hh = w.bias_hh;
             p.weight_hr = w.hr;
+            p.scale_ih = w.scale_ih;
+            p.scale_hh = w.scale_hh;
+            p.scale_hr = w.scale_hr;
         }
         problems.push_back(p);
     }
@@ -186,7 +190,7 @@ std::vector<Tensor> forward(int64_t form, const Tensor& weight_ih, const Optiona
     std::vector<Tensor> results;
     results.reserve(static_cast<size_t>(4 + call.form.layers));
     Results to = {};
-    if (!call.form.is_step() || call.packed) {
+    if (!call.form.is_step() || call.form.replaces) {
         results.push_back(call.make_sequence(call.width()));
         to.output = data(results.back());
     }

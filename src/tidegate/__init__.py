@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tidegate import convert
     from tidegate.convert import from_flax, from_keras, from_onnx, from_tf1, to_onnx
     from tidegate.export import export_c, export_rtneural
+    from tidegate.quantizing import quantize
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "from_onnx",
     "from_tf1",
     "inspect",
+    "quantize",
     "report",
     "restore",
     "tbptt",
@@ -59,4 +61,6 @@ def __getattr__(name: str) -> _Any:
         return getattr(_import_module("tidegate.convert"), name)
     if name in ("export_c", "export_rtneural"):
         return getattr(_import_module("tidegate.export"), name)
+    if name == "quantize":
+        return _import_module("tidegate.quantizing").quantize
     raise AttributeError(f"module 'tidegate' has no attribute {name!r}")

@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.nn.modules.rnn import RNNCellBase
 
 from tidegate import subclasses
-from tidegate.nn.options import ACCELERATED, OWN_OPTIONS
+from tidegate.nn.options import ACCELERATED, OWN_OPTIONS, Extended
 from tidegate.subclasses import REPLACED, SWAPS
 
 M = TypeVar("M", bound=Module)
@@ -37,12 +37,18 @@ class Entry:
         module: its class.
         swapped: `accelerate` swapped it, `restore` will swap it back.
         why: why it is swapped or not, in words.
+        bytes, bytes_before: of the weights of a module that `quantize` stored, now and before; else 0.
+        difference: the largest between the outputs of the whole model before and after, on `quantize`'s example; None
+            without one.
     """
 
     names: tuple[str, ...]
     module: str
     swapped: bool
     why: str
+    bytes: int = 0
+    bytes_before: int = 0
+    difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,36 @@ class Report:
     def swapped(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.swapped)
 
+    @property
+    def quantized(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.bytes)
+
+    @property
+    def bytes(self) -> int:
+        """Of the stored weights."""
+        return sum(entry.bytes for entry in self.quantized)
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the same weights, before they were stored."""
+        return sum(entry.bytes_before for entry in self.quantized)
+
+    @property
+    def difference(self) -> float | None:
+        """The largest between the model's outputs before and after `quantize`, on its example; None without one."""
+        return max((entry.difference for entry in self.quantized if entry.difference is not None), default=None)
+
     def __str__(self) -> str:
         if not self.entries:
             return "no recurrent module"
         rows = [(", ".join(name or "(the model)" for name in e.names), e.module, e.why) for e in self.entries]
         widths = [max(len(row[k]) for row in rows) for k in range(2)]
-        return "\n".join(f"{name:{widths[0]}}  {module:{widths[1]}}  {why}" for name, module, why in rows)
+        lines = [f"{name:{widths[0]}}  {module:{widths[1]}}  {why}" for name, module, why in rows]
+        if self.quantized:
+            lines.append(f"stored weights: {self.bytes:,} bytes, {self.bytes_before:,} before")
+        if self.difference is not None:
+            lines.append(f"the model's output on the example: at most {self.difference:.2g} from what it was")
+        return "\n".join(lines)
 
 
 def accelerate(model: M) -> M:
@@ -72,6 +102,8 @@ def accelerate(model: M) -> M:
     its own by the name of one of tidegate's methods (`stream`, ...). A swapped module knows torch.nn's attributes
     alone: what its owner keeps on it as `clip` or `reverse` stays his. Classes that torch itself makes around another,
     for parametrizations and fully_shard, count as the class inside.
+    torch.ao's dynamically quantized LSTM, GRU and cells become `tidegate.nn.quantized`'s, in place as well, of the same
+    integers; `restore` leaves those as they are.
     `isinstance(module, torch.nn.GRU)` stays true while a layer is swapped, as it is for every tidegate layer; its type
     is tidegate's. Doing it twice is doing it once.
 
@@ -81,10 +113,12 @@ def accelerate(model: M) -> M:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    for module in _modules(model):
+    for module in modules_of(model):
         swapped = _swapped_class(type(module), SWAPS)
         if swapped is not None and not _obstacle(module):
             _to_tidegate(module, swapped)
+        elif can_take_over(module):
+            _storing().take_over(module)
     return model
 
 
@@ -99,7 +133,7 @@ def restore(model: M) -> M:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    for module in _modules(model):
+    for module in modules_of(model):
         former = _swapped_class(type(module), _BACK)
         if former is not None and vars(module).get(ACCELERATED) and not _obstacle_to_restoring(module):
             _to_torch(module, former)
@@ -118,7 +152,7 @@ def report(model: Module) -> Report:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    _modules(model)
+    modules_of(model)
     names: dict[Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -127,11 +161,44 @@ def report(model: Module) -> Report:
         why = _why(module) or _why_by_name(module)
         if why:
             swapped = bool(vars(module).get(ACCELERATED))
-            entries.append(Entry(tuple(places), _class_name(module), swapped, why))
+            entries.append(Entry(tuple(places), _class_name(module), swapped, why, *_stored_as(module)))
     return Report(tuple(entries))
 
 
-def _modules(model: Any) -> list[Module]:
+def quantized_class(module: Module) -> type | None:
+    """What `quantize` makes of a module, by its exact class as `accelerate`; None if it leaves it alone."""
+    lineage = type(module).__mro__
+    known = next((cls for cls in lineage if cls in SWAPS or cls in _BACK), None)
+    if known is None or "forward" in vars(module) or not all(map(_made_by_torch, lineage[: lineage.index(known)])):
+        return None
+    return _storing().CLASSES[known]
+
+
+def can_take_over(module: Module) -> bool:
+    """Whether it is one that torch quantized, of integers that ours can be."""
+    if not type(module).__module__.startswith("torch.ao.") or "forward" in vars(module):
+        return False
+    return _storing().torch_quantized(module) and not _storing().obstacle(module)
+
+
+def _storing() -> Any:
+    from tidegate.nn import storing  # registers operators that few need
+
+    return storing
+
+
+def _stored_as(module: Any) -> tuple[int, int, float | None]:
+    """`bytes`, `bytes_before` and `difference` of an entry."""
+    note = getattr(module, "made_from", None) if _storage(module) else None
+    return (0, 0, None) if note is None else (module.bytes, note.bytes, note.difference)
+
+
+def _storage(module: Any) -> str:
+    """How a module of tidegate's own stores its weights; "" for any other."""
+    return module.cell.storage if isinstance(module, Extended) else ""
+
+
+def modules_of(model: Any) -> list[Module]:
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return list(model.modules())
@@ -210,6 +277,8 @@ def _why(module: Module) -> str:
     """The report's words; "" for a module that is not recurrent."""
     if not isinstance(module, torch.nn.RNNBase | RNNCellBase):
         return ""
+    if _storage(module):
+        return f"tidegate's own, weights in {_storage(module)}"
     if _swapped_class(type(module), SWAPS) is not None:
         return _obstacle(module) or "not swapped: tidegate.accelerate would"
     if _swapped_class(type(module), _BACK) is not None:
@@ -233,8 +302,16 @@ def _why_by_name(module: Module) -> str:
     if any(_why(inside) or _looks_recurrent(inside) for inside in module.modules() if inside is not module):
         return ""
     if type(module).__module__.startswith("torch.ao."):
-        return "left alone: quantized by torch, its weights are integers; accelerate the model before"
+        if can_take_over(module):
+            return "not swapped: tidegate.accelerate would, the integers as they are"
+        return f"left alone: quantized by torch; {_why_not_taken(module)}"
     return "left alone: none of torch.nn's; what is a cell runs fused in tidegate.Recurrent"
+
+
+def _why_not_taken(module: Module) -> str:
+    if _storing().torch_quantized(module):
+        return _storing().obstacle(module) or "its forward was replaced on the instance"
+    return "accelerate the model before"
 
 
 def _looks_recurrent(module: Module) -> bool:
@@ -245,6 +322,8 @@ def _looks_recurrent(module: Module) -> bool:
 def _class_name(module: Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return f"TorchScript {module.original_name}"
+    if _storage(module):
+        return f"tidegate.nn.quantized.{type(module).__name__}"
     return _public_name(type(module))
 
 

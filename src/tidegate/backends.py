@@ -210,7 +210,7 @@ def select(call: Call, name: str) -> Backend:
         if candidate is REFERENCE and call.input.is_cuda and call.steps > 1:
             _tell_of_loop(call.cell.name, tuple(f"{name}: {why[0]}" for name, why in reasons(call).items() if why))
         return candidate
-    raise UnsupportedError(_refusal(call, name))
+    raise UnsupportedError("; ".join(call.inference_reasons()) or _refusal(call, name))
 
 
 def _reasons_to_leave(candidate: Backend, call: Call) -> list[str]:

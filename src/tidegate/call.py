@@ -131,6 +131,18 @@ class Call(NamedTuple):
                 return True
         return False
 
+    def inference_reasons(self) -> list[str]:
+        """Why a call with stored weights that autograd is to record cannot run; empty for any other."""
+        if not self.cell.storage or not self.records():
+            return []
+        names = ("input", *(f"{state}_0" for state in self.cell.states))
+        pairs = zip(names, self.tensors, strict=False)
+        found = ", ".join(name for name, tensor in pairs if tensor is not None and tensor.requires_grad)
+        return [
+            f"{found}: expected tensors that need no gradient, because weights in {self.cell.storage} are for "
+            "inference; detach them, or call under torch.no_grad()"
+        ]
+
     def time_major(self) -> Call:
         """The same call over (T, B, I), from states (L*D, B, size) that are given."""
         input, states, layout = self.input, self.states, self.layout

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from tidegate import activations
+from tidegate.quantization import linear
 
 States = tuple[Tensor, ...]
 Weights = dict[str, Any]  # Tensor, or None for an optional one
@@ -32,13 +32,19 @@ class Parameter(NamedTuple):
     Attributes:
         shape: its sizes in letters: I, H, P, or a number of them, "4*H".
         when: the module's attribute that has it, "bias" say; "" if it is always there.
+        dtype: its own; None for the input's.
     """
 
     shape: tuple[str, ...]
     when: str = ""
+    dtype: torch.dtype | None = None
 
 
 Sizes = dict[str, int]
+
+
+def _as_they_are(weights: Weights) -> Weights:
+    return weights
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Cell:
             gates_x = x_t W_ih^T + b_ih. Plain torch operations, differentiable any number of times.
         activations: what the option `activations` gives a function for, in order; none for the RNN's `nonlinearity`.
         plain: the values of options, beside the defaults, that every kernel of this cell knows.
+        storage: "int8" or "bfloat16" if its matrices are stored so, by storage.py; else "".
+        read_weights: the weights, by name, as the equations multiply by them.
         names: the parameters' names.
         axes: name to the factor and the letter of each of its sizes: 4 and "H" of "4*H".
         recurrent: the first parameter that is always there with H or a number of them rows, not weight_ih: "" if none.
@@ -70,6 +78,8 @@ class Cell:
     step: Callable[[Tensor, States, Weights, Options], States]
     activations: tuple[str, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
+    storage: str = ""
+    read_weights: Callable[[Weights], Weights] = _as_they_are
     names: tuple[str, ...] = field(init=False)
     axes: dict[str, tuple[tuple[int, str], ...]] = field(init=False)
     recurrent: str = field(init=False)
@@ -85,6 +95,10 @@ class Cell:
         object.__setattr__(self, "recurrent", next(rows_of_h, ""))
         object.__setattr__(self, "_places", _places_of_letters(axes, self.states.values()))
         object.__setattr__(self, "read_options", _attribute_reader(tuple(self.options)))
+
+    def gates_x(self, input: Tensor, weights: Weights) -> Tensor:
+        """W_ih x + b_ih (..., G*H), as `step` takes it."""
+        return linear(input, self.read_weights(weights)["weight_ih"], weights["bias_ih"])
 
     @property
     def default_options(self) -> Options:
@@ -276,8 +290,15 @@ def extensions(cell: Cell, options: tuple[Any, ...], weights: tuple[Tensor | Non
         options: values, in the cell's order.
         weights: of one or more layers, in the cell's order.
     """
+    if cell.storage:
+        return [f"its weights are {cell.storage}"]
     if cell.name not in {known.name for known in CELLS}:
         return [f"{cell.name} is not among the cells that the kernels know"]
+    return beyond_torch(cell, options, weights)
+
+
+def beyond_torch(cell: Cell, options: tuple[Any, ...], weights: tuple[Tensor | None, ...]) -> list[str]:
+    """The same, of a cell that the kernel knows."""
     found = [
         f"{name}={value!r} is beyond torch.nn's equations"
         for (name, (_, default)), value in zip(cell.options.items(), options, strict=True)

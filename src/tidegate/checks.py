@@ -144,17 +144,23 @@ def _weight_faults(cell: Cell, weights: Weights, sizes: Sizes, like: Tensor, pla
                 faults.append(f"{name}{place}: expected a tensor {_letters(cell, name, weights)}, got None")
             continue
         expected = cell.shape(name, sizes)
-        if weight.shape != expected or weight.dtype != like.dtype or weight.device != like.device:
-            faults += _tensor_faults(name + place, weight, expected, _letters(cell, name, weights), like)
+        dtype = parameter.dtype or like.dtype
+        if weight.shape != expected or weight.dtype != dtype or weight.device != like.device:
+            letters = _letters(cell, name, weights)
+            faults += _tensor_faults(name + place, weight, expected, letters, like, parameter.dtype)
     return faults
 
 
-def _tensor_faults(name: str, tensor: Tensor, expected: tuple[int, ...], letters: str, like: Tensor) -> list[str]:
+def _tensor_faults(
+    name: str, tensor: Tensor, expected: tuple[int, ...], letters: str, like: Tensor, own: torch.dtype | None = None
+) -> list[str]:
+    """own: the dtype that it has whatever the input's."""
     faults: list[str] = []
     if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
         faults.append(f"{name}: expected {letters} = {expected}, got {tuple(tensor.shape)}")
-    if tensor.dtype != like.dtype:
-        faults.append(f"{name}: expected input's dtype {like.dtype}, got {tensor.dtype}")
+    if tensor.dtype != (own or like.dtype):
+        which = own or f"input's dtype {like.dtype}"
+        faults.append(f"{name}: expected {which}, got {tensor.dtype}")
     if tensor.device != like.device:
         faults.append(f"{name}: expected input's device {like.device}, got {tensor.device}")
     return faults

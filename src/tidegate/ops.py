@@ -102,6 +102,7 @@ def _in_other_modes(call: Call) -> tuple[Tensor, ...]:
         flops.offer()
         return layer_by_layer(call, _operator)
     backends.find_faults(call)
+    _refuse_tangents(call)
     if dispatch.is_transformed():
         by_reference = dispatch.is_per_example(call.weights) and scope.named in ("", "reference")
         return layer_by_layer(call, reference.forward if by_reference else _operator)
@@ -116,9 +117,15 @@ def _operator(layer: Layer) -> tuple[Tensor, ...]:
 
 def _forward_mode(layer: Layer, name: str | None = None) -> tuple[Tensor, ...]:
     name = scope.named if name is None else name
+    _refuse_tangents(layer)
     if name not in ("", "reference"):
         raise UnsupportedError(f"{name}: forward-mode differentiation of {backends.describe(layer)} runs on reference")
     return reference.forward(layer)
+
+
+def _refuse_tangents(call: Call | Layer) -> None:
+    if call.cell.storage and dispatch.has_tangents(call):
+        raise UnsupportedError(f"{backends.describe(call)}: its weights are stored for inference, not differentiated")
 
 
 def _any_requires_grad(layer: Layer) -> bool:

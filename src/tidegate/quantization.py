@@ -9,9 +9,11 @@ zeros: 127 / max|x| would leave float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = 127
@@ -29,6 +31,12 @@ class Quantized(NamedTuple):
     numbers: Tensor
     scales: Tensor
 
+    def split(self, sizes: Sequence[int], dim: int = 0) -> tuple[Quantized, ...]:
+        """Its rows, the first dimension of a matrix, in parts, as a tensor's `split`."""
+        assert dim == 0
+        parts = zip(self.numbers.split(sizes), self.scales.split(sizes), strict=True)
+        return tuple(Quantized(*part) for part in parts)
+
 
 def quantize_rows(weight: Tensor) -> Quantized:
     """A matrix (..., rows, columns), each row with a scale of its own."""
@@ -43,8 +51,18 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(x: Tensor, weight: Quantized) -> Tensor:
-    """x (columns) quantized as it comes, by a matrix (rows, columns): float32 (rows)."""
+    """x (..., columns), each row quantized as it comes, by a matrix (rows, columns): float32 (..., rows)."""
     numbers, scale = _quantize(x.float())
     # Sums below 2^53 are exact in float64.
-    sums = torch.mv(weight.numbers.double(), numbers.double()).float()
-    return sums * (weight.scales * scale)
+    sums = torch.matmul(numbers.double(), weight.numbers.double().t()).float()
+    return sums * (weight.scales * scale.unsqueeze(-1))
+
+
+def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by a matrix (rows, columns) as it is stored: in x's dtype, in bfloat16 beside a float32 x, or int8."""
+    if isinstance(weight, Quantized):
+        y = product(x, weight)
+        return y if bias is None else y + bias
+    if x.dtype is torch.float32 and weight.dtype is torch.bfloat16:
+        weight = weight.float()
+    return F.linear(x, weight, bias)

@@ -15,7 +15,8 @@ from tidegate.cell import States
 
 
 def unsupported_reasons(call: Call) -> list[str]:
-    return []
+    """Why it cannot run `call`; empty if it can. Never raises."""
+    return call.inference_reasons()
 
 
 def forward(layer: Layer) -> tuple[Tensor, ...]:
@@ -39,7 +40,7 @@ def _scan(layer: Layer) -> tuple[Tensor, ...]:
     fresh = _fresh_steps(layer, valid)
     # Padding may hold anything, and 0 * NaN is NaN in a weight's gradient.
     input = layer.input if valid is None else layer.input.masked_fill(~valid.unsqueeze(-1), 0)
-    gates_x = linear(input, layer.weights["weight_ih"], layer.weights["bias_ih"])  # (T, B, G*H)
+    gates_x = layer.cell.gates_x(input, layer.weights)  # (T, B, G*H)
     states = layer.states
     outputs: list[Tensor] = []
     for t in reversed(range(steps)) if layer.reverse else range(steps):

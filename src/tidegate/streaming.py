@@ -81,8 +81,13 @@ def _lay_out(source: Source, dtype: torch.dtype | None) -> _Laid:
     with torch.inference_mode(False), torch.no_grad():
         found = module._weights()
         first = next(weight for weight in found if weight is not None)
-        dtype = dtype or first.dtype
-        weights = tuple(None if w is None else w.detach().to(dtype) for w in found)
+        if source.cell.storage:
+            if dtype not in (None, torch.float32):
+                raise ValueError(f"dtype: expected float32, in which {source.cell.storage} weights run, got {dtype}")
+            dtype, weights = torch.float32, found
+        else:
+            dtype = dtype or first.dtype
+            weights = tuple(None if w is None else w.detach().to(dtype) for w in found)
         call = Call(source.cell, module._option_values(), first.new_zeros(0), (), weights, layers=source.layers)
         sizes = call.sizes()
         zeros = tuple(first.new_zeros((source.layers, 1, sizes[n]), dtype=dtype) for n in source.cell.states.values())

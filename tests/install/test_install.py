@@ -14,7 +14,8 @@ from environment import Environment
 
 USE = Path(__file__).with_name("use.py")
 NO_COMPILER = {"PATH": "", "CC": "no-such-compiler", "CXX": "no-such-compiler"}
-ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+X86 = ["baseline", "avx2", "avx2_vnni", "avx512", "avx512_bf16"]
+ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 
 
 def explained(environment: Environment, **variables: str) -> tuple[str, str]:

@@ -45,6 +45,10 @@ void check_kind(Kind kind, bool projects) {
         check_shape({0, 2, 3, 4, projects}, kind, type, 1);
         check_shape({1, 2, 40, 33, projects}, kind, type, 1);
     }
+    for (const Shape& shape : {Shape{1, 1, 1, 1, projects}, Shape{1, 3, 9, 17, projects}, Shape{4, 3, 5, 17, projects},
+                               Shape{0, 2, 3, 4, projects}, Shape{1, 2, 40, 33, projects}, Shape{9, 20, 33, 65, projects}})
+        check_stored(shape, kind, 3);
+    check_stored({40, 1, 64, 128, projects}, kind, 4);
     check_shape({40, 1, 64, 128, projects}, kind, Type::f32, 4);   // units split, a barrier a step
     check_shape({9, 40, 33, 65, projects}, kind, Type::f32, 4);    // rows split, then both
     for (const bool has_lengths : {false, true})

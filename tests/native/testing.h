@@ -94,6 +94,8 @@ bool multiplies_twice(const Recurrence& r);
 void check_shape(const Shape& shape, tidegate::Kind kind, tidegate::Type type, int most_threads);
 void check_together(const Shape& shape, tidegate::Kind kind, tidegate::Type type, int count,
                     tidegate::Together together, bool has_lengths, int most_threads);
+// The same of a forward with weights of int8 and bfloat16.
+void check_stored(const Shape& shape, tidegate::Kind kind, int most_threads);
 void check_long_sums();
 void check_workspace();
 void check_programs();

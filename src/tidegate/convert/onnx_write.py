@@ -59,6 +59,10 @@ def to_onnx(
     if cell is None or not isinstance(module, torch.nn.RNNBase):
         faults.add("expected a GRU, LSTM or RNN layer of tidegate or torch.nn; a model: torch.onnx.export, see docs")
         faults.raise_any()
+    stored = getattr(getattr(module, "cell", None), "storage", "")
+    if stored:
+        faults.add(f"its weights are {stored}, which ONNX's recurrent nodes lack: write the float32 layer")
+        faults.raise_any()
     assert cell is not None
     assert isinstance(module, torch.nn.RNNBase)
     graph = _Graph(module, cell, lengths, states)

@@ -118,6 +118,8 @@ class Sites:
         """A layer or a cell of tidegate's, or one of torch.nn's that became one."""
         if call.direction is not Direction.FORWARD:
             self._from_the_end("both ways" if call.direction is Direction.BOTH else "from the end")
+        if call.cell.storage:
+            raise self.refuse(f"its weights are {call.cell.storage}: export the float32 model, with weights=")
         if call.steps != 1:
             raise self.refuse(_TOO_MANY_STEPS)
         if call.lengths is not None or call.resets is not None:

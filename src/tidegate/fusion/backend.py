@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from tidegate.call import Call, Layer
 from tidegate.cell import Cell, Options
@@ -64,6 +63,8 @@ def _plan_of(call: Call, weights: tuple[Tensor | None, ...]) -> Plan:
 def unsupported_reasons(call: Call) -> list[str]:
     """Why the fused loop cannot run `call`; empty if it can. Never raises."""
     reasons = list(cpu.availability())
+    if call.cell.storage:
+        reasons.append(f"its weights are {call.cell.storage}")
     if not call.input.is_cpu:
         reasons.append(f"input is on {call.input.device}")
     if call.input.dtype not in DTYPES:
@@ -93,7 +94,7 @@ def forward(layer: Layer) -> tuple[Tensor, ...]:
         past = torch.arange(input.shape[0]).unsqueeze(-1) >= layer.lengths.cpu()
         # Padding may hold anything, and 0 * NaN is NaN in a weight's gradient.
         input = input.masked_fill(past.unsqueeze(-1), 0)
-    gates_x = linear(input, layer.weights["weight_ih"], layer.weights["bias_ih"])
+    gates_x = layer.cell.gates_x(input, layer.weights)
     tensors = [w for name, w in layer.weights.items() if w is not None and name not in _OF_INPUT]
     (output,), states = plan.run(tensors, [gates_x], layer.states, layer.lengths, layer.resets, layer.reverse)
     return (output, *states)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from tidegate.backends import backend
 from tidegate.call import Layer
 from tidegate.cell import CELLS
+from tidegate.errors import UnsupportedError
 from tidegate.fusion.reading import split_result
 from tidegate.inspection.result import LayerInspection
 from tidegate.nn import over_time
@@ -38,6 +39,10 @@ _MOST_NUMBERS = 2**24  # of gradients at a time
 def look_at_layer(layer: Layer, name: str, directions: int) -> tuple[tuple[Tensor, ...], LayerInspection]:
     """A built-in layer: its results, and what was seen."""
     cell = layer.cell
+    if cell.storage:
+        raise UnsupportedError(
+            f"{name}: its weights are {cell.storage}, through which no gradient reaches; look into the float32 module"
+        )
     valid = None if layer.lengths is None else over_time.valid_steps(layer.lengths, len(layer.input), _device(layer))
     with torch.enable_grad():
         input = layer.input if valid is None else layer.input.masked_fill(~valid.unsqueeze(-1), 0)

@@ -8,18 +8,21 @@ for a GRU, i f g o c for an LSTM, none for an RNN. Letters as in call.py.
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tidegate import dispatch, kernels
 from tidegate.call import Call, Layout
-from tidegate.cell import GRU, LSTM, RNN, extensions
+from tidegate.cell import GRU, LSTM, RNN, beyond_torch, extensions
+from tidegate.storage import STORAGES
 
 _LIBRARY = "tidegate_cpu.so"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -27,7 +30,7 @@ _PER_CELL = 5  # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 
 # Of each cell and its options' values, csrc's number of the kind and its kept gates.
 _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
-    (cell.name, tuple((cell.default_options | options).values())): kind
+    (name, tuple((cell.default_options | options).values())): kind
     for cell, options, kind in (
         (RNN, {}, (0, 0)),
         (RNN, {"nonlinearity": "relu"}, (1, 0)),
@@ -35,6 +38,7 @@ _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
         (GRU, {}, (3, 4)),
         (GRU, {"reset_after": False}, (4, 3)),
     )
+    for name in (cell.name, *(f"{cell.name}_{storage}" for storage in STORAGES))
 }
 
 # B * hidden_size from which one step of _ROWS rows or more is quicker in torch's operators, by instruction set.
@@ -44,6 +48,9 @@ _MANY = {"avx2": {"gru": 2**13, "rnn": 2**14, "lstm": 2**15}, "avx512": {"gru": 
 _GATES = {
     kind[0]: len(cell.gates) for cell in (RNN, LSTM, GRU) for (name, _), kind in _KINDS.items() if name == cell.name
 }
+
+# Of int8: 128 * 127 times so many is the most that 32 bits hold.
+_MOST_INT8_COLUMNS = 2**17
 
 Gradients = tuple["Tensor | None", ...]
 
@@ -98,6 +105,8 @@ def availability() -> tuple[str, ...]:
 def unsupported_reasons(call: Call) -> list[str]:
     """Why the compiled operators cannot run `call`; empty if they can. Never raises."""
     input, weights = call.input, call.weights
+    if call.cell.storage:
+        return _stored_reasons(call)
     if input.is_cpu and input.dtype in _DTYPES and (call.cell.name, call.options) in _KINDS and not availability():
         if call.layout >= Layout.STEP and _is_one_plain_cell(weights):
             return []  # a cell's step must be quick
@@ -107,6 +116,22 @@ def unsupported_reasons(call: Call) -> list[str]:
     return _reasons(call)
 
 
+def _stored_reasons(call: Call) -> list[str]:
+    """Those of a call with int8 or bfloat16 weights beside float32."""
+    reasons = [*availability(), *call.inference_reasons(), *beyond_torch(call.cell, call.options, call.weights)]
+    reasons += _stack_reasons(call)
+    if call.input.dtype is not torch.float32:
+        reasons.append(
+            f"input is {str(call.input.dtype).removeprefix('torch.')}, not float32, which stored weights take"
+        )
+    if not call.input.is_cpu:
+        reasons.append(f"input is on {call.input.device}")
+    sizes = call.sizes()
+    if call.cell.storage == "int8" and max(sizes["I"], call.directions * sizes["H"]) > _MOST_INT8_COLUMNS:
+        reasons.append(f"a row of weights has more than {_MOST_INT8_COLUMNS} numbers")
+    return reasons
+
+
 def _is_one_plain_cell(weights: tuple[Tensor | None, ...]) -> bool:
     """Nothing beside the first four weights: of one cell of a GRU or an RNN, or of an LSTM without the other two."""
     # Not by comparing tuples: a tensor's == None costs more than a small step.
@@ -114,7 +139,7 @@ def _is_one_plain_cell(weights: tuple[Tensor | None, ...]) -> bool:
 
 
 def _projects(call: Call) -> bool:
-    return len(call.cell.parameters) > 4 and call.weights[4] is not None
+    return call.cell.states["h"] == "P" and call.weights[4] is not None
 
 
 def _reasons(call: Call) -> list[str]:
@@ -162,6 +187,8 @@ def slower_reasons(call: Call) -> list[str]:
     2026-11-24, from B*H*H = 2**18 on: LSTM 0.96x to 1.5x torch.nn in inference and 0.95x to 8x in training, about even
     from 2**21 on at B >= 32; GRU and RNN 1.07x to 8x.
     """
+    if call.cell.storage:
+        return []
     if call.cell is not GRU and call.layout >= Layout.STEP and call.records():
         return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
     if call.layout == Layout.STEP and call.input.dtype is torch.float32:
@@ -191,13 +218,15 @@ def saved_shape(call: Call) -> tuple[int, ...]:
 
 
 # What csrc/torch/call.h's `Form` says beside the kind: where its numbers stand.
-_LAYOUT, _DIRECTION, _LAYERS = 1 << 4, 1 << 8, 1 << 15
+_LAYOUT, _DIRECTION, _STORAGE, _LAYERS = 1 << 4, 1 << 8, 1 << 15, 1 << 17
+_STORED = {"": 0, "int8": _STORAGE, "bfloat16": 2 * _STORAGE}
 _SAVES, _LENGTHS, _RESETS, _PROJECTS, _REPLACES = (1 << place for place in range(10, 15))
 
 
 def _form(call: Call) -> int:
     kind = _KINDS[(call.cell.name, call.options)][0]
-    return kind + _LAYOUT * call.layout + _DIRECTION * call.direction + _LAYERS * call.layers
+    form = kind + _LAYOUT * call.layout + _DIRECTION * call.direction + _LAYERS * call.layers
+    return form + _STORED[call.cell.storage]
 
 
 def _rest(call: Call, with_biases: bool) -> tuple[int, list[Tensor] | None]:
@@ -210,14 +239,16 @@ def _rest(call: Call, with_biases: bool) -> tuple[int, list[Tensor] | None]:
     if call.resets is not None:
         form += _RESETS
         rest.append(call.resets.cpu())
-    if count > 4 and weights[4] is not None:
+    names = call.cell.names
+    if _projects(call):
         form += _PROJECTS
         rest.append(weights[4])
+    rest += [w for name, w in zip(names, weights, strict=False) if w is not None and name.startswith("scale")]
     if len(weights) == count:
         return form, rest or None
     for k in range(count, len(weights), count):
-        of_cell = weights[k : k + _PER_CELL] if count > 4 else weights[k : k + count]
-        rest += [w for place, w in enumerate(of_cell) if w is not None and (with_biases or place not in (2, 3))]
+        of_cell = zip(names, weights[k : k + count], strict=True)
+        rest += [w for name, w in of_cell if w is not None and (with_biases or not name.startswith("bias"))]
     return form, rest or None
 
 
@@ -226,6 +257,8 @@ def forward(call: Call, save: bool = False) -> Sequence[Tensor]:
 
     A step of an LSTM without a projection gives, with `save`, the output gate's o before that.
     """
+    if call.cell.storage:
+        return _forward_stored(call)
     weights, rest = call.weights, None
     form = _KINDS[(call.cell.name, call.options)][0] + _LAYOUT * call.layout
     form += _DIRECTION * call.direction + _LAYERS * call.layers
@@ -235,6 +268,70 @@ def forward(call: Call, save: bool = False) -> Sequence[Tensor]:
         more, rest = _rest(call, True)
         form += more
     return _operator("forward")(form, *weights[:4], rest, call.input, *call.states)
+
+
+def _forward_stored(call: Call) -> Sequence[Tensor]:
+    """With int8 or bfloat16 weights, which are packed once: they do not change from call to call."""
+    form, rest = _form(call), []
+    if call.lengths is not None:
+        form += _LENGTHS
+        rest.append(call.lengths.cpu())
+    if call.resets is not None:
+        form += _RESETS
+        rest.append(call.resets.cpu())
+    if _projects(call):
+        form += _PROJECTS
+    return _operator("forward")(form, _packed(call), None, None, None, rest or None, call.input, *call.states)
+
+
+class _Packed(NamedTuple):
+    """Weights as `pack` laid them out, and what they were laid out from.
+
+    Attributes:
+        first: the first of the weights, which takes the others along when it goes.
+        others, versions: as they were.
+        layout: the instruction set.
+    """
+
+    first: weakref.ref[Tensor]
+    others: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
+    layout: str
+    packed: Tensor
+
+
+# By the identity of the first weight, the number of weights and the number of directions.
+_packed_weights: dict[tuple[int, int, int], _Packed] = {}
+
+
+def _packed(call: Call) -> Tensor:
+    """A call's stored weights, laid out; anew if one of them was changed or replaced."""
+    first, *others = call.weights
+    assert first is not None
+    if any(weight is not None and weight.is_inference() for weight in call.weights):
+        return _pack(call)  # they do not say when they change
+    versions = tuple([weight._version for weight in call.weights if weight is not None])
+    key, isa = (id(first), len(others), call.directions), layout()
+    kept = _packed_weights.get(key)
+    if (
+        kept is not None
+        and kept.first() is first
+        and kept.versions == versions
+        and all(map(operator.is_, kept.others, others))
+        and kept.layout == isa
+    ):
+        return kept.packed
+    packed = _pack(call)
+    reference = weakref.ref(first, lambda _: _packed_weights.pop(key, None))
+    _packed_weights[key] = _Packed(reference, tuple(others), versions, isa, packed)
+    return packed
+
+
+def _pack(call: Call) -> Tensor:
+    flags, rest = _rest(call._replace(lengths=None, resets=None), True)
+    form = _form(call._replace(layout=Layout.UNBATCHED_STEP)) + flags
+    with torch.inference_mode(False):
+        return _operator("pack")(form, *call.weights[:4], rest)
 
 
 def backward(

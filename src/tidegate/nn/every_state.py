@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from tidegate.backends import find_faults as find_our_faults
 from tidegate.call import Call, Layer, Layout, layer_by_layer
@@ -32,7 +31,7 @@ class _EveryState(torch.nn.Module):
 
     def forward(self, input: Tensor, states: States) -> tuple[States, States]:
         weights = {name: getattr(self, name) for name in self.present}
-        gates_x = linear(input, weights["weight_ih"], weights["bias_ih"])
+        gates_x = self.cell.gates_x(input, weights)
         states = self.cell.step(gates_x, states, weights, self.options)
         return states, states
 

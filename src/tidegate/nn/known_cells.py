@@ -23,6 +23,11 @@ _OURS: dict[type, type[RecurrentCell]] = {
 }
 
 
+def add(cell: type[RecurrentCell]) -> None:
+    """A class of cells of ours that runs whole over a sequence."""
+    _OURS[cell] = cell
+
+
 class TorchCell(NamedTuple):
     """One of torch.nn's cells, to be run as ours are.
 

@@ -86,7 +86,7 @@ def unsupported_reasons(call: Call) -> list[str]:
     names = ("input", *(f"{state}_0" for state in call.cell.states))
     weights = (*call.cell.parameters,) * (call.layers * call.directions)
     for name, tensor in zip((*names, *weights), call.tensors, strict=True):
-        if tensor is None:
+        if tensor is None or (call.cell.storage and name in call.cell.parameters):
             continue
         if tensor.layout is not torch.strided:
             reasons.append(f"{name} is {tensor.layout}")

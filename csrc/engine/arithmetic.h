@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+// How rows are multiplied by packed weights, by what both are stored as. F names it:
+//
+//   float, double   as they are
+//   bf16            both bfloat16, where the processor has that dot product (vec.h)
+//   HalfWeights     rows of float, weights of bfloat16, which are widened
+//   Int8            both int8, each row of the product's operand with a scale of its own, each column of the weights
+//                   too. Sums are exact; y = sum (weight's scale * row's scale) + bias. The rule, to the bit, stands in
+//                   quantization.py; a sum fits in 32 bits up to `most_int8_depth`.
+#pragma once
+
+#include <type_traits>
+
+#include "engine/buffer.h"
+
+namespace tidegate::TIDEGATE_ISA {
+
+struct HalfWeights {
+    uint16_t bits;
+};
+struct Int8 {
+    int8_t number;
+};
+template <>
+struct Computed<HalfWeights> {
+    using type = float;
+};
+template <>
+struct Computed<Int8> {
+    using type = float;
+};
+
+// What a row in memory is made of.
+template <class F>
+struct Element {
+    using type = F;
+};
+template <>
+struct Element<HalfWeights> {
+    using type = float;
+};
+template <class F>
+using element = typename Element<F>::type;
+
+template <class F>
+constexpr bool is_int8 = std::is_same_v<F, Int8>;
+
+// In which type a weight lies in the memory that it is packed from, S being what the rest of the problem is stored as.
+template <class S, class F>
+using weight_stored_as = std::conditional_t<is_int8<F>, int8_t, std::conditional_t<std::is_same_v<F, HalfWeights>, bf16, S>>;
+
+// The rounding error of one long sum in float grows with its length.
+constexpr int64_t block_words = 256;
+
+// Sums that are in registers at once, beside what is multiplied.
+constexpr int most_sums = vector_registers == 32 ? 24 : 12;
+
+template <class F>
+struct Arithmetic {
+    using A = computed<F>;
+    using Sum = Vec<A>;
+    static constexpr int tail = 1;              // vectors behind a column's weights: its bias
+    static constexpr int row_word = factors_in_word<F>;   // elements of a row that a word of weights multiplies
+    static constexpr int sums = most_sums;
+    static constexpr int64_t header = 0;        // elements before a row's first
+    static constexpr int64_t block = block_words;   // in one sum; 0 for any number
+
+    static Sum start(const A* bias) { return load(bias); }
+    static Vec<A> splat(const F* from) { return splat_word<F>(from); }
+    // Whatever lies behind a row may be a NaN, which a weight of zero does not stop.
+    static Vec<A> splat_last(const F* from) { return splat_first<F>(from); }
+    static Vec<A> weights(const A* from) { return load(from); }
+    static Sum add(Sum sum, Vec<A> x, Vec<A> w) { return add_products<F>(sum, x, w); }
+    static Vec<A> finish(Sum sum, const A*, int64_t, const F*) { return sum; }
+};
+
+template <>
+struct Arithmetic<HalfWeights> {
+    using A = float;
+    using Sum = Vec<float>;
+    static constexpr int tail = 1, row_word = 2, sums = most_sums;
+    static constexpr int64_t header = 0, block = block_words / 2;   // two products a word
+    struct Two {
+        Vec<float> first, second;
+    };
+
+    static Sum start(const float* bias) { return load(bias); }
+    static Two splat(const float* from) {
+        return {tidegate::TIDEGATE_ISA::splat<float>(from[0]), tidegate::TIDEGATE_ISA::splat<float>(from[1])};
+    }
+    static Two splat_last(const float* from) { return {tidegate::TIDEGATE_ISA::splat<float>(from[0]), Vec<float>{}}; }
+    static Two weights(const float* from) {
+        using Uint = Lanes<float>::Uint;
+        const auto both = (Uint)load(from);
+        return {(Vec<float>)(both << 16), (Vec<float>)(both & 0xffff0000u)};
+    }
+    static Sum add(Sum sum, Two x, Two w) { return sum + x.first * w.first + x.second * w.second; }
+    static Vec<float> finish(Sum sum, const float*, int64_t, const float*) { return sum; }
+};
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define TIDEGATE_INT8_DOTS   // four unsigned by signed bytes, in one instruction
+#elif defined(__AVX2__)
+#define TIDEGATE_INT8_PAIRS   // two
+#endif
+
+// A row: a cache line that begins with its scale, then its numbers x, a word four of them.
+//
+// Where the instructions take one unsigned factor: with dots, x + 128, and sums begin with what makes up for it. With
+// pairs, whose sums must not pass 16 bits, the four |x| and behind them, where x is negative, bits to turn the weight to
+// its complement: |x| (-w - 1) = x w - |x|. The sum of those |x| stands behind the scale.
+template <>
+struct Arithmetic<Int8> {
+    using A = float;
+    using Sum = Lanes<float>::Int;
+    static constexpr int tail = 3;   // what a sum begins with; the weights' scales; the bias
+    static constexpr int64_t header = 64, block = 0;
+#if defined(TIDEGATE_INT8_DOTS)
+    static constexpr int offset = 128, row_word = 4, sums = most_sums;
+    using Splat = Sum;
+    using Weights = Sum;
+#elif defined(TIDEGATE_INT8_PAIRS)
+    // A sum waits for an addition of integers alone, so that few keep the multipliers busy.
+    static constexpr int offset = 0, row_word = 8, sums = vector_registers == 32 ? 24 : 8;
+    struct Splat {
+        Sum size, turn;
+    };
+    using Weights = Sum;
+#else
+    static constexpr int offset = 0, row_word = 4, sums = most_sums;
+    struct Splat {
+        int32_t number[4];
+    };
+    struct Weights {
+        Sum number[4];
+    };
+#endif
+
+    static Sum start(const float* from) { return (Sum)load(from); }
+
+    static Splat splat(const Int8* from) {
+#if defined(TIDEGATE_INT8_DOTS) || defined(TIDEGATE_INT8_PAIRS)
+        int32_t word[row_word / 4];
+        std::memcpy(word, from, sizeof word);
+#endif
+#if defined(TIDEGATE_INT8_DOTS)
+        return word[0] + Sum{};
+#elif defined(TIDEGATE_INT8_PAIRS)
+        return {word[0] + Sum{}, word[1] + Sum{}};
+#else
+        return {{from[0].number, from[1].number, from[2].number, from[3].number}};
+#endif
+    }
+    // The weights behind the last are zeros.
+    static Splat splat_last(const Int8* from) { return splat(from); }
+
+    static Weights weights(const float* from) {
+        const Sum w = (Sum)load(from);
+#if defined(TIDEGATE_INT8_DOTS) || defined(TIDEGATE_INT8_PAIRS)
+        return w;
+#else
+        return {{(w << 24) >> 24, (w << 16) >> 24, (w << 8) >> 24, w >> 24}};
+#endif
+    }
+
+    // sum + the four products of each lane's bytes.
+    static Sum add(Sum sum, Splat x, Weights w) {
+#if defined(__AVX512VNNI__)
+        return (Sum)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#elif defined(__AVXVNNI__)
+        return (Sum)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
+#elif defined(__AVX512BW__)
+        const __m512i pairs = _mm512_maddubs_epi16((__m512i)x.size, (__m512i)(w ^ x.turn));
+        return sum + (Sum)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+        const __m256i pairs = _mm256_maddubs_epi16((__m256i)x.size, (__m256i)(w ^ x.turn));
+        return sum + (Sum)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+        for (int k = 0; k < 4; ++k) sum += w.number[k] * x.number[k];
+        return sum;
+#endif
+    }
+
+    // columns: from one vector of the tail to the next.
+    static Vec<float> finish(Sum sum, const float* tail_of_column, int64_t columns, const Int8* row) {
+        float scale;
+        std::memcpy(&scale, row, sizeof scale);
+#if defined(TIDEGATE_INT8_PAIRS)
+        int32_t turned;
+        std::memcpy(&turned, row + sizeof scale, sizeof turned);
+        sum += turned;
+#endif
+        return __builtin_convertvector(sum, Vec<float>) * (load(tail_of_column + columns) * scale) +
+               load(tail_of_column + 2 * columns);
+    }
+};
+
+// Elements of a row before the one at `depth`, a multiple of the factors in a word; and from a row to the next.
+template <class F>
+constexpr int64_t place_in_row(int64_t depth) {
+    return Arithmetic<F>::header + depth / factors_in_word<F> * Arithmetic<F>::row_word;
+}
+template <class F>
+constexpr int64_t row_stride(int64_t columns) {
+    return padded<element<F>>(place_in_row<F>(ceil_div(columns, factors_in_word<F>) * factors_in_word<F>));
+}
+
+// a * b, rounded, and not contracted with what follows.
+inline Vec<float> rounded_product(Vec<float> a, float b) {
+    Vec<float> product = a * b;
+#if defined(__x86_64__) || defined(_M_X64)
+    __asm__("" : "+v"(product));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(product));
+#endif
+    return product;
+}
+
+// A row as a product reads it: each number times 127 / the largest, to the nearest integer. A row with a NaN or an infinity
+// has a NaN for its scale.
+inline void quantize_row(Int8* to, const float* from, int64_t count) {
+    using Int = Lanes<float>::Int;
+    constexpr int lanes = width<float>;
+    Vec<float> sizes{}, strange{};
+    for (int64_t k = 0; k < count; k += lanes) {
+        const Vec<float> x = load(from + k, count - k), size = absolute<float>(x);
+        sizes = size > sizes ? size : sizes;
+        strange += x - x;
+    }
+    const float most = tidegate::TIDEGATE_ISA::largest<float>(sizes);
+    const float scale = most / 127.0f + sum<float>(strange);
+    const float factor = most > 0x1p-100f ? 127.0f / most : 0.0f;
+    std::memcpy(to, &scale, sizeof scale);
+    Int turned{};
+    for (int64_t k = 0; k < count; k += lanes) {
+        const Vec<float> scaled = rounded_product(load(from + k, count - k), factor);
+        const Int x = (Int)(scaled + Constants<float>::magic) - Constants<float>::magic_bits;
+        typedef int8_t Bytes __attribute__((vector_size(lanes)));
+        Int8* const at = to + place_in_row<Int8>(k);
+#if defined(TIDEGATE_INT8_PAIRS)
+        const Int negative = x < 0, size = (x ^ negative) - negative;
+        turned += size & negative;
+        const Bytes sizes_of_words = __builtin_convertvector(size, Bytes), turns = __builtin_convertvector(negative, Bytes);
+        for (int word = 0; word < lanes / 4 && k + 4 * word < count; ++word) {
+            std::memcpy(at + 8 * word, reinterpret_cast<const char*>(&sizes_of_words) + 4 * word, 4);
+            std::memcpy(at + 8 * word + 4, reinterpret_cast<const char*>(&turns) + 4 * word, 4);
+        }
+#else
+        const Bytes bytes = __builtin_convertvector(x + Arithmetic<Int8>::offset, Bytes);
+        std::memcpy(at, &bytes, sizeof bytes);   // a row has room for whole vectors
+#endif
+    }
+#if defined(TIDEGATE_INT8_PAIRS)
+    int32_t all_turned = 0;
+    for (int i = 0; i < lanes; ++i) all_turned += turned[i];
+    std::memcpy(to + sizeof scale, &all_turned, sizeof all_turned);
+#else
+    (void)turned;
+#endif
+}
+
+}  // namespace tidegate::TIDEGATE_ISA
