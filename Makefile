@@ -17,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/* third_party/*/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-quick test-slow test-fuzz test-native test-peers test-recipes test-clients test-install \
-	test-all sanitize lint bench docs wheel sdist clean
+	test-versions test-other-systems test-all sanitize lint bench docs wheel sdist clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -77,11 +77,24 @@ test-fuzz: install  ## Draw cases and judge them by torch.nn and written-out equ
 
 JOBS := $(shell getconf _NPROCESSORS_ONLN)
 
+# ARCH=aarch64 builds for another processor, with the compiler that Debian calls g++-aarch64-linux-gnu.
+HOST := $(shell uname -m)
+ARCH ?= $(HOST)
+CROSS := $(if $(filter-out $(HOST),$(ARCH)),-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(ARCH) \
+	-DCMAKE_C_COMPILER=$(ARCH)-linux-gnu-gcc -DCMAKE_CXX_COMPILER=$(ARCH)-linux-gnu-g++)
+EMULATED = -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-$(ARCH)
+
 # A folder for each compiler: CMake keeps to the one that it began with.
-test-native:  ## Build the kernels without torch and run their own test; CXX=clang++ takes another compiler.
-	cmake -S . -B build/native-$(notdir $(CXX)) -DTIDEGATE_NATIVE_TEST=ON -DCMAKE_CXX_COMPILER=$(CXX)
-	cmake --build build/native-$(notdir $(CXX)) --parallel $(JOBS)
-	cd build/native-$(notdir $(CXX)) && ctest --output-on-failure
+NATIVE = build/native-$(if $(CROSS),$(ARCH),$(notdir $(CXX)))
+
+test-native:  ## Build the kernels without torch and run their own test; CXX=clang++, or ARCH=aarch64 under qemu-user.
+	cmake -S . -B $(NATIVE) -DTIDEGATE_NATIVE_TEST=ON $(if $(CROSS),$(CROSS) $(EMULATED),-DCMAKE_CXX_COMPILER=$(CXX))
+	cmake --build $(NATIVE) --parallel $(JOBS)
+	cd $(NATIVE) && ctest --output-on-failure
+
+test-other-systems: install  ## Compile the kernels for macOS and Windows with zig's clang, which it installs; runs nothing.
+	$(PIP) 'ziglang>=0.14'
+	tests/native/other_systems.sh $(BIN)/python -m ziglang c++
 
 # Races and memory, on one instruction set: these builds take long.
 sanitize:  ## Run the kernels' own test under the thread and the address sanitizer.
@@ -127,13 +140,8 @@ lint: install  ## Style, types and the dependency rules.
 bench: install  ## Time this machine against torch.nn, quickly; `tidegate bench --help` for more.
 	$(BIN)/tidegate bench --quick
 
-# Its name says which systems it runs on: glibc 2.28 and later, as torch's own. ARCH=aarch64 builds for another
-# processor, with the compiler that Debian calls g++-aarch64-linux-gnu.
-HOST := $(shell uname -m)
-ARCH ?= $(HOST)
-CROSS := CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(ARCH) \
-	-DCMAKE_C_COMPILER=$(ARCH)-linux-gnu-gcc -DCMAKE_CXX_COMPILER=$(ARCH)-linux-gnu-g++"
-BUILD_WHEEL := $(if $(filter-out $(HOST),$(ARCH)),_PYTHON_HOST_PLATFORM=linux-$(ARCH) $(CROSS)) TIDEGATE_ISAS=all \
+# Its name says which systems it runs on: glibc 2.28 and later, as torch's own.
+BUILD_WHEEL := $(if $(CROSS),_PYTHON_HOST_PLATFORM=linux-$(ARCH) CMAKE_ARGS="$(CROSS)") TIDEGATE_ISAS=all \
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps
 WHEEL = dist/*_$(ARCH).whl
 REPAIR = PATH=$(abspath $(BIN)):$$PATH auditwheel repair --plat manylinux_2_28_$(ARCH) --only-plat \
@@ -145,7 +153,7 @@ RENAME = $(BIN)/python tests/install/newest_symbols.py build/wheel/*.whl && mkdi
 wheel: install  ## Build the wheel that an index takes, for every instruction set, into dist/; see it checked. ARCH=
 	rm -rf build/wheel $(WHEEL)
 	$(BUILD_WHEEL) --wheel-dir build/wheel .
-	$(if $(filter $(HOST),$(ARCH)),$(REPAIR),$(RENAME))
+	$(if $(CROSS),$(RENAME),$(REPAIR))
 	$(BIN)/check-wheel-contents $(WHEEL)
 	$(BIN)/twine check --strict $(WHEEL)
 	@ls -l $(WHEEL)
@@ -157,6 +165,13 @@ sdist: install  ## Pack the sources into dist/.
 
 test-install: wheel sdist  ## Install the wheel and the sources into fresh environments, and run there.
 	$(BIN)/python -m pytest --numprocesses 0 tests/install --torch '$(TORCH)'
+
+# Pairs of an interpreter and a version of torch, and TESTS if not all. An index's torch may be a build for CUDA: then each
+# pair takes three gigabytes to fetch and ten of disk, one at a time. PIP_EXTRA_INDEX_URL names one with builds for CPUs.
+VERSIONS ?= python3.10:2.10.0 python3.11:2.11.0 python3.12:2.12.1 python3.13:2.13.0
+
+test-versions: wheel  ## Run the tests on the wheel with other versions of Python and torch: VERSIONS=, TESTS=.
+	$(BIN)/python tests/install/versions.py $(WHEEL) $(VERSIONS) $(if $(filter command line,$(origin TESTS)),--tests $(TESTS))
 
 test-all: lint test test-slow test-native test-install test-peers test-clients test-recipes sanitize  ## Run all there is.
 

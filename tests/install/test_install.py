@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from environment import Environment
+from readme_renderer import markdown
 
 USE = Path(__file__).with_name("use.py")
 NO_COMPILER = {"PATH": "", "CC": "no-such-compiler", "CXX": "no-such-compiler"}
@@ -41,8 +42,12 @@ def test_an_index_is_shown_no_link_into_the_repository(wheel: Path) -> None:
     (name,) = (name for name in contents.namelist() if name.endswith("dist-info/METADATA"))
     metadata = contents.read(name).decode()
     assert "## Ten lines of use" in metadata
-    assert re.findall(r"\]\((?!https?:)[^)]*\)", metadata) == []
     assert "License-Expression: Apache-2.0 AND CC-BY-4.0 AND BSD-3-Clause" in metadata
+    rendered = markdown.render(metadata.partition("\n\n")[2])
+    assert rendered is not None
+    assert "How a call travels" in rendered
+    assert "](" not in rendered
+    assert re.findall(r'(?:href|src)="(?!https?:|#)[^"]*"', rendered) == []
 
 
 def test_the_wheel_without_a_compiler_has_the_kernels(fresh: Environment, wheel: Path) -> None:
