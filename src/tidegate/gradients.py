@@ -136,7 +136,7 @@ class Recurrence(torch.autograd.Function):
                 found = first_order()
             else:
                 then = [
-                    None if tensor is None else as_it_was(tensor, held)
+                    None if tensor is None or held is None else as_it_was(tensor, held)
                     for tensor, held in zip(unit.tensors, read.tensors, strict=True)
                 ]
                 found = dispatch.apply_plain(Gradient, unit, first_order, ctx.needs, *then, *gradients)
