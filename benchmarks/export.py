@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """ns a step of GRU(1, H) or LSTM(1, H) and Dense(1): exported C, RTNeural and onnxruntime, interleaved in one run.
 
-    PYTHONPATH=src python benchmarks/export.py --rtneural PATH [--include DIR] [--out build/export.json]
+    PYTHONPATH=src python benchmarks/export.py --rtneural PATH [--include DIR] [--rnnoise PATH] [--node DIR]
+        [--out build/export.json]
 
-PATH is a checkout of RTNeural, of which every backend that compiles runs, by its compile-time API; DIR, as often as
-needed, has the headers of Eigen and xsimd. Each figure is the 10th percentile of blocks of 512 steps over `--seconds`,
-the best of `--rounds`. onnxruntime runs the recurrent layer alone, without the Dense, by its Python API on one thread:
-a block of 512, and a step at a time.
+--rtneural is a checkout of RTNeural, of which every backend that compiles runs, by its compile-time API; --include, as
+often as needed, has the headers of Eigen and xsimd. --rnnoise is a checkout of rnnoise, whose int8 kernels run a GRU
+with as many inputs as units, as do ours. --node is a folder where `npm install onnxruntime-web` ran: GRU(1, 64), with a
+Dense of ours, a step and 100 of them. Each figure is the 10th percentile of blocks of 512 steps over `--seconds`, the
+best of `--rounds`. onnxruntime and `stream.steps` run the recurrent layer alone, without the Dense, from Python on one
+thread: a block of 512, and a step at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ import json
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+import export_peers as peers
 import torch
+from export_peers import BLOCK, built
 from torch import Tensor, nn
 
 import tidegate as tg
@@ -28,7 +32,6 @@ from tidegate.cli.machine import describe_machine
 
 SIZES = (8, 16, 32, 64, 128)
 KINDS: dict[str, Any] = {"gru": nn.GRU, "lstm": nn.LSTM}
-BLOCK = 512
 
 _TIMING = """
 #include <stdio.h>
@@ -99,11 +102,6 @@ class Model(nn.Module):
         return self.lin(self.rec(x)[0])
 
 
-def built(command: list[str]) -> bool:
-    """Run a compiler, whose last word is the program, unless that is there."""
-    return Path(command[-1]).exists() or subprocess.run(command, capture_output=True).returncode == 0
-
-
 def ours(folder: Path, kind: str, size: int) -> dict[str, Path]:
     """Programs by the name of their compiler and flags."""
     found: dict[str, Path] = {}
@@ -144,36 +142,28 @@ def rtneural(folder: Path, path: Path, includes: list[str], kind: str, size: int
     return found
 
 
-def onnx_sessions(folder: Path, kind: str, size: int) -> Any:
-    """What times onnxruntime, for so many seconds: a step in a block of 512, and a step alone."""
-    import onnxruntime
+def run(program: Path, seconds: float) -> float:
+    said = subprocess.run([str(program), str(seconds)], capture_output=True, text=True, check=True)
+    return float(said.stdout)
 
-    layer = getattr(tg, kind.upper())(1, size)
-    file = folder / f"{kind}{size}.onnx"
-    tg.to_onnx(layer, file)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    first, *states = [given.name for given in session.get_inputs()]
-    state = {name: torch.zeros(1, 1, size).numpy() for name in states}
-    blocks = {steps: {first: torch.randn(steps, 1, 1).numpy(), **state} for steps in (BLOCK, 1)}
 
-    def timed(steps: int, seconds: float) -> float:
-        each: list[float] = []
-        start = time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            before = time.perf_counter_ns()
-            session.run(None, blocks[steps])
-            each.append((time.perf_counter_ns() - before) / steps)
-        return sorted(each)[len(each) // 10]
+def shown(title: str, row: dict[str, float]) -> None:
+    print(title)
+    for name, value in sorted(row.items(), key=lambda item: item[1]):
+        print(f"  {value:10.1f}  {name}", flush=True)
 
-    return timed
+
+def best(row: dict[str, float], name: str, value: float) -> None:
+    row[name] = min(row.get(name, float("inf")), value)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rtneural", type=Path)
     parser.add_argument("--include", action="append", default=[])
+    parser.add_argument("--rnnoise", type=Path)
+    parser.add_argument("--node", type=Path)
+    parser.add_argument("--int8-sizes", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
     parser.add_argument("--seconds", type=float, default=0.15)
@@ -190,22 +180,31 @@ def main() -> None:
             programs = ours(folder, kind, size)
             if given.rtneural:
                 programs |= rtneural(folder, given.rtneural, given.include, kind, size)
-            sessions = onnx_sessions(folder, kind, size)
-            row = results[f"{kind} {size}"] = {}
+            session, stream = peers.onnx_session(folder, kind, size), peers.streamed(kind, size)
+            row = results[f"{kind} {size}, ns a step"] = {}
             for _ in range(given.rounds):
                 for name, program in programs.items():
-                    said = subprocess.run(
-                        [str(program), str(given.seconds)], capture_output=True, text=True, check=True
-                    )
-                    row[name] = min(row.get(name, float("inf")), float(said.stdout))
+                    best(row, name, run(program, given.seconds))
                 for name, steps in (("onnxruntime block of 512", BLOCK), ("onnxruntime step", 1)):
-                    row[name] = min(row.get(name, float("inf")), sessions(steps, given.seconds))
-            print(f"{kind} {size}")
-            for name, value in sorted(row.items(), key=lambda item: item[1]):
-                print(f"  {value:10.1f}  {name}", flush=True)
+                    best(row, name, session(steps, given.seconds))
+                best(row, "stream.steps of 512", stream(given.seconds))
+            shown(f"{kind} {size}, ns a step", row)
+    for size in given.int8_sizes if given.rnnoise else ():
+        programs = peers.int8_layers(folder, _TIMING, given.rnnoise, size)
+        row = results[f"gru with {size} inputs {size}, ns a step"] = {}
+        for _ in range(given.rounds):
+            for name, program in programs.items():
+                best(row, name, run(program, given.seconds))
+        shown(f"gru with {size} inputs {size}, ns a step", row)
+    if given.node:
+        row = results["gru 64 in Node, ns a call"] = {}
+        for _ in range(given.rounds):
+            for name, value in peers.in_node(folder, Model("gru", 64), given.node, 64, given.seconds).items():
+                best(row, name, value)
+        shown("gru 64 in Node, ns a call", row)
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"machine": describe_machine(), "ns a step": results}, indent=1) + "\n")
+        given.out.write_text(json.dumps({"machine": describe_machine(), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
