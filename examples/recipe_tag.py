@@ -4,10 +4,9 @@
     pip install 'tidegate[cli]'
     python examples/recipe_tag.py
 
-The sources are Python's own standard library (PSF licence), labelled by its `tokenize`. They are cut into pieces of ten
-lines, of any length, some of which begin inside a string. A bidirectional GRU reads a piece and a linear layer labels
-every step. The test is on modules of which nothing was seen; the baseline is each character's most frequent label.
-B pieces, T characters, K labels.
+The sources are Python's own standard library (PSF licence), labelled by its `tokenize`, in pieces of ten lines, some of
+which begin inside a string. A bidirectional GRU reads a piece, a linear layer labels every step. The test is on modules
+not seen before; the baseline is each character's most frequent label. B pieces, T characters, K labels.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from comparing import LAYERS, randn, tensors_in
 from tolerances import assert_equal_f64
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import tidegate as tg
 
@@ -171,3 +173,73 @@ def test_every_cell_steps_like_its_layer():
         layer, cell = _built(kind, 8, 8), _built(f"{kind}Cell", 8, 8)
         cell.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
         assert_equal_f64(tensors_in(cell(x[0]))[0], layer(x)[0][0])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_classifier_of_tokens(kind):
+    """Embedding, layer over the tokens, linear on the last state; it trains as torch.nn's over packed rows does."""
+    torch.manual_seed(0)
+    tokens, lengths, labels = torch.randint(9, (12, 7)), torch.randint(1, 8, (12,)), torch.randint(2, (12,))
+    embedding, readout = torch.nn.Embedding(9, 4), torch.nn.Linear(5, 2)
+    theirs = getattr(torch.nn, kind)(4, 5, batch_first=True)
+    ours = _built(kind, 4, 5, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    losses = []
+    for layer in (theirs, ours):
+        model = copy.deepcopy(torch.nn.ModuleList([embedding, readout, layer]))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        losses.append([])
+        for _ in range(20):
+            x = model[0](tokens)
+            if layer is ours:
+                _, last = model[2](x, lengths=lengths)
+            else:
+                _, last = model[2](pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+            loss = torch.nn.functional.cross_entropy(model[1](tensors_in(last)[0][-1]), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.detach())
+    assert losses[1][-1] < 0.8 * losses[1][0]
+    # 20 steps of Adam, which divides by small gradients, carry the last places on: 1e-13 seen.
+    torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]), rtol=0, atol=1e-11)
+
+
+def test_a_decoder():
+    """Teacher forcing in one call; step by step it says the same, and writes on by itself, greedily or by lot."""
+    embedding, decoder, readout = torch.nn.Embedding(6, 4), _built("LSTM", 4, 5), torch.nn.Linear(5, 6)
+    written, state = torch.randint(6, (9,)), (torch.randn(1, 5), torch.randn(1, 5))
+    forced = readout(decoder(embedding(written), state)[0])
+    with torch.no_grad():
+        stream = decoder.stream(state=state)
+        assert_equal_f64(torch.stack([readout(stream.step(embedding(word))) for word in written]), forced)
+
+        found = {}
+        for name in ("greedy", "sampled", "sampled again"):
+            torch.manual_seed(1)
+            stream, word = decoder.stream(state=state), written[0]
+            found[name] = [int(word)]
+            for _ in range(8):
+                scores = readout(stream.step(embedding(word)))
+                word = scores.argmax() if name == "greedy" else scores.softmax(-1).multinomial(1)[0]
+                found[name].append(int(word))
+        assert found["sampled"] == found["sampled again"] != found["greedy"]
+        likeliest = readout(decoder(embedding(torch.tensor(found["greedy"])), state)[0]).argmax(-1)
+        assert likeliest[:-1].tolist() == found["greedy"][1:]
+
+
+@pytest.mark.parametrize("init", ["torch", "keras", "orthogonal", "kaiming"])
+def test_initialisation_by_name(init):
+    """As its name says; and a bias of 1 for the gate that keeps the state."""
+    lstm, gru = _built("LSTM", 30, 40, init=init, forget_bias=1.0), _built("GRU", 30, 40, init=init, update_bias=1.0)
+    for layer, gate in ((lstm, slice(40, 80)), (gru, slice(40, 80))):
+        assert (layer.bias_ih_l0 + layer.bias_hh_l0)[gate].eq(1).all()
+        recurrent = layer.weight_hh_l0
+        if init in ("keras", "orthogonal"):
+            parts = [recurrent] if init == "keras" else recurrent.split(40)
+            for part in parts:
+                assert_equal_f64(part.T @ part, torch.eye(40))
+        elif init == "torch":
+            assert recurrent.abs().max() <= 40**-0.5
+        else:
+            assert 0.8 < recurrent.std() * (40 / 2) ** 0.5 < 1.2
