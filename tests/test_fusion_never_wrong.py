@@ -137,6 +137,30 @@ def test_a_running_sum_sees_nothing_of_what_comes_later() -> None:
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda h: h.std(-1, keepdim=True),
+        lambda h: h.norm(dim=-1, keepdim=True),
+        lambda h: torch.linalg.vector_norm(h, 1, -1, keepdim=True),
+        lambda h: torch.linalg.vector_norm(h, torch.inf, -1, keepdim=True),
+    ],
+    ids=["std", "norm", "sum", "largest"],
+)
+def test_what_measures_zero_has_torchs_gradient(measure: Callable[[Tensor], Tensor]) -> None:
+    def step(x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(x + h / (1 + measure(h)))
+
+    found: list[list[Tensor]] = []
+    for fuse in (True, False):
+        x = torch.linspace(-1, 1, B * T * H, dtype=torch.float64).view(B, T, H).requires_grad_()
+        h = torch.zeros(B, H, dtype=torch.float64, requires_grad=True)
+        y, _ = tg.dynamic_rnn(step, x, initial_state=h, fuse=fuse)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), (x, h))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_batch_norm_is_fused_in_eval_and_sees_its_statistics_change() -> None:
     class Cell(torch.nn.Module):
         state_size = H

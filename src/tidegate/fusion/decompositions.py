@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import cache
+from math import inf
 from typing import Any
 
 import torch
@@ -18,17 +19,30 @@ def decompositions() -> dict[Any, Any]:
     aten: Any = torch.ops.aten
     found: Any = dict(core_aten_decompositions())
     found |= get_decompositions([aten.linalg_vector_norm, aten.native_batch_norm])
-    batch_norm = found[aten.native_batch_norm.default]
+    batch_norm, vector_norm = found[aten.native_batch_norm.default], found[aten.linalg_vector_norm.default]
 
     def batch_norm_of_kept_statistics(*given: Any) -> Any:
         is_training = given[5]
         return NotImplemented if is_training else batch_norm(*given)
 
+    def norm(x: Tensor, order: float = 2, *dims: Any, **named: Any) -> Any:
+        if order == 2:
+            return _root(vector_norm(x * x, 1, *dims, **named))
+        return vector_norm(x, order, *dims, **named) if order in (1, inf) else NotImplemented
+
+    found[aten.linalg_vector_norm.default] = norm
+    found[aten.std.correction] = lambda *given, **named: _root(torch.var(*given, **named))
     found[aten.native_batch_norm.default] = batch_norm_of_kept_statistics
     found[aten.native_group_norm.default] = _group_norm
     # In front of the rows it would become a concatenation of rows.
     found.pop(aten.stack.default, None)
     return found
+
+
+def _root(square: Tensor) -> Tensor:
+    """Of a sum of squares: where that is 0 its gradient is 0, too, as torch has it for a norm and a deviation."""
+    is_zero = square == 0
+    return torch.where(is_zero, 0, torch.sqrt(torch.where(is_zero, 1, square)))
 
 
 def _group_norm(
