@@ -104,7 +104,8 @@ struct Arithmetic<HalfWeights> {
 #define TIDEGATE_INT8_PAIRS   // two
 #endif
 
-// A row: a cache line that begins with its scale, then its numbers x, a word four of them.
+// A row: a cache line that begins with its scale, then its numbers x, a word four of them: of depth n, word k has the
+// numbers k, k + m, k + 2 m and k + 3 m, m = n / 4 rounded up, so that words are made without moving bytes across lanes.
 //
 // Where the instructions take one unsigned factor: with dots, x + 128, and sums begin with what makes up for it. With
 // pairs, whose sums must not pass 16 bits, the four |x| and behind them, where x is negative, bits to turn the weight to
@@ -120,8 +121,7 @@ struct Arithmetic<Int8> {
     using Splat = Sum;
     using Weights = Sum;
 #elif defined(TIDEGATE_INT8_PAIRS)
-    // A sum waits for an addition of integers alone, so that few keep the multipliers busy.
-    static constexpr int offset = 0, row_word = 8, sums = vector_registers == 32 ? 24 : 8;
+    static constexpr int offset = 0, row_word = 8, sums = most_sums;
     struct Splat {
         Sum size, turn;
     };
@@ -231,32 +231,37 @@ inline void quantize_row(Int8* to, const float* from, int64_t count) {
     const float scale = most / 127.0f + sum<float>(strange);
     const float factor = most > 0x1p-100f ? 127.0f / most : 0.0f;
     std::memcpy(to, &scale, sizeof scale);
+    const int64_t words = ceil_div(count, 4);
     Int turned{};
-    for (int64_t k = 0; k < count; k += lanes) {
-        const Vec<float> scaled = rounded_product(load(from + k, count - k), factor);
-        const Int x = (Int)(scaled + Constants<float>::magic) - Constants<float>::magic_bits;
-        typedef int8_t Bytes __attribute__((vector_size(lanes)));
-        Int8* const at = to + place_in_row<Int8>(k);
+    for (int64_t k = 0; k < words; k += lanes) {
+        Int word{}, turn{};
+        for (int part = 0; part < 4; ++part) {
+            const int64_t first = part * words + k, left = count - first < words - k ? count - first : words - k;
+            if (left <= 0) break;
+            const Vec<float> scaled = rounded_product(load(from + first, left), factor);
+            const Int x = (Int)(scaled + Constants<float>::magic) - Constants<float>::magic_bits;
 #if defined(TIDEGATE_INT8_PAIRS)
-        const Int negative = x < 0, size = (x ^ negative) - negative;
-        turned += size & negative;
-        const Bytes sizes_of_words = __builtin_convertvector(size, Bytes), turns = __builtin_convertvector(negative, Bytes);
-        for (int word = 0; word < lanes / 4 && k + 4 * word < count; ++word) {
-            std::memcpy(at + 8 * word, reinterpret_cast<const char*>(&sizes_of_words) + 4 * word, 4);
-            std::memcpy(at + 8 * word + 4, reinterpret_cast<const char*>(&turns) + 4 * word, 4);
-        }
+            const Int negative = x < 0, size = (x ^ negative) - negative;
+            word |= size << 8 * part;
+            turn |= (negative & 0xff) << 8 * part;
+            turned += size & negative;
 #else
-        const Bytes bytes = __builtin_convertvector(x + Arithmetic<Int8>::offset, Bytes);
-        std::memcpy(at, &bytes, sizeof bytes);   // a row has room for whole vectors
+            word |= ((x + Arithmetic<Int8>::offset) & 0xff) << 8 * part;
+#endif
+        }
+        // A row has room for whole vectors.
+        float* const at = reinterpret_cast<float*>(to + place_in_row<Int8>(4 * k));
+#if defined(TIDEGATE_INT8_PAIRS)
+        store(at, pick_lanes<float, Interleaved<lanes, false>>((Vec<float>)word, (Vec<float>)turn));
+        store(at + lanes, pick_lanes<float, Interleaved<lanes, true>>((Vec<float>)word, (Vec<float>)turn));
+#else
+        (void)turn;
+        store(at, (Vec<float>)word);
 #endif
     }
-#if defined(TIDEGATE_INT8_PAIRS)
     int32_t all_turned = 0;
     for (int i = 0; i < lanes; ++i) all_turned += turned[i];
     std::memcpy(to + sizeof scale, &all_turned, sizeof all_turned);
-#else
-    (void)turned;
-#endif
 }
 
 }  // namespace tidegate::TIDEGATE_ISA

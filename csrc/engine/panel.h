@@ -54,12 +54,25 @@ public:
     template <class S>
     void pack_rows(int64_t panel, int c, const S* matrix, int64_t first, int64_t valid) const {
         A* to = at(panel) + c * lanes;
+        if constexpr (is_int8<F>) return pack_bytes(to, matrix + first * depth, valid);
         for (int64_t k = 0; k < depth; k += lanes * in_word) {
             Vec<A> block[lanes] = {};
             for (int lane = 0; lane < lanes && lane < valid; ++lane)
                 block[lane] = load_words<F>(matrix + (first + lane) * depth + k, depth - k);
             transpose<A>(block);
             for (int i = 0; i < lanes && k + i * in_word < depth; ++i, to += columns) store(to, block[i]);
+        }
+    }
+
+    // int8: the numbers of a word are those of `Arithmetic`'s rows.
+    void pack_bytes(A* to, const int8_t* matrix, int64_t valid) const {
+        const int64_t words = ceil_div(depth, in_word);
+        for (int64_t k = 0; k < words; ++k, to += columns) {
+            int8_t bytes[lanes][in_word] = {};
+            for (int lane = 0; lane < lanes && lane < valid; ++lane)
+                for (int part = 0; part < in_word && part * words + k < depth; ++part)
+                    bytes[lane][part] = matrix[lane * depth + part * words + k];
+            std::memcpy(to, bytes, sizeof bytes);
         }
     }
 
