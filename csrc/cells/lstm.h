@@ -44,19 +44,19 @@ public:
     }
 
     LstmForward(const ForwardProblem& p, const Sharing& sharing)
-        : Base(p, sharing, panels_of(p) * 4 * lanes),
+        : Base(p, sharing, panels_of(p), 4 * lanes),
           input_weights_(panels_of(p), p.input_size, p.poison, this->template memory<4>(panels_of(p), p.input_size)),
           weights_(panels_of(p), p.projected, p.poison, this->template memory<4>(panels_of(p), p.projected)),
           projection_(projection_panels(p), p.hidden, p.poison,
                       this->template memory<wide>(projection_panels(p), p.hidden)),
-          c_stride_(padded<F>(p.hidden)),
-          c_(p.rows.batch * c_stride_, p.poison),
-          m_(p.weight_hr ? p.rows.batch * c_stride_ : 0, p.poison) {}
+          m_stride_(padded<F>(p.hidden)),
+          c_(panels_of(p) * p.rows.batch * lanes, p.poison),
+          m_(p.weight_hr ? p.rows.batch * m_stride_ : 0, p.poison) {}
 
     void start(const Crew& all) const {
         this->start_h(all);
         this->start_state(all, p_.c_0, p_.c_n, hidden_, [&](int64_t rank, int64_t unit, int64_t valid, V c) {
-            store(c_ + rank * c_stride_ + unit, c, valid);
+            store(c_at(rank, unit / lanes), c, valid);
         });
     }
 
@@ -75,17 +75,17 @@ public:
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
-        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         multiply(this->h_factors(step, share.first()), share.stride() * h_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
-                     point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
+                     point(share[i], step, panel, x_gates(share[i], panel), sums);
                  });
         crew.wait();
         if (!p_.weight_hr) return;
-        multiply(m_ + share.first() * c_stride_, share.stride() * c_stride_, share.live(step), projection_,
+        multiply(m_ + share.first() * m_stride_, share.stride() * m_stride_, share.live(step), projection_,
                  crew.begin(projection_.count), crew.end(projection_.count),
                  [&](int64_t i, int64_t panel, const A* sums) {
                      for (int c = 0; c < wide; ++c) {
@@ -98,16 +98,18 @@ public:
     }
 
 private:
-    void point(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
-        const int64_t valid = hidden_ - unit;
-        A* carried = c_ + row.rank * c_stride_ + unit;
+    A* c_at(int64_t rank, int64_t panel) const { return c_ + (panel * p_.rows.batch + rank) * lanes; }
+
+    void point(const LiveRow& row, int64_t step, int64_t panel, const A* x, const A* sums) const {
+        const int64_t unit = panel * lanes, valid = hidden_ - unit;
+        A* carried = c_at(row.rank, panel);
         const auto [i, f, g, o, c, m] =
             lstm_unit<A>(load(x) + load(sums), load(x + lanes) + load(sums + lanes),
                          load(x + 2 * lanes) + load(sums + 2 * lanes), load(x + 3 * lanes) + load(sums + 3 * lanes),
                          load(carried, valid));
         store(carried, row.cut_next ? V{} : c, valid);
         if (row.last) store(static_cast<S*>(p_.c_n) + row.row * hidden_ + unit, c, valid);
-        if (p_.weight_hr) store(m_ + row.rank * c_stride_ + unit, m, valid);
+        if (p_.weight_hr) store(m_ + row.rank * m_stride_ + unit, m, valid);
         else this->write_h(row, step, unit, valid, m);
         if (!p_.saved) return;
         S* at = saved(row) + unit;
@@ -120,8 +122,8 @@ private:
 
     const Panels<F, 4> input_weights_, weights_;
     const Panels<F, wide> projection_;
-    const int64_t c_stride_;
-    const Buffer<A> c_;   // by rank
+    const int64_t m_stride_;
+    const Buffer<A> c_;   // by panel and rank
     const Buffer<F> m_;   // by rank
 };
 

@@ -17,6 +17,19 @@
 namespace tidegate::TIDEGATE_ISA {
 
 constexpr int64_t block_words = 256;
+// Panels of this size stay in the second cache, or nearly.
+constexpr int64_t bytes_not_worth_fetching = 1'100'000;
+
+// What a tile fetches into the second cache while it computes, so that the panels that come next need not be waited for:
+// at each word of depth so many lines, 0 to 2.
+template <class A>
+struct Ahead {
+    static constexpr int64_t line = 64 / sizeof(A);
+    const A* first;
+    int64_t lines;
+
+    Ahead after(int64_t words) const { return {first + words * lines * line, lines}; }
+};
 
 template <class F, int C>
 class Panels {
@@ -34,7 +47,8 @@ public:
           stride(ceil_div(depth, in_word) * columns),
           own_(memory ? 0 : size(count, depth), poison),
           weights_(memory ? memory : own_ + 0),
-          bias_(weights_ + count * stride) {}
+          bias_(weights_ + count * stride),
+          fits_cache_(static_cast<int64_t>(sizeof(A)) * size(count, depth) <= bytes_not_worth_fetching) {}
 
     static constexpr int64_t size(int64_t count, int64_t depth) {
         return count * (ceil_div(depth, in_word) + 1) * columns;
@@ -42,6 +56,15 @@ public:
 
     A* at(int64_t panel) const { return weights_ + panel * stride; }
     const A* bias_at(int64_t panel) const { return bias_ + panel * columns; }
+
+    // What tile `i` of `tiles` that pass over the panels before fetches of the `group` panels from `panel` on.
+    Ahead<A> ahead(int64_t panel, int64_t group, int64_t i, int64_t tiles) const {
+        constexpr int64_t line = Ahead<A>::line;
+        const int64_t lines = ceil_div(group * columns, line);   // at a word of depth
+        const int64_t share = tiles < lines ? 2 : 1;
+        if (fits_cache_ || tiles == 1 || i * share >= lines) return {nullptr, 0};
+        return {at(panel) + i * share * line * ceil_div(depth, in_word), share};
+    }
 
     // Panel vector c takes rows first .. first + valid - 1 of a row-major (rows, depth) matrix as its columns.
     template <class S>
@@ -91,12 +114,13 @@ private:
     const Buffer<A> own_;
     A* const weights_;
     A* const bias_;
+    const bool fits_cache_;
 };
 
 // sums[r][m][c] = bias + rows[r] . panel m's vector c, for R rows and M panels.
 template <class F, int R, int M, int C>
 void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t panel_stride, const computed<F>* bias,
-          int64_t depth, computed<F>* sums) {
+          int64_t depth, Ahead<computed<F>> ahead, computed<F>* sums) {
     using A = computed<F>;
     constexpr int lanes = width<A>, in_word = factors_in_word<F>;
     Vec<A> acc[R][M][C];
@@ -124,7 +148,18 @@ void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t p
         }
     };
     const int64_t words = depth / in_word;
-    for (int64_t word = 0; word < words; ++word) add(word, splat_word<F>);
+    const auto add_all = [&]<int lines>(std::integral_constant<int, lines>) __attribute__((always_inline)) {
+        const A* fetched = ahead.first;
+        for (int64_t word = 0; word < words; ++word) {
+            if constexpr (lines > 0) __builtin_prefetch(fetched, 0, 2);
+            if constexpr (lines > 1) __builtin_prefetch(fetched + ahead.line, 0, 2);
+            fetched += lines * ahead.line;
+            add(word, splat_word<F>);
+        }
+    };
+    if (ahead.lines == 0) add_all(std::integral_constant<int, 0>());
+    else if (ahead.lines == 1) add_all(std::integral_constant<int, 1>());
+    else add_all(std::integral_constant<int, 2>());
     // Whatever lies behind a row may be a NaN, which a weight of zero does not stop.
     if (depth % in_word) add(words, splat_first<F>);
 #pragma GCC unroll 24
@@ -138,7 +173,7 @@ void tile(const F* rows, int64_t row_stride, const computed<F>* panel, int64_t p
 template <class F, int C>
 struct Tiles {
     using A = computed<F>;
-    using Function = void (*)(const F*, int64_t, const A*, int64_t, const A*, int64_t, A*);
+    using Function = void (*)(const F*, int64_t, const A*, int64_t, const A*, int64_t, Ahead<A>, A*);
 
     // One register for x and C for the weights; the rest accumulate.
     static constexpr int budget = vector_registers == 32 ? 24 : 12;
@@ -183,14 +218,16 @@ inline void copy_factors(F* to, const S* from, int64_t count) {
 // A tile over any depth, a block at a time. `count` sums.
 template <class F, int C>
 [[gnu::noinline]] void run_blocks(typename Tiles<F, C>::Function tile, const F* rows, int64_t row_stride,
-                                  const Panels<F, C>& panels, int64_t panel, int64_t count, computed<F>* sums) {
+                                  const Panels<F, C>& panels, int64_t panel, int64_t count, Ahead<computed<F>> ahead,
+                                  computed<F>* sums) {
     using A = computed<F>;
     constexpr int64_t factors = block_words * factors_in_word<F>, most = Tiles<F, C>::budget * width<A>;
     alignas(64) A sums_of_block[most], zeros[most] = {};
     for (int64_t k = 0; k < panels.depth; k += factors) {
         const int64_t depth = panels.depth - k < factors ? panels.depth - k : factors;
         tile(rows + k, row_stride, panels.at(panel) + k / factors_in_word<F> * panels.columns, panels.stride,
-             k == 0 ? panels.bias_at(panel) : zeros, depth, k == 0 ? sums : sums_of_block);
+             k == 0 ? panels.bias_at(panel) : zeros, depth, ahead.after(k / factors_in_word<F>),
+             k == 0 ? sums : sums_of_block);
         for (int64_t i = 0; k > 0 && i < count; i += width<A>) store(sums + i, load(sums + i) + load(sums_of_block + i));
     }
 }
@@ -208,15 +245,17 @@ inline void multiply(const F* rows, int64_t row_stride, int64_t count, const Pan
     const int most_panels = T::panels_for(static_cast<int>(ceil_div(count, tiles)));
     for (int64_t panel = begin; panel < end;) {
         const int group = static_cast<int>(ceil_div(end - panel, ceil_div(end - panel, most_panels)));   // even groups
+        const int64_t next = panel + group < end ? panel + group : begin;   // of the next call, most likely
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t first = count * i / tiles;
             const int size = static_cast<int>(count * (i + 1) / tiles - first);
             const auto run = T::find(size, group);
             const F* const from = rows + first * row_stride;
+            const Ahead<A> ahead = panels.ahead(next, group, i, tiles);
             if (panels.depth > block_words * factors_in_word<F>)
-                run_blocks<F, C>(run, from, row_stride, panels, panel, size * group * panels.columns, sums);
+                run_blocks<F, C>(run, from, row_stride, panels, panel, size * group * panels.columns, ahead, sums);
             else
-                run(from, row_stride, panels.at(panel), panels.stride, panels.bias_at(panel), panels.depth, sums);
+                run(from, row_stride, panels.at(panel), panels.stride, panels.bias_at(panel), panels.depth, ahead, sums);
             for (int r = 0; r < size; ++r)
                 for (int m = 0; m < group; ++m) each(first + r, panel + m, sums + (r * group + m) * panels.columns);
         }
