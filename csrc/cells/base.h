@@ -71,8 +71,8 @@ public:
     }
 
 protected:
-    // input_columns: of the packed input weights, all gates.
-    ForwardBase(const ForwardProblem& p, const Sharing& sharing, int64_t input_columns)
+    // input_panels: of the packed input weights, each of so many columns.
+    ForwardBase(const ForwardProblem& p, const Sharing& sharing, int64_t input_panels, int64_t panel_columns)
         : p_(p),
           hidden_(p.hidden),
           projected_(p.projected),
@@ -80,12 +80,13 @@ protected:
           factor_stride_(factors_apart ? row_stride<F>(p.projected) : h_stride_),
           x_stride_(row_stride<F>(p.input_size)),
           chunk_steps_(sharing.chunk_steps),
-          input_columns_(input_columns),
+          panel_columns_(panel_columns),
+          x_gates_stride_((chunk_steps_ * (p.rows.batch + sharing.teams) | 1) * panel_columns),
           h_{{p.rows.batch * h_stride_, p.poison}, {p.rows.batch * h_stride_, p.poison}},
           h_factors_{{factors_apart * p.rows.batch * factor_stride_, p.poison},
                      {factors_apart * p.rows.batch * factor_stride_, p.poison}},
           x_(chunk_steps_ * (p.rows.batch + sharing.teams) * x_stride_, p.poison),
-          x_gates_(chunk_steps_ * (p.rows.batch + sharing.teams) * input_columns, p.poison) {}
+          x_gates_(input_panels * x_gates_stride_, p.poison) {}
 
     Matrix input_matrix() const { return {p_.weight_ih, p_.bias_ih, p_.scale_ih}; }
     Matrix recurrent_matrix() const { return {p_.weight_hh, p_.bias_hh, p_.scale_hh}; }
@@ -115,18 +116,19 @@ protected:
         return slot;
     }
 
-    // The product of the gathered inputs and this thread's panels, which lie from `offset` in a slot's gates.
+    // The product of the gathered inputs and this thread's panels, the first of which is `first_panel` of all.
     template <int C>
-    void multiply_gathered(const Team& team, int64_t count, const Panels<F, C>& panels, int64_t offset) const {
+    void multiply_gathered(const Team& team, int64_t count, const Panels<F, C>& panels,
+                           int64_t first_panel = 0) const {
         const int64_t first = first_slot(team);
         multiply(x_ + first * x_stride_, x_stride_, count, panels, team.crew.begin(panels.count),
                  team.crew.end(panels.count), [&](int64_t slot, int64_t panel, const A* sums) {
-                     A* to = x_gates_ + (first + slot) * input_columns_ + offset + panel * panels.columns;
+                     A* to = x_gates_at(first + slot, first_panel + panel);
                      for (int c = 0; c < C; ++c) store(to + c * lanes, load(sums + c * lanes));
                  });
     }
 
-    const A* x_gates(const LiveRow& row) const { return x_gates_ + row.slot * input_columns_; }
+    const A* x_gates(const LiveRow& row, int64_t panel) const { return x_gates_at(row.slot, panel); }
 
     // Calls carry(rank, unit, valid units, state) with the state that enters a row's first step, and writes the final
     // state of a row that has none.
@@ -182,13 +184,21 @@ protected:
     S* saved(const LiveRow& row) const { return static_cast<S*>(p_.saved) + row.position * p_.saved_stride; }
 
     const ForwardProblem& p_;
-    const int64_t hidden_, projected_, h_stride_, factor_stride_, x_stride_, chunk_steps_, input_columns_;
+    const int64_t hidden_, projected_, h_stride_, factor_stride_, x_stride_, chunk_steps_, panel_columns_;
+    const int64_t x_gates_stride_;
     int64_t packed_before_ = 0;
     static constexpr bool factors_apart = !std::is_same_v<H, E>;
     const Buffer<H> h_[2];           // by rank
     const Buffer<E> h_factors_[2];   // by rank; empty where h_ holds them
     const Buffer<E> x_;              // of a chunk of steps, by team and slot
-    const Buffer<A> x_gates_;        // likewise
+    // By panel and slot: a panel's are read row after row, and rows a power of two apart would push each other out of
+    // the cache.
+    const Buffer<A> x_gates_;
+
+private:
+    A* x_gates_at(int64_t slot, int64_t panel) const {
+        return x_gates_ + panel * x_gates_stride_ + slot * panel_columns_;
+    }
 };
 
 // What every cell's backward shares: the gradient that arrives at h, and the h that entered a step.

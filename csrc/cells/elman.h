@@ -46,7 +46,7 @@ public:
     }
 
     ElmanForward(const ForwardProblem& p, const Sharing& sharing)
-        : Base(p, sharing, panels_of(p) * wide * lanes),
+        : Base(p, sharing, panels_of(p), wide * lanes),
           input_weights_(panels_of(p), p.input_size, p.poison,
                          this->template memory<wide>(panels_of(p), p.input_size)),
           weights_(panels_of(p), p.hidden, p.poison, this->template memory<wide>(panels_of(p), p.hidden)) {}
@@ -63,14 +63,14 @@ public:
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
-        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         this->make_h_factors(crew, share, step);
         multiply(this->h_factors(step, share.first()), share.stride() * this->factor_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
-                     const A* x = x_gates(share[i]) + panel * weights_.columns;
+                     const A* x = x_gates(share[i], panel);
                      for (int c = 0; c < wide; ++c) {
                          const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ - unit;
                          if (valid <= 0) return;

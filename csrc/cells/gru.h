@@ -38,7 +38,7 @@ public:
     }
 
     GruForward(const ForwardProblem& p, const Sharing& sharing)
-        : Base(p, sharing, panels_of(p) * 3 * lanes),
+        : Base(p, sharing, panels_of(p), 3 * lanes),
           input_weights_(panels_of(p), p.input_size, p.poison, this->template memory<3>(panels_of(p), p.input_size)),
           weights_(panels_of(p), p.hidden, p.poison, this->template memory<3>(panels_of(p), p.hidden)) {}
 
@@ -54,14 +54,14 @@ public:
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
-        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         this->make_h_factors(crew, share, step);
         multiply(this->h_factors(step, share.first()), share.stride() * this->factor_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
-                     point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
+                     point(share[i], step, panel * lanes, x_gates(share[i], panel), sums);
                  });
         crew.wait();
     }

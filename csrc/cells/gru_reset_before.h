@@ -26,12 +26,11 @@ public:
     }
 
     GruResetBeforeForward(const ForwardProblem& p, const Sharing& sharing)
-        : Base(p, sharing, (rz_panels(p) + panels_of(p)) * 2 * lanes),
+        : Base(p, sharing, rz_panels(p) + panels_of(p), 2 * lanes),
           input_rz_(rz_panels(p), p.input_size, p.poison, this->template memory<2>(rz_panels(p), p.input_size)),
           weights_rz_(rz_panels(p), p.hidden, p.poison, this->template memory<2>(rz_panels(p), p.hidden)),
           input_n_(panels_of(p), p.input_size, p.poison, this->template memory<wide>(panels_of(p), p.input_size)),
           weights_n_(panels_of(p), p.hidden, p.poison, this->template memory<wide>(panels_of(p), p.hidden)),
-          n_offset_(input_rz_.count * input_rz_.columns),
           reset_h_(p.rows.batch, p.hidden, p.poison),
           z_(p.rows.batch * h_stride_, p.poison) {}
 
@@ -48,8 +47,8 @@ public:
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
         const int64_t count = this->gather(team, share, step, end);
-        this->multiply_gathered(team, count, input_rz_, 0);
-        this->multiply_gathered(team, count, input_n_, n_offset_);
+        this->multiply_gathered(team, count, input_rz_);
+        this->multiply_gathered(team, count, input_n_, input_rz_.count);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
@@ -58,13 +57,13 @@ public:
         multiply(this->h_factors(step, share.first()), share.stride() * this->factor_stride_, count, weights_rz_,
                  crew.begin(weights_rz_.count), crew.end(weights_rz_.count),
                  [&](int64_t i, int64_t panel, const A* sums) {
-                     reset(share[i], step, panel * lanes, x_gates(share[i]) + panel * 2 * lanes, sums);
+                     reset(share[i], step, panel * lanes, x_gates(share[i], panel), sums);
                  });
         reset_h_.finish(crew, share, step);
         multiply(reset_h_.at(share.first()), share.stride() * reset_h_.stride, count, weights_n_,
                  crew.begin(weights_n_.count), crew.end(weights_n_.count),
                  [&](int64_t i, int64_t panel, const A* sums) {
-                     const A* x = x_gates(share[i]) + n_offset_ + panel * wide * lanes;
+                     const A* x = x_gates(share[i], input_rz_.count + panel);
                      for (int c = 0; c < wide; ++c)
                          update(share[i], step, (panel * wide + c) * lanes, load(x + c * lanes) + load(sums + c * lanes));
                  });
@@ -101,7 +100,6 @@ private:
     }
 
     const Panels<F, 2> input_rz_, weights_rz_, input_n_, weights_n_;
-    const int64_t n_offset_;     // of n's product among a slot's gates
     const FactorRows<F> reset_h_;   // by rank
     const Buffer<A> z_;             // by rank
 };

@@ -46,19 +46,18 @@ public:
     }
 
     LstmForward(const ForwardProblem& p, const Sharing& sharing)
-        : Base(p, sharing, panels_of(p) * 4 * lanes),
+        : Base(p, sharing, panels_of(p), 4 * lanes),
           input_weights_(panels_of(p), p.input_size, p.poison, this->template memory<4>(panels_of(p), p.input_size)),
           weights_(panels_of(p), p.projected, p.poison, this->template memory<4>(panels_of(p), p.projected)),
           projection_(projection_panels(p), p.hidden, p.poison,
                       this->template memory<wide>(projection_panels(p), p.hidden)),
-          c_stride_(padded<carried<F>>(p.hidden)),
-          c_(p.rows.batch * c_stride_, p.poison),
+          c_(panels_of(p) * p.rows.batch * lanes, p.poison),
           m_(p.weight_hr ? p.rows.batch : 0, p.hidden, p.poison) {}
 
     void start(const Crew& all) const {
         this->start_h(all);
         this->start_state(all, p_.c_0, p_.c_n, hidden_, [&](int64_t rank, int64_t unit, int64_t valid, V c) {
-            store(c_ + rank * c_stride_ + unit, c, valid);
+            store(c_at(rank, unit / lanes), c, valid);
         });
     }
 
@@ -77,14 +76,14 @@ public:
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
-        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_, 0);
+        this->multiply_gathered(team, this->gather(team, share, step, end), input_weights_);
     }
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         this->make_h_factors(crew, share, step);
         multiply(this->h_factors(step, share.first()), share.stride() * factor_stride_, share.live(step), weights_,
                  crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
-                     point(share[i], step, panel * lanes, x_gates(share[i]) + panel * weights_.columns, sums);
+                     point(share[i], step, panel, x_gates(share[i], panel), sums);
                  });
         if (!p_.weight_hr) return crew.wait();
         m_.finish(crew, share, step);
@@ -101,9 +100,11 @@ public:
     }
 
 private:
-    void point(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
-        const int64_t valid = hidden_ - unit;
-        A* carried = c_ + row.rank * c_stride_ + unit;
+    A* c_at(int64_t rank, int64_t panel) const { return c_ + (panel * p_.rows.batch + rank) * lanes; }
+
+    void point(const LiveRow& row, int64_t step, int64_t panel, const A* x, const A* sums) const {
+        const int64_t unit = panel * lanes, valid = hidden_ - unit;
+        A* carried = c_at(row.rank, panel);
         const auto [i, f, g, o, c, m] =
             lstm_unit<A>(load(x) + load(sums), load(x + lanes) + load(sums + lanes),
                          load(x + 2 * lanes) + load(sums + 2 * lanes), load(x + 3 * lanes) + load(sums + 3 * lanes),
@@ -123,8 +124,7 @@ private:
 
     const Panels<F, 4> input_weights_, weights_;
     const Panels<F, wide> projection_;
-    const int64_t c_stride_;
-    const Buffer<A> c_;        // by rank
+    const Buffer<A> c_;        // by panel and rank
     const FactorRows<F> m_;    // by rank
 };
 

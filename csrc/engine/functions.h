@@ -28,13 +28,16 @@ inline Vec<A> exponential(Vec<A> x) {
     const Vec<A> low = splat<A>(K::exp_zero), high = splat<A>(-K::exp_zero);
     const Vec<A> bounded = x < low ? low : x > high ? high : x;
     const Exp<A> e = split_exp<A>(bounded);
-    return (e.minus_one * e.scale_a + e.scale_a) * e.scale_b;
+    // In two factors: one alone would overflow, or be denormal, before the result does.
+    const auto half = e.n >> 1;
+    const Vec<A> scale = power_of_two<A>(half);
+    return (e.minus_one * scale + scale) * power_of_two<A>(e.n - half);
 }
 
 template <class A>
 inline Vec<A> exponential_minus_one(Vec<A> x) {
     const Exp<A> e = split_exp<A>(absolute<A>(x) < 1 ? x : Vec<A>{});
-    const Vec<A> scale = e.scale_a * e.scale_b;
+    const Vec<A> scale = power_of_two<A>(e.n);
     const Vec<A> one = splat<A>(1);
     const Vec<A> small = x == 0 ? x : e.minus_one * scale + (scale - one);
     return absolute<A>(x) < 1 ? small : exponential<A>(x) - one;

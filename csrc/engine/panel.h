@@ -25,6 +25,20 @@ struct Matrix {
     const float* scales = nullptr;      // of each row of int8
 };
 
+// Panels of this size stay in the second cache, or nearly.
+constexpr int64_t bytes_not_worth_fetching = 1'100'000;
+
+// What a tile fetches into the second cache while it computes, so that the panels that come next need not be waited for:
+// at each word of depth so many lines, 0 to 2.
+template <class A>
+struct Ahead {
+    static constexpr int64_t line = 64 / sizeof(A);
+    const A* first;
+    int64_t lines;
+
+    Ahead after(int64_t words) const { return {first + words * lines * line, lines}; }
+};
+
 template <class F, int C>
 class Panels {
     using A = computed<F>;
@@ -41,7 +55,8 @@ public:
           stride(ceil_div(depth, in_word) * columns),
           own_(memory ? 0 : size(count, depth), poison),
           weights_(memory ? memory : own_ + 0),
-          tails_(weights_ + count * stride) {}
+          tails_(weights_ + count * stride),
+          fits_cache_(static_cast<int64_t>(sizeof(A)) * size(count, depth) <= bytes_not_worth_fetching) {}
 
     static constexpr int64_t size(int64_t count, int64_t depth) {
         return count * (ceil_div(depth, in_word) + Arithmetic<F>::tail) * columns;
@@ -49,6 +64,15 @@ public:
 
     A* at(int64_t panel) const { return weights_ + panel * stride; }
     A* tail_at(int64_t panel) const { return tails_ + panel * Arithmetic<F>::tail * columns; }
+
+    // What tile `i` of `tiles` that pass over the panels before fetches of the `group` panels from `panel` on.
+    Ahead<A> ahead(int64_t panel, int64_t group, int64_t i, int64_t tiles) const {
+        constexpr int64_t line = Ahead<A>::line;
+        const int64_t lines = ceil_div(group * columns, line);   // at a word of depth
+        const int64_t share = tiles < lines ? 2 : 1;
+        if (fits_cache_ || tiles == 1 || i * share >= lines) return {nullptr, 0};
+        return {at(panel) + i * share * line * ceil_div(depth, in_word), share};
+    }
 
     // Panel vector c takes rows first .. first + valid - 1 of a row-major (rows, depth) matrix as its columns.
     template <class S>
@@ -123,12 +147,13 @@ private:
     const Buffer<A> own_;
     A* const weights_;
     A* const tails_;
+    const bool fits_cache_;
 };
 
 // sums[r][m][c] = bias + rows[r] . panel m's vector c, for R rows and M panels, whose tails are one behind the other.
 template <class F, int R, int M, int C>
 void tile(const element<F>* rows, int64_t row_stride, const computed<F>* panel, int64_t panel_stride,
-          const computed<F>* tails, int64_t depth, computed<F>* sums) {
+          const computed<F>* tails, int64_t depth, Ahead<computed<F>> ahead, computed<F>* sums) {
     using A = computed<F>;
     using Of = Arithmetic<F>;
     constexpr int lanes = width<A>, in_word = factors_in_word<F>;
@@ -155,7 +180,19 @@ void tile(const element<F>* rows, int64_t row_stride, const computed<F>* panel, 
         }
     };
     const int64_t words = depth / in_word;
-    for (int64_t word = 0; word < words; ++word) add(word, Of::splat);
+    const auto add_all = [&]<int lines>(std::integral_constant<int, lines>) __attribute__((always_inline)) {
+        const A* fetched = ahead.first;
+        for (int64_t word = 0; word < words; ++word) {
+            if constexpr (lines > 0) __builtin_prefetch(fetched, 0, 2);
+            if constexpr (lines > 1) __builtin_prefetch(fetched + ahead.line, 0, 2);
+            fetched += lines * ahead.line;
+            add(word, Of::splat);
+        }
+    };
+    if (ahead.lines == 0) add_all(std::integral_constant<int, 0>());
+    else if (ahead.lines == 1) add_all(std::integral_constant<int, 1>());
+    else add_all(std::integral_constant<int, 2>());
+    // Whatever lies behind a row may be a NaN, which a weight of zero does not stop.
     if (depth % in_word) add(words, Of::splat_last);
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
@@ -170,7 +207,7 @@ void tile(const element<F>* rows, int64_t row_stride, const computed<F>* panel, 
 template <class F, int C>
 struct Tiles {
     using A = computed<F>;
-    using Function = void (*)(const element<F>*, int64_t, const A*, int64_t, const A*, int64_t, A*);
+    using Function = void (*)(const element<F>*, int64_t, const A*, int64_t, const A*, int64_t, Ahead<A>, A*);
 
     // One register for x and C for the weights; the rest accumulate.
     static constexpr int budget = Arithmetic<F>::sums;
@@ -216,14 +253,15 @@ inline void copy_factors(element<F>* to, const S* from, int64_t count) {
 // A tile over any depth, a block at a time. `count` sums.
 template <class F, int C>
 [[gnu::noinline]] void run_blocks(typename Tiles<F, C>::Function tile, const element<F>* rows, int64_t row_stride,
-                                  const Panels<F, C>& panels, int64_t panel, int64_t count, computed<F>* sums) {
+                                  const Panels<F, C>& panels, int64_t panel, int64_t count, Ahead<computed<F>> ahead, computed<F>* sums) {
     using A = computed<F>;
     constexpr int64_t factors = Arithmetic<F>::block * factors_in_word<F>, most = Tiles<F, C>::budget * width<A>;
     alignas(64) A sums_of_block[most], zeros[most] = {};
     for (int64_t k = 0; k < panels.depth; k += factors) {
         const int64_t depth = panels.depth - k < factors ? panels.depth - k : factors;
         tile(rows + k, row_stride, panels.at(panel) + k / factors_in_word<F> * panels.columns, panels.stride,
-             k == 0 ? panels.tail_at(panel) : zeros, depth, k == 0 ? sums : sums_of_block);
+             k == 0 ? panels.tail_at(panel) : zeros, depth, ahead.after(k / factors_in_word<F>),
+             k == 0 ? sums : sums_of_block);
         for (int64_t i = 0; k > 0 && i < count; i += width<A>) store(sums + i, load(sums + i) + load(sums_of_block + i));
     }
 }
@@ -241,18 +279,20 @@ inline void multiply(const element<F>* rows, int64_t row_stride, int64_t count, 
     const int most_panels = T::panels_for(static_cast<int>(ceil_div(count, tiles)));
     for (int64_t panel = begin; panel < end;) {
         const int group = static_cast<int>(ceil_div(end - panel, ceil_div(end - panel, most_panels)));   // even groups
+        const int64_t next = panel + group < end ? panel + group : begin;   // of the next call, most likely
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t first = count * i / tiles;
             const int size = static_cast<int>(count * (i + 1) / tiles - first);
             const auto run = T::find(size, group);
             const element<F>* const from = rows + first * row_stride;
+            const Ahead<A> ahead = panels.ahead(next, group, i, tiles);
             bool in_blocks = false;
             if constexpr (Arithmetic<F>::block > 0) {
                 in_blocks = panels.depth > Arithmetic<F>::block * factors_in_word<F>;
-                if (in_blocks) run_blocks<F, C>(run, from, row_stride, panels, panel, size * group * panels.columns, sums);
+                if (in_blocks) run_blocks<F, C>(run, from, row_stride, panels, panel, size * group * panels.columns, ahead, sums);
             }
             if (!in_blocks)
-                run(from, row_stride, panels.at(panel), panels.stride, panels.tail_at(panel), panels.depth, sums);
+                run(from, row_stride, panels.at(panel), panels.stride, panels.tail_at(panel), panels.depth, ahead, sums);
             for (int r = 0; r < size; ++r)
                 for (int m = 0; m < group; ++m) each(first + r, panel + m, sums + (r * group + m) * panels.columns);
         }

@@ -294,11 +294,11 @@ struct Constants<double> {
     static constexpr int mantissa = 52, bias = 1023, terms = 12;
 };
 
-// x = n ln 2 + r; returns e^r - 1, to the relative accuracy that tanh needs near 0, and 2^n as two factors so that
-// denormal results are right.
+// x = n ln 2 + r; returns e^r - 1, to the relative accuracy that tanh needs near 0, and n.
 template <class A>
 struct Exp {
-    Vec<A> minus_one, scale_a, scale_b;
+    Vec<A> minus_one;
+    typename Lanes<A>::Int n;
 };
 template <class A>
 inline Exp<A> split_exp(Vec<A> x) {
@@ -315,9 +315,13 @@ inline Exp<A> split_exp(Vec<A> x) {
         coefficient *= static_cast<A>(i);
         q = q * r + coefficient;
     }
-    const Int whole = (Int)shifted - static_cast<decltype(Int{}[0] + 0)>(K::magic_bits);
-    const Int half = whole >> 1;
-    return {r + r * r * q, (Vec<A>)((half + K::bias) << K::mantissa), (Vec<A>)((whole - half + K::bias) << K::mantissa)};
+    return {r + r * r * q, (Int)shifted - static_cast<decltype(Int{}[0] + 0)>(K::magic_bits)};
+}
+
+// 2^n, where that is a normal number.
+template <class A>
+inline Vec<A> power_of_two(typename Lanes<A>::Int n) {
+    return (Vec<A>)((n + Constants<A>::bias) << Constants<A>::mantissa);
 }
 
 template <class A>
@@ -328,11 +332,13 @@ inline Vec<A> absolute(Vec<A> x) {
 
 template <class A>
 inline Vec<A> sigmoid(Vec<A> x) {
+    constexpr int lift = 64;   // keeps the power of two normal where the result is denormal
     const Vec<A> limit = splat<A>(-Constants<A>::exp_zero);
     Vec<A> magnitude = absolute<A>(x);
     magnitude = magnitude > limit ? limit : magnitude;
     const Exp<A> e = split_exp<A>(-magnitude);
-    const Vec<A> t = (e.minus_one * e.scale_a + e.scale_a) * e.scale_b;   // exp(-|x|)
+    const Vec<A> scale = power_of_two<A>(e.n + lift);
+    const Vec<A> t = (e.minus_one * scale + scale) * static_cast<A>(0x1p-64);   // exp(-|x|)
     const Vec<A> one = splat<A>(1);
     return (x >= 0 ? one : t) / (t + 1);
 }
@@ -345,7 +351,7 @@ inline Vec<A> tanh(Vec<A> x) {
     Vec<A> doubled = magnitude + magnitude;
     doubled = doubled > limit ? limit : doubled;
     const Exp<A> e = split_exp<A>(doubled);
-    const Vec<A> scale = e.scale_a * e.scale_b;
+    const Vec<A> scale = power_of_two<A>(e.n);
     const Vec<A> expm1 = e.minus_one * scale + (scale - 1);
     const Vec<A> result = expm1 / (expm1 + 2);
     const Int sign = (Int)x ^ (Int)magnitude;
