@@ -137,7 +137,14 @@ def onnx_session(folder: Path, kind: str, size: int) -> Callable[[int, float], f
     first, *states = [given.name for given in session.get_inputs()]
     state = {name: torch.zeros(1, 1, size).numpy() for name in states}
     blocks = {steps: {first: torch.randn(steps, 1, 1).numpy(), **state} for steps in (BLOCK, 1)}
-    return lambda steps, seconds: tenth(lambda: session.run(None, blocks[steps]), seconds) / steps
+
+    def timed(steps: int, seconds: float) -> float:
+        def block() -> None:
+            session.run(None, blocks[steps])
+
+        return tenth(block, seconds) / steps
+
+    return timed
 
 
 def streamed(kind: str, size: int) -> Callable[[float], float]:

@@ -62,27 +62,6 @@ def test_any_model(tmp_path_factory: Any, made: Drawn, data: st.DataObject) -> N
     assert error(torch.stack([exported.step(x[0, t]) for t in range(20)]), expected[:20]) < 20 * most
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
-@given(models(), st.data())
-def test_any_model_in_int8(tmp_path_factory: Any, made: Drawn, data: st.DataObject) -> None:
-    """As far from float32 as README.md says, but for roundings that fall the other way."""
-    model, x = made.model, made.x
-    folder = tg.export_c(model, x, tmp_path_factory.mktemp("any"), weights="int8")
-    flags = data.draw(st.sampled_from([["-O2", "-march=native"], ["-O1"], ["-O2", "-DPLAIN_C"]]))
-    exported = compiled(folder, flags)
-    said = re.findall(r"at most (\S+) from float32 on the example, of (\S+) ", (folder / "README.md").read_text())
-    stated, largest = map(float, said[0])
-    with torch.no_grad():
-        apart = (exported.process(x[0]) - model(x)[0]).abs().max()
-    assert float(apart) <= 1.01 * stated + 5e-3 * largest
-    exported.reset()
-    cut = data.draw(st.integers(0, 200))
-    parts = torch.cat([exported.process(x[0, :cut]), exported.process(x[0, cut:])])
-    exported.reset()
-    assert torch.equal(parts, exported.process(x[0]))
-
-
 @pytest.mark.parametrize("size", [1, 3, 8, 33, 40, 64, 127])
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
 def test_sizes(tmp_path: Path, kind: Any, size: int) -> None:
