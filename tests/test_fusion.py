@@ -17,12 +17,26 @@ from fusing import FEATURES, B, D, Gate, H, T, assert_fused_is_eager, randn, run
 from torch import Tensor, nn
 
 import tidegate as tg
+from tidegate import dispatch
 from tidegate.cells import LayerNormLSTMCell, SLSTMCell
 from tidegate.fusion.program import Program
 from tidegate.kernels import cpu
 from tidegate.nn import over_time
 
 pytestmark = needs.compiled_operators
+
+
+def test_what_a_trace_registers_with_the_process_outlives_its_thread(monkeypatch):
+    """A build of torch for CUDA without a GPU crashed in the first backward after a trace."""
+    registering: list[threading.Thread] = []
+    monkeypatch.setattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: registering.append(threading.current_thread()))
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    dispatch.keep_stand_in_for_cuda.cache_clear()
+    linear = nn.Linear(H, H, dtype=D)
+    assert_fused_is_eager(lambda x, h: torch.tanh(linear(x + h)))
+    assert registering[0].daemon
+    assert registering[0].is_alive()
 
 
 # Changes of a cell are seen

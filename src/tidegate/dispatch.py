@@ -112,11 +112,34 @@ def asked_once(function: F) -> F:
     return function
 
 
+@functools.cache
+def keep_stand_in_for_cuda() -> None:
+    """In a build of torch for CUDA that finds no GPU: have what fake tensors put in CUDA's place outlive their thread.
+
+    torch's mode of fake tensors registers a stand-in with the process as it is first entered, and the stand-in is freed
+    with the thread that entered it (c10/core/impl/DeviceGuardImplInterface.cpp): the next backward would call what is
+    no more. Here a thread registers it first that never ends.
+    """
+    register: Any = getattr(_C, "_ensureCUDADeviceGuardSet", None)
+    if register is None or not torch.backends.cuda.is_built() or torch.cuda.is_available():
+        return
+    registered = threading.Event()
+
+    def work() -> None:
+        register()
+        registered.set()
+        threading.Event().wait()
+
+    threading.Thread(target=work, name="tidegate: CUDA's stand-in", daemon=True).start()
+    registered.wait()
+
+
 def outside_of_tracing(function: Callable[[], T]) -> T:
     """Call a function where no tracer, transform or mode sees what it does, and none of its draws count.
 
     All of these belong to a thread, but for the generators.
     """
+    keep_stand_in_for_cuda()
     results: list[T] = []
     errors: list[BaseException] = []
 
