@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
         for name, colour, style in (("PyTorch", TORCH_COLOUR, "-"), ("int8", TIDEGATE_COLOUR, "--")):
             sure = sums[name][0].softmax(-1)[:, test.labels[0]]
             right.plot(range(1, len(sure) + 1), sure.numpy(), style, color=colour, lw=2, label=name)
-        right.set(title="One utterance: its speaker's probability", xlabel="frames heard", ylim=(0, 1.02))
+        right.set(title="One utterance: its speaker's probability", xlabel="frames heard", xticks=range(0, 20, 5))
         right.legend()
         print(save(figure, options.folder / "export.png"))
     return found
