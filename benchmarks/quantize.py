@@ -5,8 +5,8 @@ float32 and against torch's own dynamically quantized layer, interleaved, one th
     PYTHONPATH=src python benchmarks/quantize.py [--isa avx2] [--kinds gru lstm] [--out build/quantize]
 
 A figure is a sequence of 64 steps over 64: a layer's call, which packs float32 weights each time and stored ones once,
-and a stream's `steps`, which packs all once. `--isa` holds tidegate to an instruction set, not torch, whose int8
-products ask the processor themselves.
+and a stream's `steps`, which packs all once. Medians of processor time. `--isa` holds tidegate to an instruction set,
+not torch, whose int8 products ask the processor themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,23 @@ SIZES = (64, 128, 256, 384)
 _COLOURS = {"float32": "#555555", "bfloat16": "#1b9e77", "int8": "#d95f02", "torch, int8": "#7570b3"}
 
 
+def slice_of(call: Callable[[], object]) -> Callable[[float], float]:
+    """Calls for about so many seconds; the processor time of one call, which a crowded machine changes little."""
+
+    def run(seconds: float) -> float:
+        calls, start = 0, time.process_time_ns()
+        while (passed := time.process_time_ns() - start) < seconds * 1e9:
+            call()
+            calls += 1
+        return passed / 1e9 / calls
+
+    return run
+
+
 def measure(kind: str, rows: int, size: int) -> dict[str, float]:
     """Microseconds a step, of each contender."""
     import tidegate as tg
-    from tidegate.cli.bench.timing import THOROUGH, interleave, local_slice
+    from tidegate.cli.bench.timing import Effort, interleave
 
     torch.manual_seed(0)
     theirs = getattr(torch.nn, kind.upper())
@@ -45,7 +60,9 @@ def measure(kind: str, rows: int, size: int) -> dict[str, float]:
     streams = {name: layer.stream(batch_size=rows) for name, layer in layers.items()}
     calls |= {f"{name}, stream": lambda stream=stream: stream.steps(x) for name, stream in streams.items()}
     with torch.no_grad():
-        found = interleave({name: local_slice(call) for name, call in calls.items()}, THOROUGH)
+        found = interleave(
+            {name: slice_of(call) for name, call in calls.items()}, Effort(rounds=7, slice_seconds=0.015)
+        )
     return {name: seconds * 1e6 / STEPS for name, seconds in found.items()}
 
 
@@ -68,9 +85,9 @@ def picture(results: dict[str, dict[str, float]], title: str, path: Path) -> Non
             ax.set(yscale="log", title=f"{kind.upper()}, {rows} row{'s' * (rows > 1)}", ylabel="µs a step")
             ax.set_xticks(range(len(SIZES)), [f"H {size}" for size in SIZES])
             ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(_COLOURS), frameon=False)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=130)
 
 
