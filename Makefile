@@ -17,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/* third_party/*/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-quick test-slow test-fuzz test-native test-peers test-recipes test-clients test-install \
-	test-versions test-other-systems test-all sanitize lint bench docs wheel sdist clean
+	test-versions test-all sanitize lint bench docs wheel sdist clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -91,10 +91,6 @@ test-native:  ## Build the kernels without torch and run their own test; CXX=cla
 	cmake -S . -B $(NATIVE) -DTIDEGATE_NATIVE_TEST=ON $(if $(CROSS),$(CROSS) $(EMULATED),-DCMAKE_CXX_COMPILER=$(CXX))
 	cmake --build $(NATIVE) --parallel $(JOBS)
 	cd $(NATIVE) && ctest --output-on-failure
-
-test-other-systems: install  ## Compile the kernels for macOS and Windows with zig's clang, which it installs; runs nothing.
-	$(PIP) 'ziglang>=0.14'
-	tests/native/other_systems.sh $(BIN)/python -m ziglang c++
 
 # Races and memory, on one instruction set: these builds take long.
 sanitize:  ## Run the kernels' own test under the thread and the address sanitizer.
