@@ -161,6 +161,41 @@ def test_what_measures_zero_has_torchs_gradient(measure: Callable[[Tensor], Tens
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+F = torch.nn.functional
+AT_THEIR_KINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{
+        name: getattr(F, name)
+        for name in ("relu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "leaky_relu", "elu")
+    },
+    **{name: getattr(F, name) for name in ("selu", "celu", "softplus", "hardshrink", "softshrink", "logsigmoid")},
+    "abs": torch.abs,
+    "clamp": lambda v: v.clamp(-1, 1),
+    "threshold": lambda v: F.threshold(v, 0.5, 0.0),
+    "maximum": lambda v: torch.maximum(v, torch.zeros_like(v)),
+    "power": lambda v: v.abs() ** 1.5 + v**0.0 + v**3,
+    "power of itself": lambda v: v.abs() ** v,
+    "largest": lambda v: v - v.amax(-1, keepdim=True),
+    "normalize": lambda v: F.normalize(v, dim=-1),
+}
+
+
+@pytest.mark.parametrize("name", AT_THEIR_KINKS)
+def test_gradients_where_a_function_has_a_kink(name: str) -> None:
+    kinks = torch.tensor([-6, -3, -1, -0.5, 0, 0.5, 1, 3, 6, 0], dtype=torch.float64)
+
+    def step(x: Tensor, h: Tensor) -> Tensor:
+        return AT_THEIR_KINKS[name](x + 0 * h)
+
+    found: list[list[Tensor]] = []
+    for fuse in (True, False):
+        x = torch.stack((kinks, 0 * kinks)).expand(2, 2, 10).clone().requires_grad_()
+        y, _ = tg.dynamic_rnn(step, x, initial_state=0 * kinks.expand(2, 10), fuse=fuse)
+        (gradient,) = torch.autograd.grad((y * torch.linspace(1, 2, 10, dtype=torch.float64)).sum(), x)
+        found.append([y, gradient])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7, equal_nan=True)  # torch's hardsigmoid has 1/6 in float32
+
+
 def test_batch_norm_is_fused_in_eval_and_sees_its_statistics_change() -> None:
     class Cell(torch.nn.Module):
         state_size = H

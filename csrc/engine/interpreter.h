@@ -139,8 +139,7 @@ inline A largest_of(const A* from, int64_t count) {
 
 template <class A>
 class ProgramRun {
-    // Vectors in a panel: as many columns whatever their width.
-    static constexpr int wide = vector_registers == 32 ? 2 : 4, lanes = width<A>;
+    static constexpr int wide = 2, lanes = width<A>;   // vectors in a panel; four are no faster on AVX2
     using Panel = Panels<A, wide>;
 
 public:

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The interpreter of programs: threads that come and threads that do not, rows by length, functions to their bounds.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -25,7 +26,8 @@ Values random(int64_t count, double scale = 1) {
 
 int64_t number(Operation operation) { return static_cast<int64_t>(operation); }
 
-// h' = h + z (tanh(n - mean(n)) - h), where [sigmoid's argument, n] = x + W h; the output is h'. Values lie in lines.
+// h' = h + z (tanh(n - mean(n)) - h), where [sigmoid's argument, n] = x + W h; the outputs are h' and x + W h. Values lie
+// in lines.
 std::vector<int64_t> gated(int64_t n, int64_t line) {
     std::vector<int64_t> steps;
     int64_t count = 0;
@@ -50,7 +52,7 @@ std::vector<int64_t> gated(int64_t n, int64_t line) {
     // States and their places, inputs, vectors, matrices, states through resets; sizes of memory; instructions.
     std::vector<int64_t> code = {1, n, 1, 0, 1, 2 * n, 0, 1, 1, 2 * n, n, 0, 7 * line, 2 * line, line, 1, count};
     code.insert(code.end(), steps.begin(), steps.end());
-    code.insert(code.end(), {next.bank, next.offset, n, 1, next.bank, next.offset, n});
+    code.insert(code.end(), {next.bank, next.offset, n, 2, next.bank, next.offset, n, sums.bank, sums.offset, 2 * n});
     return code;
 }
 
@@ -70,7 +72,7 @@ void check_case(const Case& c, Type type) {
     for (uint8_t& reset : resets) reset = c.has_resets && generator() % 4 == 0;
     const auto stored = [&](const Values& values) { return Stored(type, values).values(); };
 
-    Values right(static_cast<size_t>(c.time * c.batch * n), 0.0), final = stored(h_0);
+    Values right(static_cast<size_t>(c.time * c.batch * n), 0.0), right_sums = stored(x), final = stored(h_0);
     const Values in = stored(x), weight = stored(w);
     for (int64_t b = 0; b < c.batch; ++b)
         for (int64_t s = 0; s < lengths[size_t(b)]; ++s) {
@@ -83,6 +85,7 @@ void check_case(const Case& c, Type type) {
                 gates[size_t(i)] = in[size_t((t * c.batch + b) * 2 * n + i)];
                 for (int64_t j = 0; j < n; ++j) gates[size_t(i)] += weight[size_t(i * n + j)] * h[j];
             }
+            std::copy(gates.begin(), gates.end(), right_sums.begin() + (t * c.batch + b) * 2 * n);
             double mean = 0;
             for (int64_t i = n; i < 2 * n; ++i) mean += gates[size_t(i)] / double(n);
             for (int64_t i = 0; i < n; ++i) {
@@ -94,12 +97,13 @@ void check_case(const Case& c, Type type) {
 
     const Schedule schedule = c.has_lengths ? Schedule(c.time, c.batch, c.reverse, lengths.data())
                                             : Schedule(c.time, c.batch, c.reverse);
-    Stored input(type, x), matrix(type, w), initial(type, h_0), constants(type, Values{0.0});
+    Stored matrix(type, w), initial(type, h_0), constants(type, Values{0.0});
     for (const int threads : {1, 2, 4}) {
+        Stored input(type, x);   // and the sums, which are written over it
         Stored output(type, c.time * c.batch * n), h_n(type, c.batch * n);
         if (c.has_lengths) output.fill(0);
         const void *inputs[] = {input.data()}, *states_in[] = {initial.data()}, *matrices[] = {matrix.data()};
-        void *outputs[] = {output.data()}, *finals[] = {h_n.data()};
+        void *outputs[] = {output.data(), input.data()}, *finals[] = {h_n.data()};
         const int64_t time_strides[] = {c.batch * 2 * n}, batch_strides[] = {2 * n};
         active_kernels().run_program({.program = &program,
                                       .type = type,
@@ -114,10 +118,12 @@ void check_case(const Case& c, Type type) {
                                       .vectors = nullptr,
                                       .matrices = matrices,
                                       .outputs = outputs,
-                                      .finals = finals});
+                                      .finals = finals,
+                                      .writes_over_inputs = true});
         const std::string name = std::string(active_kernels().name) + " program T" + std::to_string(c.time) + " B" +
                                  std::to_string(c.batch) + " n" + std::to_string(n) + " threads " + std::to_string(threads);
         compare(name + " output", output.values(), right, tolerance(type));
+        compare(name + " sums", input.values(), right_sums, tolerance(type));
         compare(name + " state", h_n.values(), final, tolerance(type));
     }
 }

@@ -30,12 +30,16 @@ def decompositions() -> dict[Any, Any]:
             return _root(vector_norm(x * x, 1, *dims, **named))
         return vector_norm(x, order, *dims, **named) if order in (1, inf) else NotImplemented
 
+    def deviation(*given: Any, **named: Any) -> Tensor:
+        return _root(torch.var(*given, **named))
+
     found[aten.linalg_vector_norm.default] = norm
-    found[aten.std.correction] = lambda *given, **named: _root(torch.var(*given, **named))
+    found[aten.std.correction] = deviation
     found[aten.native_batch_norm.default] = batch_norm_of_kept_statistics
     found[aten.native_group_norm.default] = _group_norm
-    # In front of the rows it would become a concatenation of rows.
-    found.pop(aten.stack.default, None)
+    # In front of the rows a stack would become a concatenation of rows; the others' gradients would be off at bounds.
+    for kept in (aten.stack, aten.hardtanh, aten.hardsigmoid, aten.hardswish, aten.elu):
+        found.pop(kept.default, None)
     return found
 
 

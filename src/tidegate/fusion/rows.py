@@ -158,7 +158,7 @@ class Rows:
             raise NotTraceableError(f"{short} changes a tensor that the cell keeps{_where_made(node)}")
         if node.target is operator.getitem or not self._with_rows(node):
             return
-        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or kind is aten.hardswish  # has no tag
         result_has_rows = isinstance(values_of(node), (list, tuple)) or self.layouts.get(node) is not None
         pointwise = pointwise and kind not in MOVING
         if result_has_rows and (pointwise or kind in CONVERTING or self._keeps_apart(node, kind)):

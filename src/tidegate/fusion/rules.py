@@ -78,11 +78,13 @@ def _tie(s: Through, mine: Argument, other: Argument, comparison: str) -> Operan
 def _pow_base(s: Through) -> Operand:
     if isinstance(s.b, float):
         return s.emit("mul", s.d, s.emit("mul", s.emit("pow", s.a, s.b - 1.0), s.b))
-    return s.emit("mul", s.d, s.emit("mul", s.emit("pow", s.a, s.emit("sub", s.b, 1.0)), s.b))
+    slope = s.emit("mul", s.emit("pow", s.a, s.emit("sub", s.b, 1.0)), s.b)
+    return s.emit("where", s.emit("eq", s.b, 0.0), 0.0, s.emit("mul", s.d, slope))
 
 
 def _pow_exponent(s: Through) -> Operand:
-    return s.emit("mul", s.d, s.emit("mul", s.y, s.emit("log", s.a)))
+    is_flat = s.emit("mul", s.emit("eq", s.a, 0.0), s.emit("ge", s.b, 0.0))
+    return s.emit("where", is_flat, 0.0, s.emit("mul", s.d, s.emit("mul", s.y, s.emit("log", s.a))))
 
 
 _INVERSE_ROOT_PI = 1.1283791670955126  # 2 / sqrt(pi)

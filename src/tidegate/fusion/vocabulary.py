@@ -43,6 +43,8 @@ def _sub(w: Writer, a: Argument, b: Argument, alpha: float = 1.0) -> Operand:
 
 
 def _pow(w: Writer, a: Argument, b: Argument) -> Operand:
+    if b == 0.0:
+        return w.emit("copy", 1.0)
     if b == 2.0:
         return w.emit("mul", a, a)
     if b == 3.0:
@@ -59,9 +61,27 @@ def _clamp(w: Writer, a: Argument, low: Argument | None = None, high: Argument |
 
 def _elu(w: Writer, a: Argument, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Operand:
     # expm1 of what is above 0 may overflow, and its gradient with it.
-    below = w.emit("minimum", a, 0.0)
+    is_above = w.emit("gt", a, 0.0)
+    below = w.emit("where", is_above, 0.0, a)
     curved = w.emit("mul", w.emit("expm1", w.emit("mul", below, float(input_scale))), float(alpha * scale))
-    return w.emit("where", w.emit("gt", a, 0.0), w.emit("mul", a, float(scale)), curved)
+    return w.emit("where", is_above, w.emit("mul", a, float(scale)), curved)
+
+
+# Unlike a clamp's, the gradients of these are 0 at their bounds, too.
+
+
+def _hardtanh(w: Writer, a: Argument, low: float = -1.0, high: float = 1.0) -> Operand:
+    is_inside = w.emit("mul", w.emit("gt", a, float(low)), w.emit("lt", a, float(high)))
+    return w.emit("where", is_inside, a, w.emit("constant", w.emit("clamp", a, float(low), float(high))))
+
+
+def _hardsigmoid(w: Writer, a: Argument) -> Operand:
+    return w.emit("add", w.emit("mul", _hardtanh(w, a, -3.0, 3.0), 1 / 6), 0.5)
+
+
+def _hardswish(w: Writer, a: Argument) -> Operand:
+    inside = w.emit("mul", w.emit("mul", a, w.emit("add", a, 3.0)), 1 / 6)
+    return w.emit("where", w.emit("le", a, -3.0), 0.0, w.emit("where", w.emit("lt", a, 3.0), inside, a))
 
 
 def _gelu(w: Writer, a: Argument, approximate: str = "none") -> Operand:
@@ -93,10 +113,12 @@ COMPOSED: dict[Any, Emit] = {
     aten.pow: _pow,
     aten.square: lambda w, a: w.emit("mul", a, a),
     aten.clamp: _clamp,
-    aten.hardtanh: lambda w, a, low=-1.0, high=1.0: w.emit("clamp", a, low, high),
+    aten.hardtanh: _hardtanh,
+    aten.hardsigmoid: _hardsigmoid,
+    aten.hardswish: _hardswish,
     aten.clamp_min: lambda w, a, low: _clamp(w, a, low),
     aten.clamp_max: lambda w, a, high: _clamp(w, a, None, high),
-    aten.relu6: lambda w, a: w.emit("clamp", a, 0.0, 6.0),
+    aten.relu6: lambda w, a: _hardtanh(w, a, 0.0, 6.0),
     aten.leaky_relu: lambda w, a, slope=0.01: w.emit("where", w.emit("gt", a, 0.0), a, w.emit("mul", a, float(slope))),
     aten.elu: _elu,
     aten.gelu: _gelu,
