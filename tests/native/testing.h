@@ -96,5 +96,6 @@ void check_together(const Shape& shape, tidegate::Kind kind, tidegate::Type type
                     tidegate::Together together, bool has_lengths, int most_threads);
 void check_long_sums();
 void check_workspace();
+void check_crowds();
 void check_programs();
 void check_activations();
