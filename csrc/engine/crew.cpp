@@ -3,6 +3,7 @@
 
 #if !defined(_WIN32)
 #include <pthread.h>
+#include <time.h>
 #endif
 
 #include <algorithm>
@@ -46,7 +47,8 @@ std::atomic<int64_t> late_at{0};
 struct Enrolment {
     std::atomic<int> joined{0};    // members so far; `closed` is added once nobody else may join
     std::atomic<int> size{0};      // set when enrolment closes
-    std::atomic<int64_t> done_at{0};   // when the first was that had done its work
+    std::atomic<int64_t> done_at{0};   // when the last member had done its work
+    std::atomic<int64_t> lost{0};      // the longest that a member was kept from running while it worked
     int wanted;
     int64_t patience;
     Work work;
@@ -56,6 +58,21 @@ struct Enrolment {
 
     static constexpr int closed = 1 << 16;
 };
+
+// What this thread has had of a processor; 0 where that cannot be told.
+int64_t own_time() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+    timespec time;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) return time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
+#endif
+    return 0;
+}
+
+void raise(std::atomic<int64_t>& most, int64_t value) {
+    int64_t before = most.load(std::memory_order_relaxed);
+    while (before < value && !most.compare_exchange_weak(before, value, std::memory_order_relaxed)) {
+    }
+}
 
 void note_crowding(int64_t time) { crowded_until.store(time + crowded_for, std::memory_order_relaxed); }
 
@@ -91,9 +108,11 @@ void enrol(int64_t, int64_t, void* context) {
     if (rank >= Enrolment::closed) return;   // too late: the others have shared the work out
     const int size = rank == 0 ? close_enrolment(enrolment) : await_size(enrolment);
     Crew crew(enrolment.crew_posts, rank, size);
+    const int64_t began_at = now(), own_before = own_time();
     enrolment.work(enrolment.context, crew, enrolment.team_posts);
-    int64_t nobody = 0;
-    enrolment.done_at.compare_exchange_strong(nobody, now(), std::memory_order_relaxed);
+    const int64_t own = own_time() - own_before, done_at = now();
+    raise(enrolment.done_at, done_at);
+    if (own_before) raise(enrolment.lost, done_at - began_at - own);
 }
 
 }  // namespace
@@ -170,8 +189,11 @@ void run_crew(int wanted, int64_t patience, Work work, void* context) {
     pool_runs.store(true, std::memory_order_relaxed);
     const int64_t began_at = now();
     parallel_for(wanted, enrol, &enrolment);
-    const int64_t left_at = now(), done_at = enrolment.done_at.load(std::memory_order_relaxed);
-    if (left_at - done_at > std::max(late, (done_at - began_at) / 2)) note_lateness(left_at);
+    // A thread with little to do may wait long for one with much: neither is late. One that came when all was done is, and
+    // one that others' work kept from running.
+    const int64_t left_at = now(), after_all = left_at - enrolment.done_at.load(std::memory_order_relaxed);
+    const int64_t lost = std::max(after_all, enrolment.lost.load(std::memory_order_relaxed));
+    if (lost > std::max(late, (left_at - began_at) / 3)) note_lateness(left_at);
 }
 
 Team make_team(const Crew& all, Post* team_posts, int count) {

@@ -73,6 +73,7 @@ int main(int count, char** names) {
     if (isas.empty()) isas = supported_isas();
     set_parallel_for(parallel_for);
     check_workspace();
+    check_crowds();
     for (const std::string& isa : isas) {
         force_isa(isa);
         check_activations();

@@ -98,5 +98,6 @@ void check_together(const Shape& shape, tidegate::Kind kind, tidegate::Type type
 void check_stored(const Shape& shape, tidegate::Kind kind, int most_threads);
 void check_long_sums();
 void check_workspace();
+void check_crowds();
 void check_programs();
 void check_activations();
