@@ -199,7 +199,7 @@ def test_targets_and_sessions() -> None:
 
 def plan(**changes: Any) -> Plan:
     settings: dict[str, Any] = {"kinds": ("gru",), "modes": ("stream",), "shapes": (), "num_layers": 1}
-    settings |= {"bidirectional": False, "dtype": "float32", "steps": None, "threads": None}
+    settings |= {"bidirectional": False, "dtype": "float32", "steps": None, "threads": None, "scan_threads": ()}
     return Plan(**settings | {"quick": False, "peers": False} | changes)
 
 
@@ -236,10 +236,20 @@ def test_the_bound_is_the_longer_of_arithmetic_and_reading() -> None:
 
 def test_the_machines_rates_are_measured_once_each() -> None:
     limits = Limits()
-    first = limits.read_rate(100_000), limits.gemm_rate("bfloat16")
-    assert first == (limits.read_rate(100_000), limits.gemm_rate("bfloat16"))
+    first = limits.read_rate(100_000), limits.gemm_rate("bfloat16"), limits.fma_rate("float32")
+    assert first == (limits.read_rate(100_000), limits.gemm_rate("bfloat16"), limits.fma_rate("float32"))
     assert first[0] > 1e8
     assert first[1] > 1e8
+    assert first[2] is None or first[2] > 1e8
+
+
+def test_the_share_of_the_multiply_adds() -> None:
+    limits = Limits()
+    case = Case("rnn", "infer", Shape(1, 10, 5, 5), 1, False)
+    limits.fma_flops["float32"] = 1e9
+    assert limits.fma_share(case, 2e-6) == pytest.approx(10 * 2 * 5 * 10 / 1e9 / 2e-6)
+    limits.fma_flops["float32"] = None  # the kernels are not installed
+    assert limits.fma_share(case, 2e-6) is None
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
@@ -250,6 +260,7 @@ def test_every_mode_runs_in_other_dtypes(tmp_path: Path, dtype: str) -> None:
     found: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
     assert {entry["case"]["dtype"] for entry in found["results"]} == {dtype}
     assert list(found["gemm_gflops"]) == [dtype]
+    assert all(entry["fma_share"] > 0 for entry in found["results"])
     assert {entry["bound"]["name"] for entry in found["results"]} <= {"gemm", "read"}
 
 

@@ -157,9 +157,10 @@ def test_rows_of_a_csv_file_may_come_in_any_order(tmp_path: Path) -> None:
 
 def test_bench_writes_table_json_and_picture(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    result = run("bench", "--quick", "--kind", "gru", "--shape", "2,3,4,5", "--threads", 1, "--out", tmp_path)
+    scan = ("--scan-threads", 1, "--scan-threads", 3)
+    result = run("bench", "--quick", "--kind", "gru", "--shape", "2,3,4,5", "--threads", 1, *scan, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    for title in ("GRU, inference", "GRU, training", "GRU, one step of the cell", "Geometric means"):
+    for title in ("GRU, inference", "GRU, training", "GRU, one step of the cell", "other numbers", "Geometric means"):
         assert title in result.output
     assert is_picture(tmp_path / "bench.png")
     found: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
@@ -169,6 +170,8 @@ def test_bench_writes_table_json_and_picture(tmp_path: Path) -> None:
     for entry in found["results"]:
         assert set(entry["seconds"]) == {"torch.nn", "tidegate"}
         assert min(entry["seconds"].values()) > 0
+        assert list(entry["seconds_by_threads"]) == ["1", "3"]
+        assert min(entry["seconds_by_threads"].values()) > 0
     assert torch.get_num_threads() == threads
 
 

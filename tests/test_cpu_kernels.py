@@ -331,6 +331,15 @@ def test_what_a_hook_keeps_is_not_overwritten(kind, copies):
     assert all(torch.equal(a, b) for a, b in kept)
 
 
+def test_release_memory_gives_back_what_calls_left():
+    layer, x = tidegate.LSTM(256, 256), torch.randn(9, 4, 256)
+    with torch.no_grad(), tidegate.backend("cpu"):
+        right = [layer(x)[0] for _ in range(3)][-1]
+        assert tidegate.release_memory() >= 2 * layer.weight_hh_l0.nbytes  # where both matrices lay packed
+        assert tidegate.release_memory() == 0
+        assert torch.equal(layer(x)[0], right)
+
+
 def worst_ulps(bits: Tensor) -> dict[str, float]:
     """The largest error of each function in units of the last place of the exact float32."""
     x = bits.view(torch.float32)

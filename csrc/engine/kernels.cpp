@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set, with TIDEGATE_ISA as its name.
+#include <atomic>
+
 #include "cells/gru_reset_before.h"
 #include "engine/interpreter.h"
 #include "engine/isa.h"
@@ -134,6 +136,31 @@ void run_program(const ProgramProblem& problem) {
     else ProgramRun<float>(problem).run();
 }
 
+double multiply_adds(Type type, int64_t rounds, int threads) {
+    return with_type(type, [&]<class S>(Tag<S>) {
+        using F = factor<S>;
+        using A = computed<F>;
+        constexpr int chains = vector_registers == 32 ? 24 : 12;   // enough to hide how long one takes
+        const Buffer<A> values((chains + 1) * width<A>, false);
+        for (int64_t i = 0; i < values.size(); ++i) values[i] = static_cast<A>(1) / static_cast<A>(i + 2);
+        std::atomic<int> done{0};
+        auto body = [&](Crew&, Team&) {
+            Vec<A> chain[chains];
+            const Vec<A> x = load(values + chains * width<A>);
+            unroll<chains>([&]<int i>() __attribute__((always_inline)) { chain[i] = load(values + i * width<A>); });
+            for (int64_t round = 0; round < rounds; ++round)
+                unroll<chains>([&]<int i>() __attribute__((always_inline)) {
+                    chain[i] = add_products<F>(x, chain[i], x);   // one product of the same would be taken out of the loop
+                });
+            Vec<A> total{};
+            unroll<chains>([&]<int i>() __attribute__((always_inline)) { total += chain[i]; });
+            done.fetch_add(total[0] == 0 ? 0 : 1, std::memory_order_relaxed);   // so that all of it is computed
+        };
+        run_shared({.threads = threads, .patience = not_worth_a_wait}, body);
+        return 2.0 * chains * width<A> * factors_in_word<F> * static_cast<double>(rounds) * done;
+    });
+}
+
 void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t count) {
     with_type(type, [&]<class S>(Tag<S>) {
         using A = computed<S>;
@@ -168,6 +195,7 @@ const Kernels kernels = {.name = TIDEGATE_NAME(TIDEGATE_ISA),
                          .backward = backward,
                          .outer = outer,
                          .run_program = run_program,
+                         .multiply_adds = multiply_adds,
                          .activate = activate};
 
 }  // namespace tidegate::TIDEGATE_ISA

@@ -161,6 +161,9 @@ struct Kernels {
     void (*backward)(const BackwardProblem*, int count, Together);
     void (*outer)(const OuterProblem&);
     void (*run_program)(const ProgramProblem&);
+    // So many rounds of the multiplications and additions that products are made of, on every thread, with nothing to
+    // wait for; how many floating-point operations that were.
+    double (*multiply_adds)(Type, int64_t rounds, int threads);
     void (*activate)(Type, bool tanh, const void* in, void* out, int64_t count);   // tests of the error bounds
 };
 

@@ -103,10 +103,10 @@ struct Registry {
         *at = workspace->next_;
     }
 
-    // Frees the blocks of threads in no call until the budget is kept, or there are none.
-    void make_room() {
+    // Frees the blocks of threads in no call until no more than `allowed` bytes are held, or there are none.
+    void make_room(size_t allowed) {
         const std::lock_guard<std::mutex> lock(mutex);
-        while (held.load(std::memory_order_relaxed) > workspace_budget) {
+        while (held.load(std::memory_order_relaxed) > allowed) {
             Workspace* oldest = nullptr;
             for (Workspace* w = first; w; w = w->next_)
                 if (w->kept_.load(std::memory_order_relaxed) &&
@@ -137,7 +137,8 @@ void Workspace::begin() {
     if (most_ == 0 || (block_ && block_->size >= most_)) return;
     drop(block_);
     block_ = nullptr;
-    if (held.fetch_add(most_, std::memory_order_relaxed) + most_ > workspace_budget) registry().make_room();
+    if (held.fetch_add(most_, std::memory_order_relaxed) + most_ > workspace_budget)
+        registry().make_room(workspace_budget);
     if (held.load(std::memory_order_relaxed) <= workspace_budget) {
         block_ = new (allocate(sizeof(Block) + most_)) Block{most_};
     } else {   // calls in hand have it all: this one's buffers come from the system
@@ -162,6 +163,13 @@ void* take_workspace(size_t bytes) { return bytes ? workspace.take(bytes) : null
 
 void give_workspace_back(void* memory) {
     if (memory) workspace.give_back(memory);
+}
+
+size_t release_workspaces() {
+    const size_t before = workspace_held();
+    registry().make_room(0);
+    const size_t after = workspace_held();
+    return before > after ? before - after : 0;   // another thread may have taken some meanwhile
 }
 
 size_t workspace_held() { return held.load(std::memory_order_relaxed); }

@@ -20,6 +20,9 @@ constexpr size_t kept_workspace = size_t{64} << 20;
 // beyond it takes those of threads that are in no call, the longest unused first.
 constexpr size_t workspace_budget = size_t{256} << 20;
 
+// Frees what threads keep that are in no call; the bytes that it was. Their next call takes fresh memory.
+size_t release_workspaces();
+
 // Bytes of all blocks, in use or kept.
 size_t workspace_held();
 

@@ -8,6 +8,7 @@
 
 #include "engine/crew.h"
 #include "engine/isa.h"
+#include "engine/workspace.h"
 #include "torch/call.h"
 #include "torch/program.h"
 
@@ -31,6 +32,12 @@ Tensor activate(const Tensor& any_x, bool hyperbolic) {
     active_kernels().activate(type, hyperbolic, x.const_data_ptr(), result.mutable_data_ptr(), x.numel());
     return result;
 }
+
+double multiply_adds(const Tensor& like, int64_t rounds) {
+    return active_kernels().multiply_adds(type_of(like, "like"), rounds, thread_count());
+}
+
+int64_t release_memory() { return static_cast<int64_t>(release_workspaces()); }
 
 std::string isa() { return active_kernels().name; }
 
@@ -65,6 +72,8 @@ STABLE_TORCH_LIBRARY(tidegate_cpu, m) {
         "Tensor[] matrices, Tensor? lengths, Tensor? resets, int steps, int batch, bool reverse, int[] over=[]) "
         "-> Tensor[]");
     m.def("activate(Tensor x, bool hyperbolic) -> Tensor");
+    m.def("multiply_adds(Tensor like, int rounds) -> float");
+    m.def("release_memory() -> int");
     m.def("isa() -> str");
     m.def("isas() -> str");
     m.def("use_isa(str name) -> ()");
@@ -79,6 +88,8 @@ STABLE_TORCH_LIBRARY_IMPL(tidegate_cpu, CompositeExplicitAutograd, m) {
     m.impl("advance", TORCH_BOX(&tidegate::advance));
     m.impl("run_program", TORCH_BOX(&tidegate::run_program));
     m.impl("activate", TORCH_BOX(&tidegate::activate));
+    m.impl("multiply_adds", TORCH_BOX(&tidegate::multiply_adds));
+    m.impl("release_memory", TORCH_BOX(&tidegate::release_memory));
     m.impl("isa", TORCH_BOX(&tidegate::isa));
     m.impl("isas", TORCH_BOX(&tidegate::isas));
     m.impl("use_isa", TORCH_BOX(&tidegate::use_isa));

@@ -10,6 +10,7 @@ from tidegate.backends import backend, trace
 from tidegate.errors import ConversionError, UnsupportedError
 from tidegate.explain import explain
 from tidegate.inspection import inspect
+from tidegate.kernels.cpu import release_memory
 from tidegate.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, dynamic_rnn, tbptt
 from tidegate.streaming import Stream
 
@@ -45,6 +46,7 @@ __all__ = [
     "from_tf1",
     "inspect",
     "quantize",
+    "release_memory",
     "report",
     "restore",
     "tbptt",

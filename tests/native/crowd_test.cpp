@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads that come late, that have unequal work, or that are more than the processor's: the same bits, and nobody waits
+// Threads that come late, or that are more than the processor's: the same bits, and nobody waits
 // for ever.
 #include <chrono>
 #include <thread>
@@ -41,30 +41,9 @@ void expect(const char* what, bool holds) { compare(what, {holds ? 0.0 : 1.0}, {
 // So long a crowd is remembered.
 void forget() { std::this_thread::sleep_for(std::chrono::milliseconds(320)); }
 
-// Whether `run`, four times in a row, makes a crowd. Others may have the processor for a moment: then again.
-template <class Run>
-bool makes_no_crowd(Run&& run) {
-    for (int attempt = 0; attempt < 20; ++attempt) {
-        forget();
-        for (int i = 0; i < 4; ++i) run();
-        if (!is_crowded()) return true;
-    }
-    return false;
-}
-
 Recurrence recurrence(Kind kind, const Shape& shape, bool has_lengths) {
     return Recurrence(kind, false, shape.time, shape.batch, shape.input_size, shape.hidden, shape.projected(),
                       has_lengths, false, false, true);
-}
-
-// A row of many steps, and one of few: so many that the pool has time to bring a second thread.
-void check_unequal_rows() {
-    Recurrence r = recurrence(Kind::gru, {40000, 2, 8, 32, false}, true);
-    r.lengths = {40000, 2};
-    Layer layer(r, Type::f32);
-    const ForwardProblem problem = layer.forward(2, false);
-    expect("unequal rows are no crowd",
-           makes_no_crowd([&] { active_kernels().forward(&problem, 1, Together::directions); }));
 }
 
 void check_late_threads(Kind kind, const Shape& shape) {
@@ -88,5 +67,4 @@ void check_crowds() {
     for (const Kind kind : {Kind::lstm, Kind::gru})
         for (const Shape& shape : {Shape{40, 1, 64, 128, false}, Shape{9, 40, 33, 65, false}})
             check_late_threads(kind, shape);
-    check_unequal_rows();
 }

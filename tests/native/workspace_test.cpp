@@ -51,5 +51,8 @@ void check_workspace() {
     may_end = true;
     for (std::thread& caller : callers) caller.join();
     expect("workspace freed with its thread", workspace_held() <= before);
+    call(5000);
+    const size_t kept = workspace_held();
+    expect("workspace given back", release_workspaces() == kept && workspace_held() == 0);
     expect("a CPU to run on", available_cpus() >= 1);
 }

@@ -128,6 +128,10 @@ def bench(
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice unless given.")] = None,
+    scan_threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Repeatable: also time tidegate at so many threads, more than the cores included."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes, few rounds: about a minute.")] = False,
     peers: Annotated[
         bool, typer.Option(help="Also time onnxruntime, openvino and jax where installed; of a --cell torch.compile.")
@@ -141,7 +145,7 @@ def bench(
     cell over a sequence."""
     if cell:
         given = {"--kind": kind, "--layers": layers > 1, "--bidirectional": bidirectional, "--steps": steps}
-        given |= {"--model": model, "--input": example, "--check": check}
+        given |= {"--model": model, "--input": example, "--check": check, "--scan-threads": scan_threads}
         unused = [name for name, value in given.items() if value]
         cell_modes = tuple(item.value for item in mode or (Mode.infer, Mode.train))
         return _bench_cells(
@@ -159,6 +163,7 @@ def bench(
     if model is not None or example is not None:
         given = {"--kind": kind, "--shape": shape, "--layers": layers > 1, "--bidirectional": bidirectional}
         given |= {"--dtype": dtype is not DType.float32, "--steps": steps, "--no-peers": not peers, "--check": check}
+        given |= {"--scan-threads": scan_threads}
         unused = [name for name, value in given.items() if value]
         return _bench_model(model, example, modes, unused, threads=threads, quick=quick, out=out)
     from tidegate.cli.bench import BenchError, Plan, run_bench
@@ -171,7 +176,8 @@ def bench(
     except ValueError as error:
         raise _stop(str(error), 2) from None
     kinds = tuple(item.value for item in kind or Kind)
-    plan = Plan(kinds, modes, shapes, layers, bidirectional, dtype.value, steps, threads, quick, peers)
+    scan = tuple(dict.fromkeys(scan_threads or ()))
+    plan = Plan(kinds, modes, shapes, layers, bidirectional, dtype.value, steps, threads, scan, quick, peers)
     try:
         slower = run_bench(plan, out)
     except BenchError as error:

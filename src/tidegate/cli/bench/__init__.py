@@ -38,6 +38,7 @@ class Plan:
         dtype: a key of shapes.BYTES.
         steps: of a stream that are timed; None for STREAM_STEPS, of a quick run far fewer.
         threads: None for torch's own choice.
+        scan_threads: other numbers of threads at which tidegate is timed, too; streams are not.
         peers: other runtimes as well; a quick run leaves them out, for they take long to start.
     """
 
@@ -49,6 +50,7 @@ class Plan:
     dtype: str
     steps: int | None
     threads: int | None
+    scan_threads: tuple[int, ...]
     quick: bool
     peers: bool
 
@@ -91,7 +93,9 @@ def run_bench(plan: Plan, out: Path) -> list[Result | StreamResult]:
     with use_threads(plan.threads) as threads:
         load = running_processes()
         peers = [PeerProcess(peer) for peer in installed_peers()] if plan.peers and not plan.quick else []
-        with Bench(QUICK if plan.quick else THOROUGH, threads, peers, "train" in plan.modes) as bench:
+        with Bench(
+            QUICK if plan.quick else THOROUGH, threads, peers, "train" in plan.modes, plan.scan_threads
+        ) as bench:
             results, streams = _measure_all(bench, plan, console)
             limits = bench.limits
         if results:

@@ -2,7 +2,8 @@
 """What bounds a call on this machine: the arithmetic of its matrix products, or reading its weights step after step.
 
 Both rates are measured here, by torch's own operators at the threads in use. A call that is far from the higher of the
-two bounds is held up by something else: calls, barriers, the gates' functions.
+two bounds is held up by something else: calls, barriers, the gates' functions. Beside them stands what no product can
+exceed: the rate of the processor's multiply-adds alone, by tidegate's kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 
 from tidegate.cli.bench.shapes import Case
 from tidegate.cli.bench.timing import local_slice
+from tidegate.kernels import cpu
+
+_FMA_ROUNDS = 200_000  # about a millisecond
 
 # A sum over a buffer that is expanded this often reads it as often in one call, which hides what the call costs.
 _READS = 32
@@ -33,6 +37,7 @@ class Limits:
 
     def __init__(self) -> None:
         self.gemm_flops: dict[str, float] = {}
+        self.fma_flops: dict[str, float | None] = {}
         self.read_bytes: dict[int, float] = {}
 
     def bound(self, case: Case, seconds: float) -> Bound:
@@ -41,6 +46,23 @@ class Limits:
         reading = case.weight_bytes / self.read_rate(case.reread_bytes)
         name, least = ("gemm", arithmetic) if arithmetic > reading else ("read", reading)
         return Bound(name, least / seconds)
+
+    def fma_share(self, case: Case, seconds: float) -> float | None:
+        """Of the multiply-adds that the processor could have done in `seconds`, those of one call's products."""
+        rate = self.fma_rate(case.dtype)
+        return None if rate is None else case.flops / rate / seconds
+
+    def fma_rate(self, dtype: str) -> float | None:
+        """Multiplications and additions of registers alone, in flop/s; None where the kernels are not installed."""
+        if dtype not in self.fma_flops:
+            if cpu.availability():
+                self.fma_flops[dtype] = None
+                return None
+            like = torch.empty(0, dtype=getattr(torch, dtype))
+            flops = cpu.operators().multiply_adds(like, _FMA_ROUNDS)
+            seconds = _least_seconds(lambda: cpu.operators().multiply_adds(like, _FMA_ROUNDS))
+            self.fma_flops[dtype] = flops / seconds
+        return self.fma_flops[dtype]
 
     def gemm_rate(self, dtype: str) -> float:
         """The matrix product of two squares, in flop/s."""

@@ -17,7 +17,7 @@ from tidegate.cli.bench.limits import Bound, Limits
 from tidegate.cli.bench.memory import can_measure, peak_of_training_step
 from tidegate.cli.bench.shapes import Case
 from tidegate.cli.bench.streams import StreamResult, measure_stream
-from tidegate.cli.bench.timing import Effort, TimeSlice, interleave, local_slice
+from tidegate.cli.bench.timing import Effort, TimeSlice, interleave, local_slice, use_threads
 from tidegate.cli.bench.worker import PeerProcess, new_process
 
 
@@ -30,6 +30,8 @@ class Result:
         peak_bytes: of a training step, by contender; empty in other modes and where it cannot be measured.
         backend: the one that ran tidegate's call.
         bound: how close tidegate is to what the machine allows.
+        fma_share: what part of the machine's multiply-adds tidegate's products are; None where that is not known.
+        seconds_by_threads: of tidegate's call, for each number of threads that was asked for beside the bench's own.
         notes: peers that could not take part, and why.
     """
 
@@ -38,6 +40,8 @@ class Result:
     peak_bytes: dict[str, int]
     backend: str
     bound: Bound
+    fma_share: float | None
+    seconds_by_threads: dict[int, float]
     notes: list[str] = field(default_factory=list[str])
 
     @property
@@ -55,8 +59,16 @@ class Result:
 class Bench:
     """Measures case after case. Holds the other processes, which are closed at the end of its block."""
 
-    def __init__(self, effort: Effort, threads: int, peers: list[PeerProcess], measure_memory: bool) -> None:
+    def __init__(
+        self,
+        effort: Effort,
+        threads: int,
+        peers: list[PeerProcess],
+        measure_memory: bool,
+        scan_threads: tuple[int, ...] = (),
+    ) -> None:
         self._effort = effort
+        self._scan_threads = scan_threads
         self._threads = threads
         self._peers = peers
         self.limits = Limits()
@@ -93,7 +105,24 @@ class Bench:
         with torch.set_grad_enabled(case.mode == "train"):
             backend = tidegate.explain(modules["tidegate"], build_input(case)).backend
         bound = self.limits.bound(case, seconds["tidegate"])
-        return Result(case, seconds, self._peak_bytes(case), backend, bound, notes)
+        fma_share = self.limits.fma_share(case, seconds["tidegate"])
+        scan = self._scan(slices["tidegate"])
+        return Result(case, seconds, self._peak_bytes(case), backend, bound, fma_share, scan, notes)
+
+    def _scan(self, call: TimeSlice) -> dict[int, float]:
+        """Median seconds of a call at each number of threads, interleaved."""
+        if not self._scan_threads:
+            return {}
+
+        def at(threads: int) -> TimeSlice:
+            def run(seconds: float) -> float:
+                with use_threads(threads):
+                    return call(seconds)
+
+            return run
+
+        medians = interleave({str(threads): at(threads) for threads in self._scan_threads}, self._effort)
+        return {threads: medians[str(threads)] for threads in self._scan_threads}
 
     def measure_stream(self, case: Case, steps: int, advance: Callable[[float], None]) -> StreamResult:
         """A stream's steps: `streams.measure_stream` with this bench's peers and threads."""

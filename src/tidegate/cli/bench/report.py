@@ -75,14 +75,19 @@ def print_report(console: Console, results: list[Result], limits: Limits) -> Non
     for kind, mode in dict.fromkeys((result.case.kind, result.case.mode) for result in results):
         members = [result for result in results if (result.case.kind, result.case.mode) == (kind, mode)]
         print_table(console, _case_table(f"{kind.upper()}, {MODE_NAMES[mode]}", members))
+    if any(result.seconds_by_threads for result in results):
+        print_table(console, _thread_table(results))
     print_table(console, _mean_table(group_means(results)))
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in limits.gemm_flops.items())
+    known = {dtype: rate for dtype, rate in limits.fma_flops.items() if rate is not None}
+    fmas = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in known.items()) or "not known here"
     reads = [rate / 1e9 for rate in limits.read_bytes.values()]
     console.print(
         "Times: medians in microseconds per step. Ratios: times as fast as the other, above 1 is faster. Of bound: the "
         "share of tidegate's time that the machine needs at least: for the products at torch.mm's rate (gemm, "
         f"{rates}) or for reading the weights step after step at torch.sum's rate over as many bytes (read, "
-        f"{min(reads):.0f} to {max(reads):.0f} GB/s), whichever is longer; a better kernel may exceed it. Peak: rise "
+        f"{min(reads):.0f} to {max(reads):.0f} GB/s), whichever is longer; a better kernel may exceed it. Of FMA: the "
+        f"products' share of the multiply-adds that the processor can do ({fmas}). Peak: rise "
         "of the resident set in a training step, torch.nn then tidegate.",
         style="dim",
         highlight=False,
@@ -128,6 +133,7 @@ def _case_table(title: str, results: list[Result]) -> Table:
         "ratio",
         *(["best peer"] * with_peers),
         "of bound",
+        "of FMA",
         *(["peak MB"] * with_memory),
     ):
         table.add_column(name, justify="right", no_wrap=name not in ("best peer", "peak MB"))
@@ -141,9 +147,23 @@ def _case_table(title: str, results: list[Result]) -> Table:
             against = over_best_peer(result)
             row.append("-" if against is None else f"{result.best_peer} {format_ratio(against)}")
         row.append(f"{result.bound.name} {result.bound.share:.0%}")
+        row.append("-" if result.fma_share is None else f"{result.fma_share:.0%}")
         if with_memory:
             row.append(", ".join(_short(peak / 1e6) for peak in result.peak_bytes.values()))
         table.add_row(*row, *([result.backend] if len(backends) > 1 else []))
+    return table
+
+
+def _thread_table(results: list[Result]) -> Table:
+    table = new_table("tidegate at other numbers of threads, microseconds per step")
+    for name in ("kind", "mode", "shape"):
+        table.add_column(name, no_wrap=True)
+    for threads in results[0].seconds_by_threads:
+        table.add_column(str(threads), justify="right", no_wrap=True)
+    for result in results:
+        case = result.case
+        times = [_short(seconds / case.shape.steps * 1e6) for seconds in result.seconds_by_threads.values()]
+        table.add_row(case.kind, case.mode, str(case.shape), *times)
     return table
 
 
@@ -213,6 +233,7 @@ def write_json(
         **describe_run(load),
         "plan": plan,
         "gemm_gflops": {dtype: rate / 1e9 for dtype, rate in limits.gemm_flops.items()},
+        "fma_gflops": {dtype: rate / 1e9 for dtype, rate in limits.fma_flops.items() if rate is not None},
         "read_gigabytes_per_second": {str(size): rate / 1e9 for size, rate in sorted(limits.read_bytes.items())},
         "geometric_means": [asdict(mean) for mean in group_means(results)],
         "results": [
