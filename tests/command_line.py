@@ -7,7 +7,6 @@ import itertools
 import textwrap
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner, Result
 
 from tidegate.cli.app import app
@@ -21,13 +20,6 @@ def run(*arguments: object) -> Result:
 
 def bench(*arguments: object) -> Result:
     return run("bench", *arguments)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, empty."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def write_module(here: Path, text: str) -> str:

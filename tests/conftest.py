@@ -7,6 +7,9 @@ import os
 # Triton reads this when it is first imported, by whatever test comes first: its interpreter runs the GPU kernels here.
 os.environ["TRITON_INTERPRET"] = "1"
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -16,3 +19,10 @@ settings.register_profile("fuzz", derandomize=False, deadline=None, database=Non
 settings.load_profile("steady")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
