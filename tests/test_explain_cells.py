@@ -80,10 +80,9 @@ def test_what_prevents_it_is_said_with_its_line(make: Any, reason: str) -> None:
 def test_every_reason_is_said() -> None:
     cell = Sorting()
     cell.half()
-    with torch.autocast("cpu"):
-        found = tg.explain(tg.dynamic_rnn, cell, data(), fuse=False)
+    found = tg.explain(tg.dynamic_rnn, cell, data().half(), fuse=False)
     reasons = "\n".join(found.calls[0].reasons["fused"])
-    for words in ("autocast is on", "fuse is False", "sort has no instruction"):
+    for words in ("fuse is False", "sort has no instruction"):
         assert words in reasons
 
 

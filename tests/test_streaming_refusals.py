@@ -11,8 +11,8 @@ import torch
 from stream_layers import unchanged
 
 import tidegate as tg
-from tidegate import reference
 from tidegate.backends import backend
+from tidegate.cell import Cell
 
 
 def test_wrong_ways_to_make_one() -> None:
@@ -95,7 +95,7 @@ def test_a_failure_in_mid_step_leaves_the_state_alone(monkeypatch: pytest.Monkey
         stream = tg.LSTM(5, 7, 3).stream(2)
     stream.step(torch.randn(2, 5))
     before, count = stream.state, 0
-    product = reference.linear
+    product = Cell.gates_x
 
     def fail_at_the_last_layer(*arguments: Any, **options: Any) -> Any:
         nonlocal count
@@ -104,7 +104,7 @@ def test_a_failure_in_mid_step_leaves_the_state_alone(monkeypatch: pytest.Monkey
             raise RuntimeError("planted")
         return product(*arguments, **options)
 
-    monkeypatch.setattr(reference, "linear", fail_at_the_last_layer)
+    monkeypatch.setattr(Cell, "gates_x", fail_at_the_last_layer)
     for act in (lambda: stream.step(torch.randn(2, 5)), lambda: stream.steps(torch.randn(4, 2, 5))):
         count = 0
         with pytest.raises(RuntimeError, match="planted"):

@@ -53,7 +53,6 @@ tg.LSTM(40, 128, reset_after=False)  # error
 tg.RNN(40, 128, peepholes=True)  # error
 tg.LSTMCell(40, 128, True, 3.5)  # error
 gru(x, lenghts=[1, 2])  # error
-layer(x, lenghts=[1, 2])  # error
 tg.Recurrent(3)  # error
 LayerNormLSTMCell(40, "128")  # error
 lstm(x, x)  # error
