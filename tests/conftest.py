@@ -7,6 +7,7 @@ import os
 # Triton reads this when it is first imported, by whatever test comes first: its interpreter runs the GPU kernels here.
 os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, empty."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def poisoned_buffers() -> Generator[None]:
+    """The kernels' buffers hold NaN until they are written; whatever instruction set a test chose is undone."""
+    from tidegate.kernels import cpu
+
+    cpu.operators().poison_buffers(True)
+    yield
+    cpu.operators().poison_buffers(False)
+    cpu.operators().use_isa("")

@@ -22,7 +22,7 @@ import tidegate
 from tidegate import reference
 from tidegate.kernels import cpu
 
-pytestmark = needs.compiled_operators
+pytestmark = [needs.compiled_operators, pytest.mark.usefixtures("poisoned_buffers")]
 
 SHAPES = [
     (1, 1, 1, 1), (4, 3, 1, 3), (7, 2, 5, 17), (3, 1, 100, 100), (2, 33, 7, 129), (5, 9, 40, 40), (1, 20, 16, 64),
@@ -30,14 +30,6 @@ SHAPES = [
 ]  # fmt: skip
 EMPTY = [(3, 0, 2, 5), (1, 0, 1, 1)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_buffers():
-    cpu.operators().poison_buffers(True)
-    yield
-    cpu.operators().poison_buffers(False)
-    cpu.operators().use_isa("")
 
 
 def check_inference(call) -> None:

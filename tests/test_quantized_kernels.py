@@ -26,7 +26,7 @@ from tidegate.kernels import cpu
 from tidegate.quantization import quantize_rows
 from tidegate.storage import STORAGES, scale_of, stored
 
-pytestmark = needs.compiled_operators
+pytestmark = [needs.compiled_operators, pytest.mark.usefixtures("poisoned_buffers")]
 
 SHAPES = [
     (1, 1, 1, 1), (4, 3, 1, 3), (7, 2, 5, 17), (3, 1, 100, 100), (2, 33, 7, 129), (5, 9, 40, 40), (4, 20, 16, 64),
@@ -34,14 +34,6 @@ SHAPES = [
 ]  # fmt: skip
 # Beside the integers: float32 sums of four terms, sigmoid and tanh within 4 units in the last place, c up to 2.
 ROUNDING = {"int8": 2e-6, "bfloat16": 6e-6}  # bfloat16: of up to 1030 float32 terms, seen 4e-6
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_buffers():
-    cpu.operators().poison_buffers(True)
-    yield
-    cpu.operators().poison_buffers(False)
-    cpu.operators().use_isa("")
 
 
 def quantized(layer: Layer, storage: str) -> Layer:

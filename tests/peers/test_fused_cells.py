@@ -127,11 +127,12 @@ def test_ncps_cells_unchanged(make, double):
     x, spans = random(B, T, I), torch.rand(B, T, 1) + 0.1
     # Their layers' loop hands a step's spans on as (B,), which is right for one row.
     expected = torch.cat([layer(x[b : b + 1], timespans=spans[b : b + 1])[0] for b in range(B)])
+    # float64, values below 1: 4.4e-16 seen.
     for fuse in (True, False):
         output, _ = tg.dynamic_rnn(layer.rnn_cell, x, fuse=fuse, **{name: spans})
-        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-14)
     output, _ = tg.Recurrent(layer.rnn_cell, batch_first=True)(x, **{name: spans})
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-14)
 
 
 def test_torchrl_gru_and_lstm(double, capsys):

@@ -52,7 +52,7 @@ def _make(folder: Path, files: Mapping[str, str | bytes]) -> None:
         aside.mkdir(parents=True)
         _write_all(aside, files)
         aside.rename(folder)
-    except BaseException:
+    except BaseException:  # an interrupt, too: nothing is left behind, and it goes on to the caller
         shutil.rmtree(aside, ignore_errors=True)
         for parent in missing:
             if parent.exists():
@@ -77,7 +77,7 @@ def _replace(folder: Path, files: Mapping[str, str | bytes]) -> None:
         for source, target in pairs:
             source.rename(target)
             moved.append((source, target))
-    except BaseException:
+    except BaseException:  # an interrupt, too: everything goes back to its place, and it goes on to the caller
         for source, target in reversed(moved):
             os.replace(target, source)
         raise

@@ -229,16 +229,22 @@ def _form(call: Call) -> int:
     return form + _STORED[call.cell.storage]
 
 
+def _marks(call: Call) -> tuple[int, list[Tensor]]:
+    """Lengths and resets: a part of the form, and a list."""
+    form, marks = 0, []
+    if call.lengths is not None:
+        form += _LENGTHS
+        marks.append(call.lengths.cpu())
+    if call.resets is not None:
+        form += _RESETS
+        marks.append(call.resets.cpu())
+    return form, marks
+
+
 def _rest(call: Call, with_biases: bool) -> tuple[int, list[Tensor] | None]:
     """What the operators take of lengths, resets and weights beside the first four: a part of the form, and a list."""
     weights, count = call.weights, len(call.cell.parameters)
-    form, rest = 0, []
-    if call.lengths is not None:
-        form += _LENGTHS
-        rest.append(call.lengths.cpu())
-    if call.resets is not None:
-        form += _RESETS
-        rest.append(call.resets.cpu())
+    form, rest = _marks(call)
     names = call.cell.names
     if _projects(call):
         form += _PROJECTS
@@ -272,13 +278,8 @@ def forward(call: Call, save: bool = False) -> Sequence[Tensor]:
 
 def _forward_stored(call: Call) -> Sequence[Tensor]:
     """With int8 or bfloat16 weights, which are packed once: they do not change from call to call."""
-    form, rest = _form(call), []
-    if call.lengths is not None:
-        form += _LENGTHS
-        rest.append(call.lengths.cpu())
-    if call.resets is not None:
-        form += _RESETS
-        rest.append(call.resets.cpu())
+    marks, rest = _marks(call)
+    form = _form(call) + marks
     if _projects(call):
         form += _PROJECTS
     return _operator("forward")(form, _packed(call), None, None, None, rest or None, call.input, *call.states)

@@ -135,6 +135,7 @@ class LSTM(_TwoStateLayer):
     coupled: bool = False
     peepholes: bool = False
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    # Of two states, where the base class's are of one: to mypy another type, in torch.nn.LSTM as well.
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 

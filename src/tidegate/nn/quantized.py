@@ -29,7 +29,10 @@ for _cell in kinds.CELLS:
 
 
 class _Cell:
-    """The attribute `cell` of the modules: by how the weights are stored, of the class itself the float one."""
+    """The attribute `cell` of the modules: by how the weights are stored, of the class itself the float one.
+
+    mypy does not let a descriptor stand where the base class declares a plain attribute, hence `type: ignore` below.
+    """
 
     def __init__(self, cell: Cell) -> None:
         self.plain = cell
@@ -228,6 +231,7 @@ class QuantizedLSTM(QuantizedLayer):
     _stands_for = torch.nn.LSTM
     peepholes: bool = False
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    # Of two states, where the base class's are of one: to mypy another type, in torch.nn.LSTM as well.
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
