@@ -246,9 +246,10 @@ def _rest(call: Call, with_biases: bool) -> tuple[int, list[Tensor] | None]:
     weights, count = call.weights, len(call.cell.parameters)
     form, rest = _marks(call)
     names = call.cell.names
-    if _projects(call):
+    projection = weights[4] if _projects(call) else None
+    if projection is not None:
         form += _PROJECTS
-        rest.append(weights[4])
+        rest.append(projection)
     rest += [w for name, w in zip(names, weights, strict=False) if w is not None and name.startswith("scale")]
     if len(weights) == count:
         return form, rest or None
