@@ -203,9 +203,11 @@ def select(call: Call, name: str) -> Backend:
     for candidate in _ON_CPU if call.input.is_cpu else _AUTOMATIC:
         if candidate.unsupported_reasons(call):
             continue
-        if _reasons_to_leave(candidate, call):
+        if candidate.slower_reasons(call) and _reasons_to_leave(candidate, call):
             return BY_NAME[candidate.leaves_to]
-        if candidate is not CPU and call.input.is_cpu:
+        if candidate is CPU:
+            return candidate
+        if call.input.is_cpu:
             _tell_what_is_missing()
         if candidate is REFERENCE and call.input.is_cuda and call.steps > 1:
             _tell_of_loop(call.cell.name, tuple(f"{name}: {why[0]}" for name, why in reasons(call).items() if why))

@@ -44,6 +44,11 @@ class Direction(_Number):
     BOTH = 2
 
 
+# The members by themselves: before Python 3.12, to look one up in its class takes as long as to check a small step.
+TIME_MAJOR, BATCH_FIRST, UNBATCHED, STEP, UNBATCHED_STEP = Layout
+FORWARD, REVERSE, BOTH = Direction
+
+
 class Call(NamedTuple):
     """All that a backend needs to know.
 
@@ -70,8 +75,8 @@ class Call(NamedTuple):
     lengths: Tensor | None = None
     resets: Tensor | None = None
     layers: int = 1
-    direction: Direction = Direction.FORWARD
-    layout: Layout = Layout.TIME_MAJOR
+    direction: Direction = FORWARD
+    layout: Layout = TIME_MAJOR
     between: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -90,21 +95,21 @@ class Call(NamedTuple):
 
     @property
     def directions(self) -> int:
-        return 2 if self.direction is Direction.BOTH else 1
+        return 2 if self.direction is BOTH else 1
 
     @property
     def is_step(self) -> bool:
-        return self.layout >= Layout.STEP
+        return self.layout >= STEP
 
     @property
     def steps(self) -> int:
-        return 1 if self.is_step else self.input.shape[1 if self.layout is Layout.BATCH_FIRST else 0]
+        return 1 if self.is_step else self.input.shape[1 if self.layout is BATCH_FIRST else 0]
 
     @property
     def batch(self) -> int:
-        if self.layout in (Layout.UNBATCHED, Layout.UNBATCHED_STEP):
+        if self.layout in (UNBATCHED, UNBATCHED_STEP):
             return 1
-        return self.input.shape[1 if self.layout is Layout.TIME_MAJOR else 0]
+        return self.input.shape[1 if self.layout is TIME_MAJOR else 0]
 
     def weights_of(self, k: int) -> Weights:
         """The parameters of layer k // D in direction k % D, by name."""
@@ -146,15 +151,15 @@ class Call(NamedTuple):
     def time_major(self) -> Call:
         """The same call over (T, B, I), from states (L*D, B, size) that are given."""
         input, states, layout = self.input, self.states, self.layout
-        if layout is Layout.BATCH_FIRST:
+        if layout is BATCH_FIRST:
             input = input.transpose(0, 1)
-        elif layout is not Layout.TIME_MAJOR:
+        elif layout is not TIME_MAJOR:
             # (T, I), (B, I) or (I,): the dimensions that are missing, of size 1.
-            for place in {Layout.UNBATCHED: (1,), Layout.STEP: (0,), Layout.UNBATCHED_STEP: (0, 0)}[layout]:
+            for place in {UNBATCHED: (1,), STEP: (0,), UNBATCHED_STEP: (0, 0)}[layout]:
                 input = input.unsqueeze(place)
-            for place in {Layout.UNBATCHED: (1,), Layout.STEP: (0,), Layout.UNBATCHED_STEP: (0, 0)}[layout]:
+            for place in {UNBATCHED: (1,), STEP: (0,), UNBATCHED_STEP: (0, 0)}[layout]:
                 states = tuple(None if state is None else state.unsqueeze(place) for state in states)
-        return self._replace(input=input, states=states, layout=Layout.TIME_MAJOR).with_states()
+        return self._replace(input=input, states=states, layout=TIME_MAJOR).with_states()
 
     def with_states(self) -> Call:
         """The same call over (T, B, I) or (B, T, I), zeros in place of states that are not given."""
@@ -171,13 +176,13 @@ class Call(NamedTuple):
     def restored(self, output: Tensor, finals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The results of `time_major()` as this call's layout has them."""
         layout = self.layout
-        if layout is Layout.BATCH_FIRST:
+        if layout is BATCH_FIRST:
             return (output.transpose(0, 1), *finals)
-        if layout is Layout.UNBATCHED:
+        if layout is UNBATCHED:
             return (output.squeeze(1), *(final.squeeze(1) for final in finals))
-        if layout is Layout.STEP:
+        if layout is STEP:
             return tuple(final.squeeze(0) for final in finals)
-        if layout is Layout.UNBATCHED_STEP:
+        if layout is UNBATCHED_STEP:
             return tuple(final[0, 0] for final in finals)
         return (output, *finals)
 
@@ -236,7 +241,7 @@ class Layer(NamedTuple):
 
     def call(self) -> Call:
         """It as a module's call."""
-        direction = Direction.REVERSE if self.reverse else Direction.FORWARD
+        direction = REVERSE if self.reverse else FORWARD
         states = tuple(state.unsqueeze(0) for state in self.states)
         weights, options = tuple(self.weights.values()), tuple(self.options.values())
         return Call(self.cell, options, self.input, states, weights, self.lengths, self.resets, 1, direction)
@@ -260,7 +265,7 @@ def layer_by_layer(call: Call, run: Callable[[Layer], tuple[Tensor, ...]]) -> tu
     for layer in range(call.layers):
         outputs: list[Tensor] = []
         for k in range(layer * directions, (layer + 1) * directions):
-            reverse = call.direction is Direction.REVERSE or k % directions == 1
+            reverse = call.direction is REVERSE or k % directions == 1
             states = tuple([state[k] for state in whole.states if state is not None])
             one = Layer(call.cell, output, states, call.weights_of(k), call.lengths, call.resets, reverse, options)
             result, *last = run(one)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from tidegate import activations, dispatch
-from tidegate.call import Call, Layer, Layout
+from tidegate.call import BATCH_FIRST, STEP, TIME_MAJOR, UNBATCHED, UNBATCHED_STEP, Call, Layer
 from tidegate.cell import Cell, Options, Sizes, Weights
 
 _LETTERS = {"I": "input_size", "H": "hidden_size", "P": "proj_size"}
 _INPUTS = {
-    Layout.TIME_MAJOR: "(T, B, input_size)",
-    Layout.BATCH_FIRST: "(B, T, input_size)",
-    Layout.UNBATCHED: "(T, input_size)",
-    Layout.STEP: "(B, input_size)",
-    Layout.UNBATCHED_STEP: "(input_size,)",
+    TIME_MAJOR: "(T, B, input_size)",
+    BATCH_FIRST: "(B, T, input_size)",
+    UNBATCHED: "(T, input_size)",
+    STEP: "(B, input_size)",
+    UNBATCHED_STEP: "(input_size,)",
 }
 
 
@@ -43,7 +43,7 @@ def check(call: Call) -> None:
         sizes["I"] = call.input.shape[-1] if k < directions else width
         faults += _weight_faults(call.cell, call.weights_of(k), sizes, call.input, _place(call, k))
     leading = () if call.is_step else (call.layers * directions,)
-    batched = call.layout not in (Layout.UNBATCHED, Layout.UNBATCHED_STEP)
+    batched = call.layout not in (UNBATCHED, UNBATCHED_STEP)
     leading, words = (*leading, *(call.batch,) * batched), "L*D, " * (not call.is_step) + "B, " * batched
     for (name, letter), state in zip(call.cell.states.items(), call.states, strict=True):
         if state is not None:

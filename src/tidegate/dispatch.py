@@ -41,9 +41,13 @@ USED_UP = (
 _VMAP_MODE: Any = _C._parse_dispatch_key("VmapMode")
 
 
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling
+is_autocast: Callable[[], bool] = _C._is_any_autocast_enabled
+
+
 def is_traced() -> bool:
     """A compiler, exporter, tracer or dispatch mode is looking: it must see one operator, not what is inside."""
-    return torch.compiler.is_compiling() or _C._is_tracing() or _C._len_torch_dispatch_stack() > 0
+    return is_compiling() or _C._is_tracing() or _C._len_torch_dispatch_stack() > 0
 
 
 def is_transformed() -> bool:
@@ -54,17 +58,14 @@ def is_transformed() -> bool:
 def is_plain() -> bool:
     """Real tensors and no transform: what the backends can be handed."""
     return not (
-        torch.compiler.is_compiling()
-        or _C._is_tracing()
-        or _C._len_torch_dispatch_stack()
-        or _C._are_functorch_transforms_active()
+        is_compiling() or _C._is_tracing() or _C._len_torch_dispatch_stack() or _C._are_functorch_transforms_active()
     )
 
 
 def is_bare() -> bool:
     """Plain, and no level of forward-mode differentiation is entered, in whatever thread."""
     return not (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _C._is_tracing()
         or _C._len_torch_dispatch_stack()
         or _C._are_functorch_transforms_active()
@@ -74,7 +75,7 @@ def is_bare() -> bool:
 
 def flop_registries() -> list[dict[Any, Any]]:
     """Where those look that count floating-point operations: those at work now, and those that will be made."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return []
     module: Any = sys.modules.get("torch.utils.flop_counter")
     if module is None:
@@ -97,9 +98,6 @@ def any_tangent(tensors: Iterable[Tensor | None]) -> bool:
     return any(
         tensor is not None and forward_ad.unpack_dual(tensor, level=level).tangent is not None for tensor in tensors
     )
-
-
-is_autocast: Callable[[], bool] = _C._is_any_autocast_enabled
 
 
 def asked_once(function: F) -> F:

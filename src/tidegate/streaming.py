@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tidegate import backends, flops, ops
-from tidegate.call import Call, Layout
+from tidegate.call import STEP, TIME_MAJOR, UNBATCHED_STEP, Call, Layout
 from tidegate.cell import States
 from tidegate.checks import check
 from tidegate.scope import scope
@@ -121,7 +121,7 @@ def _unprepared(call: Call, chosen: backends.Backend) -> Run:
     """The way of a backend that lays nothing out."""
 
     def run(layout: Layout, input: Tensor, *states: Tensor) -> Tensor:
-        is_step = layout >= Layout.STEP
+        is_step = layout >= STEP
         data = input if not is_step else input.view(1, -1, input.shape[-1])
         with backends.backend(chosen.name), torch.no_grad():
             output, *finals = ops.run(call._replace(input=data, states=states))
@@ -327,7 +327,7 @@ class Stream(Sessions):
         else:
             data = chunk if self._batched else chunk.unsqueeze(1)
             states = tuple(state.clone() for state in self._states)
-            output = self._run(Layout.TIME_MAJOR)(data, *states)
+            output = self._run(TIME_MAJOR)(data, *states)
             output = output if self._batched else output.squeeze(1)
         self._set_states(states)
         return output.transpose(0, 1) if batch_first else output
@@ -428,7 +428,7 @@ class Stream(Sessions):
             plain = torch.contiguous_format
             self._states = tuple(s.clone(memory_format=plain) if s.is_inference() else s.contiguous() for s in states)
         self._input_shape = (self.rows, self._input_size) if self._batched else (self._input_size,)
-        self._advance = self._run(Layout.STEP if self._batched else Layout.UNBATCHED_STEP)
+        self._advance = self._run(STEP if self._batched else UNBATCHED_STEP)
 
     def _zeros(self, rows: int) -> States:
         return tuple([s.new_zeros(s.shape[0], rows, s.shape[-1]) for s in self._laid.zeros])

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tidegate import reference
-from tidegate.call import Call, Direction, Layer
+from tidegate.call import BOTH, FORWARD, REVERSE, Call, Layer
 from tidegate.errors import ConversionError
 from tidegate.fusion.reading import split_result
 from tidegate.nn.over_time import CellRun
@@ -116,8 +116,8 @@ class Sites:
 
     def _call(self, call: Call) -> tuple[Tensor, ...]:
         """A layer or a cell of tidegate's, or one of torch.nn's that became one."""
-        if call.direction is not Direction.FORWARD:
-            self._from_the_end("both ways" if call.direction is Direction.BOTH else "from the end")
+        if call.direction is not FORWARD:
+            self._from_the_end("both ways" if call.direction is BOTH else "from the end")
         if call.cell.storage:
             raise self.refuse(f"its weights are {call.cell.storage}: export the float32 model, with weights=")
         if call.steps != 1:
@@ -125,7 +125,7 @@ class Sites:
         if call.lengths is not None or call.resets is not None:
             raise self.refuse(_MARKS)
         whole, count = call.time_major(), call.layers * call.directions
-        backward = [call.direction is Direction.REVERSE or k % call.directions == 1 for k in range(count)]
+        backward = [call.direction is REVERSE or k % call.directions == 1 for k in range(count)]
         ends = [f"_l{k // call.directions}{'_reverse' * backward[k]}" for k in range(count)]
         letters = tuple(call.cell.states)
         names = [letter if call.is_step else letter + end for letter in letters for end in ends]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tidegate.call import Call, Direction, Layout, Unit
+from tidegate.call import BATCH_FIRST, BOTH, REVERSE, STEP, UNBATCHED_STEP, Call, Unit
 from tidegate.cell import GRU, LSTM, RNN, extensions
 
 # Of a step with torch.nn's equations, which `extensions` would find nothing against.
@@ -23,7 +23,7 @@ _STEPS = {
 def unsupported_reasons(call: Call) -> list[str]:
     """Why torch's operators cannot run `call`; empty if they can. Never raises."""
     plain = len(call.weights) == 4 or (len(call.weights) == 6 and call.weights[4] is None and call.weights[5] is None)
-    if call.layout >= Layout.STEP and plain and (call.cell.name, call.options) in _STEPS:
+    if call.layout >= STEP and plain and (call.cell.name, call.options) in _STEPS:
         return []  # a cell's step must be quick
     reasons = extensions(call.cell, call.options, call.weights)
     if call.resets is not None:
@@ -54,12 +54,12 @@ def forward(call: Call) -> tuple[Tensor, ...]:
         return _step(call)
     if call.lengths is not None:
         return call.restored(*_packed(call.time_major(), call.lengths))
-    if call.layout <= Layout.BATCH_FIRST and call.direction is not Direction.REVERSE:
+    if call.layout <= BATCH_FIRST and call.direction is not REVERSE:
         whole = call.with_states()
-        output, finals = _run(whole, (whole.input,), _given(whole), (call.layout is Layout.BATCH_FIRST,))
+        output, finals = _run(whole, (whole.input,), _given(whole), (call.layout is BATCH_FIRST,))
         return (output, *finals)
     whole = call.time_major()
-    reverse = call.direction is Direction.REVERSE
+    reverse = call.direction is REVERSE
     output, finals = _run(whole, (whole.input.flip(0) if reverse else whole.input,), _given(whole), (False,))
     return call.restored(output.flip(0) if reverse else output, finals)
 
@@ -77,7 +77,7 @@ def _run(
     operators: dict[str, Any] = {"gru": torch.gru, "lstm": torch.lstm, "tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
     operator = operators[call.named_options().get("nonlinearity", call.cell.name)]
     # cuDNN computes gradients in training mode alone; without dropout the results are the same.
-    settings = (has_biases, call.layers, 0.0, torch.is_grad_enabled(), call.direction is Direction.BOTH, *layout)
+    settings = (has_biases, call.layers, 0.0, torch.is_grad_enabled(), call.direction is BOTH, *layout)
     output, *finals = operator(*data, states if call.cell is LSTM else states[0], weights, *settings)
     return output, tuple(finals)
 
@@ -85,7 +85,7 @@ def _run(
 def _step(call: Call) -> tuple[Tensor, ...]:
     """torch's own cells, which check for themselves."""
     input, weights = call.input, cast("tuple[Tensor, ...]", call.weights[:4])
-    unbatched = call.layout is Layout.UNBATCHED_STEP
+    unbatched = call.layout is UNBATCHED_STEP
     if unbatched:
         input = input.unsqueeze(0)
     zeros = input.new_zeros((input.shape[0], call.hidden_size)) if any(state is None for state in call.states) else None
@@ -106,7 +106,7 @@ def _packed(call: Call, lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     lengths, order = torch.sort(lengths.cpu(), descending=True, stable=True)
     live = int((lengths > 0).sum())
     step, row = torch.nonzero(torch.arange(steps, device="cpu").unsqueeze(-1) < lengths, as_tuple=True)
-    time = lengths[row] - 1 - step if call.direction is Direction.REVERSE else step
+    time = lengths[row] - 1 - step if call.direction is REVERSE else step
     position = (time * batch + order[row]).to(call.input.device)  # of each packed step in (T * B)
     rows = order[:live].to(call.input.device)
     if live == 0:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tidegate import dispatch, kernels
-from tidegate.call import Call, Layout
+from tidegate.call import STEP, UNBATCHED_STEP, Call, Layout
 from tidegate.cell import GRU, LSTM, RNN, beyond_torch, extensions
 from tidegate.storage import STORAGES
 
@@ -108,7 +108,7 @@ def unsupported_reasons(call: Call) -> list[str]:
     if call.cell.storage:
         return _stored_reasons(call)
     if input.is_cpu and input.dtype in _DTYPES and (call.cell.name, call.options) in _KINDS and not availability():
-        if call.layout >= Layout.STEP and _is_one_plain_cell(weights):
+        if call.layout >= STEP and _is_one_plain_cell(weights):
             return []  # a cell's step must be quick
         # The sixth parameter is an LSTM's peepholes.
         if len(call.cell.parameters) <= _PER_CELL or all(weight is None for weight in weights[_PER_CELL::6]):
@@ -189,10 +189,10 @@ def slower_reasons(call: Call) -> list[str]:
     """
     if call.cell.storage:
         return []
-    if call.cell is not GRU and call.layout >= Layout.STEP and call.records():
+    if call.cell is not GRU and call.layout >= STEP and call.records():
         return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
-    if call.layout == Layout.STEP and call.input.dtype is torch.float32:
-        rows = call.input.shape[0]
+    if call.layout == STEP and call.input.dtype is torch.float32:
+        rows = call.input.size(0)
         if rows < _ROWS:
             return []
         entries = rows * call.hidden_size
@@ -331,7 +331,7 @@ def _packed(call: Call) -> Tensor:
 
 def _pack(call: Call) -> Tensor:
     flags, rest = _rest(call._replace(lengths=None, resets=None), True)
-    form = _form(call._replace(layout=Layout.UNBATCHED_STEP)) + flags
+    form = _form(call._replace(layout=UNBATCHED_STEP)) + flags
     with torch.inference_mode(False):
         return _operator("pack")(form, *call.weights[:4], rest)
 
@@ -345,7 +345,7 @@ def backward(
         gradients: of `forward`'s results but what it saved, None for zeros. A step has none of an output.
         overwrite: nobody reads `saved` afterwards.
     """
-    grad_output, *of_states = (None, *gradients) if call.layout >= Layout.STEP else gradients
+    grad_output, *of_states = (None, *gradients) if call.layout >= STEP else gradients
     grad_h_n, grad_c_n, grad_o = (*of_states, None, None)[:3]
     form, rest = _form(call), None
     if not _is_one_plain_cell(call.weights) or call.lengths is not None or call.resets is not None:
@@ -378,7 +378,7 @@ def prepare(call: Call) -> Callable[[Layout], Callable[..., Tensor]]:
     """
     flags, rest = _rest(call, True)
     forms = [_form(call._replace(layout=layout)) + flags for layout in Layout]
-    packed = _operator("pack")(forms[Layout.UNBATCHED_STEP], *call.weights[:4], rest)
+    packed = _operator("pack")(forms[UNBATCHED_STEP], *call.weights[:4], rest)
     advance = _operator("advance")
     return [partial(advance, form + _REPLACES, packed) for form in forms].__getitem__
 

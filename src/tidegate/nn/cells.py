@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tidegate import cell as kinds
 from tidegate import dispatch, ops
-from tidegate.call import Call, Direction, Layer, Layout, new_call
+from tidegate.call import FORWARD, STEP, UNBATCHED_STEP, Call, Layer, new_call
 from tidegate.checks import check_layer
 from tidegate.nn import autocast, initialization
 from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_nonlinearity
@@ -123,9 +123,9 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         states = self._states(hx)
         if dims not in (1, 2):
             raise ValueError(f"{cell.name.upper()}Cell: Expected input to be 1D or 2D, got {dims}D instead")
-        layout = Layout.STEP if dims == 2 else Layout.UNBATCHED_STEP
+        layout = STEP if dims == 2 else UNBATCHED_STEP
         weights, options = self._read_tensors(self._plan), self._option_values()
-        call = new_call((cell, options, input, states, weights, None, None, 1, Direction.FORWARD, layout, None))
+        call = new_call((cell, options, input, states, weights, None, None, 1, FORWARD, layout, None))
         if dispatch.is_autocast():
             return autocast.run(call, self._find_faults, cell is not kinds.RNN)
         return ops.run(call, self._find_faults)

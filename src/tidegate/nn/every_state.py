@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tidegate.backends import find_faults as find_our_faults
-from tidegate.call import Call, Layer, Layout, layer_by_layer
+from tidegate.call import UNBATCHED, Call, Layer, layer_by_layer
 from tidegate.cell import Cell, Options, States
 from tidegate.nn import over_time, segments
 
@@ -67,7 +67,7 @@ def run(
 
     output, *finals = layer_by_layer(call, run_layer)
     states = tuple(torch.stack(column, 1) for column in zip(*found, strict=True))
-    if call.layout is Layout.UNBATCHED:
+    if call.layout is UNBATCHED:
         states = tuple(state.squeeze(2) for state in states)
     return output, finals, states
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tidegate import cell as kinds
 from tidegate import dispatch, ops, sequences
-from tidegate.call import Call, Direction, Layout
+from tidegate.call import BATCH_FIRST, BOTH, FORWARD, REVERSE, TIME_MAJOR, UNBATCHED, Call, Layout
 from tidegate.nn import autocast, every_state, initialization, segments
 from tidegate.nn.likeness import StandsFor
 from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag
@@ -215,7 +215,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
                 outside: Any = torch.compiler.disable(self.forward)
                 return outside(input, hx, lengths=lengths, resets=resets)
             batch = sequences.from_form(input, lengths, resets)
-            data, lengths, resets, layout = batch.data, batch.lengths, batch.resets, Layout.TIME_MAJOR
+            data, lengths, resets, layout = batch.data, batch.lengths, batch.resets, TIME_MAJOR
         states = self._states(hx)
         packed = input if isinstance(input, PackedSequence) else None
         call = Call(
@@ -227,7 +227,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             lengths,
             resets,
             self.num_layers,
-            Direction.BOTH if self.bidirectional else Direction.REVERSE if self._is_reverse() else Direction.FORWARD,
+            BOTH if self.bidirectional else REVERSE if self._is_reverse() else FORWARD,
             layout,
             self._between(batch),
         )
@@ -255,9 +255,9 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
     def _layout(self, input: Tensor) -> Layout:
         dims = input.dim()
         if dims == 3:
-            return Layout.BATCH_FIRST if self.batch_first else Layout.TIME_MAJOR
+            return BATCH_FIRST if self.batch_first else TIME_MAJOR
         if dims == 2:
-            return Layout.UNBATCHED
+            return UNBATCHED
         tail = " tensor instead" if self.cell is kinds.RNN else " instead"
         raise ValueError(f"{self.cell.name.upper()}: Expected input to be 2D or 3D, got {dims}D{tail}")
 
@@ -291,16 +291,16 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         batch_sizes = None if packed is None else packed.batch_sizes
         if packed is not None:
             data = packed.data
-        elif layout is Layout.UNBATCHED:
+        elif layout is UNBATCHED:
             data = data.unsqueeze(0 if self.batch_first else 1)
-        elif self.batch_first and layout is Layout.TIME_MAJOR:  # a list or a nested tensor
+        elif self.batch_first and layout is TIME_MAJOR:  # a list or a nested tensor
             data = data.transpose(0, 1)
         if packed is not None:
             self._check_input(data, batch_sizes)
         if states[0] is not None:
             if packed is None:
-                self._check_rank(states, 2 if layout is Layout.UNBATCHED else 3)
-            if layout is Layout.UNBATCHED:
+                self._check_rank(states, 2 if layout is UNBATCHED else 3)
+            if layout is UNBATCHED:
                 states = tuple(state.unsqueeze(1) for state in states)
         self._check_input(data, batch_sizes)
         if self._overridden & {"check_forward_args", "check_input"}:

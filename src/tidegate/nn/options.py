@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tidegate import activations
+from tidegate import activations, dispatch
 from tidegate.cell import Cell, Options
 from tidegate.nn import initialization
 
@@ -80,7 +80,7 @@ class Extended(torch.nn.Module):
         if ACCELERATED in self.__dict__:
             # torch.nn's own: the RNN's nonlinearity.
             return tuple([getattr(self, k) if k == "nonlinearity" else v for k, (_, v) in self.cell.options.items()])
-        if torch.compiler.is_compiling():
+        if dispatch.is_compiling():
             return tuple([getattr(self, name) for name in self.cell.options])
         return self.cell.read_options(self)
 

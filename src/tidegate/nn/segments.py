@@ -20,7 +20,7 @@ from torch.utils import checkpoint
 from tidegate import dispatch, ops
 from tidegate.backends import Gradients, backend, detached, graph_gradients
 from tidegate.backends import find_faults as find_our_faults
-from tidegate.call import Call, Direction, Layer, layer_by_layer
+from tidegate.call import REVERSE, Call, Layer, layer_by_layer
 from tidegate.errors import UnsupportedError
 from tidegate.gradients import as_it_was
 from tidegate.nn.unchanged import Before, Unchanged
@@ -185,7 +185,7 @@ class _InSegments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, every: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        reverse, marks = call.direction is Direction.REVERSE, Marks(call.lengths, call.resets)
+        reverse, marks = call.direction is REVERSE, Marks(call.lengths, call.resets)
         inputs, states = call.input.split(every), tuple[Any, ...](call.states)
         whole: Any = None
         entering: list[Tensor] = []  # (segments, *a state's shape) each
@@ -240,7 +240,7 @@ def _gradients(
         entering: the states that enter the segments but the first, (segments, ...).
         gradients: of the output and the final states.
     """
-    reverse, marks = call.direction is Direction.REVERSE, Marks(call.lengths, call.resets)
+    reverse, marks = call.direction is REVERSE, Marks(call.lengths, call.resets)
     inputs, first_weight = call.input.split(every), 1 + len(entering)
     of_output, *of_states = gradients
     of_input = torch.zeros_like(call.input) if needs[0] else None
