@@ -8,6 +8,7 @@ All is float64; 1e-13 is the rounding of its sums, of tens of terms near 1.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -78,9 +79,12 @@ def like_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BY_NAME, "aten", LIKE_CUDNN)
 
 
-def first_and_second(module: Any, x: Tensor) -> list[Tensor]:
+def first_and_second(module: Any, x: Tensor, then: Callable[[Any], None] = lambda module: None) -> list[Tensor]:
+    """First and second derivatives; `then` happens between the forward and the first backward."""
     wanted = [x, *module.parameters()]
-    first = torch.autograd.grad(loss_of(module(x)), wanted, create_graph=True)
+    loss = loss_of(module(x))
+    then(module)
+    first = torch.autograd.grad(loss, wanted, create_graph=True)
     second = torch.autograd.grad(torch.stack([grad.square().sum() for grad in first]).sum(), wanted)
     return [*first, *second]
 
@@ -133,6 +137,19 @@ def test_a_weight_that_changed_is_noticed_before_a_second_derivative(like_cudnn:
             ours.weight_hh_l0.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(loss, x, create_graph=True)
+
+
+def double_data(module: Any) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data * 2
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU"])
+def test_parameters_replaced_behind_autograds_back(kind: str, like_cudnn: None) -> None:
+    theirs, ours = pair(kind)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    with tg.backend("aten"):
+        assert_same(first_and_second(ours, x, double_data), first_and_second(theirs, x, double_data))
 
 
 @pytest.mark.parametrize("kind", LAYERS)

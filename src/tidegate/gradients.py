@@ -135,10 +135,7 @@ class Recurrence(torch.autograd.Function):
             if is_first_order:
                 found = first_order()
             else:
-                then = [
-                    None if tensor is None or held is None else as_it_was(tensor, held)
-                    for tensor, held in zip(unit.tensors, read.tensors, strict=True)
-                ]
+                then = _as_they_were(unit.tensors, read.tensors)
                 found = dispatch.apply_plain(Gradient, unit, first_order, ctx.needs, *then, *gradients)
         return (None, None, None, *found)
 
@@ -165,10 +162,15 @@ def _places(unit: Unit, needs: tuple[bool, ...]) -> tuple[int, ...]:
     return _places_read(len(unit.cell.states), len(unit.cell.parameters), directions, needs)
 
 
+def _aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The data that the tensors have now, whatever they are given as their `.data` later."""
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
+
+
 def _keep(unit: Unit, needs: tuple[bool, ...], output: Tensor, saved: tuple[Tensor, ...]) -> _Kept:
     tensors = unit.tensors
     versions = [version_of(tensors[k]) for k in _places(unit, needs)]
-    read = unit.with_tensors([None if tensor is None else tensor.detach() for tensor in tensors])
+    read = unit.with_tensors(_aliases(tensors))
     # Of the output an alias: whoever holds the output holds this node.
     return _Kept(unit, read, versions, output.detach() if isinstance(unit, Layer) else None, saved)
 
@@ -196,6 +198,13 @@ def as_it_was(tensor: Tensor, then: Tensor) -> Tensor:
         return tensor
     found: Any = _AsItWas.apply(tensor, then)
     return found
+
+
+def _as_they_were(tensors: Sequence[Tensor | None], then: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [
+        None if tensor is None or held is None else as_it_was(tensor, held)
+        for tensor, held in zip(tensors, then, strict=True)
+    ]
 
 
 def _check_versions(kept: _Kept, needs: tuple[bool, ...]) -> None:
@@ -282,6 +291,7 @@ class HigherOrder(torch.autograd.Function):
         tensors = results_and_tensors[count:]
         ctx.save_for_backward(*tensors, unit.lengths, unit.resets)
         ctx.unit, ctx.count = unit.with_tensors([None] * len(tensors))._replace(lengths=None, resets=None), count
+        ctx.then = None if dispatch.has_saved_tensor_hooks() else _aliases(tensors)
         ctx.set_materialize_grads(False)
         return tuple(result.detach() for result in results_and_tensors[:count] if result is not None)
 
@@ -291,6 +301,8 @@ class HigherOrder(torch.autograd.Function):
         if is_first_order and not dispatch.is_batched():
             return (None, None, *gradients, *(None for _ in ctx.unit.tensors))
         *tensors, lengths, resets = ctx.saved_tensors
+        if ctx.then is not None:
+            tensors = _as_they_were(tensors, ctx.then)
         unit = ctx.unit.with_tensors(tensors)._replace(lengths=lengths, resets=resets)
         needs = ctx.needs_input_grad[2 + ctx.count :]
         first_order = partial(_recorded_again, unit, gradients, needs)
