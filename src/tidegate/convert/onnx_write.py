@@ -17,6 +17,7 @@ from torch import Tensor
 from tidegate.cell import CELLS, GRU, LSTM, RNN, Cell, Options, reordered
 from tidegate.convert.canonical import Faults, missing
 from tidegate.convert.onnx_names import PEEPHOLE_ORDER, default_activations, gate_orders, write_activations
+from tidegate.nn.options import options_of, own_attribute
 
 _OPSET = 17
 _BFLOAT16_OPSET = 22  # the first whose recurrent nodes take it
@@ -66,8 +67,8 @@ def to_onnx(
     assert cell is not None
     assert isinstance(module, torch.nn.RNNBase)
     graph = _Graph(module, cell, lengths, states)
-    graph.attributes = node_attributes(faults, cell, _options(module, cell), 2 if module.bidirectional else 1)
-    if getattr(module, "reverse", False):
+    graph.attributes = node_attributes(faults, cell, options_of(module, cell), 2 if module.bidirectional else 1)
+    if own_attribute(module, "reverse", False):
         graph.attributes["direction"] = "reverse"
     for name, size in (("batch_size", batch_size), ("steps", steps)):
         if size is not None and (type(size) is not int or size < 1):
@@ -85,26 +86,24 @@ def to_onnx(
     return model
 
 
-def _options(module: Any, cell: Cell) -> Options:
-    """The cell's options; torch.nn's modules have the defaults."""
-    return {name: getattr(module, name, default) for name, (_, default) in cell.options.items()}
-
-
 def node_attributes(faults: Faults, cell: Cell, options: Options, directions: int) -> dict[str, Any]:
     """A node's attributes from a cell's options; faults for what ONNX has none for."""
-    text = options["nonlinearity" if cell is RNN else "activations"]
+    rest = dict(options)
+    text = rest.pop("nonlinearity" if cell is RNN else "activations")
     found: dict[str, Any] = {"direction": "bidirectional" if directions == 2 else "forward"}
     if not default_activations(cell, text):
         found |= write_activations(faults, text, directions)
-    if options["clip"]:
-        found["clip"] = options["clip"]
+    if clip := rest.pop("clip"):
+        found["clip"] = clip
     if cell is GRU:
-        found["linear_before_reset"] = int(options["reset_after"])
+        found["linear_before_reset"] = int(rest.pop("reset_after"))
     if cell is LSTM:
-        found["input_forget"] = int(options["coupled"])
-        for name in ("cell_clip", "proj_clip"):
-            if options[name]:
-                faults.option(name, options[name], "None; ONNX's clip acts on the gates")
+        found["input_forget"] = int(rest.pop("coupled"))
+    for name, value in rest.items():
+        default = cell.options[name][1]
+        if value != default:
+            clips = "; ONNX's clip acts on the gates" if name.endswith("_clip") else ""
+            faults.option(name, value, f"{default or None}{clips}")
     return found
 
 
@@ -121,13 +120,13 @@ class _Graph:
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
 
-    def add(self, op: str, inputs: Sequence[str], output: str | Sequence[str], **attributes: Any) -> Any:
+    def add(self, op: str, inputs: Sequence[str], output: str | Sequence[str], **attributes: object) -> Any:
         outputs = [output] if isinstance(output, str) else list(output)
         attributes = {name: value for name, value in attributes.items() if value is not None}
         self.nodes.append(self.helper.make_node(op, list(inputs), outputs, name=outputs[0], **attributes))
         return output
 
-    def constant(self, name: str, value: Any) -> str:
+    def constant(self, name: str, value: object) -> str:
         """An initializer: a tensor of floating-point numbers, or a list of int64."""
         tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
         self.constants[name] = _tensor_proto(self.helper, name, tensor)

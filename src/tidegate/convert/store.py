@@ -48,7 +48,9 @@ def describe(module: Any) -> dict[str, Any]:
     kind = type(module).__name__
     options = {"activations" if name == "nonlinearity" else name: v for name, v in module._options().items()}
     # A module that was swapped in place has torch.nn's meaning, whatever its owner keeps on it by these names.
-    known = options | (OWN_OPTIONS if ACCELERATED in vars(module) else {})
+    known = dict(options)
+    if ACCELERATED in vars(module):
+        known |= OWN_OPTIONS if isinstance(module, nn.RecurrentLayer) else {**OWN_OPTIONS, "proj_size": 0}
     return {
         "class": kind,
         "arguments": {name: known[name] if name in known else getattr(module, name) for name in ARGUMENTS[kind]},
@@ -115,7 +117,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     return module
 
 
-def _described(faults: Faults, description: Any) -> tuple[str, dict[str, Any]]:
+def _described(faults: Faults, description: object) -> tuple[str, dict[str, Any]]:
     """Class and arguments from the header; faults for what is none."""
     if not isinstance(description, dict):
         faults.add(f'header: expected a description of a tidegate layer, {{"class", "arguments"}}, got {description!r}')

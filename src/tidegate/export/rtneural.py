@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tidegate.export.sites import RefusedError
 from tidegate.export.step import Model, first_of
 from tidegate.nn import GRU, LSTM
+from tidegate.nn.options import options_of, own_attribute
 
 _ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.Sigmoid, nn.Softmax, nn.ELU)  # RTNeural's names are these in small letters
 _TOLERANCE = 1e-5  # of the output's scale
@@ -70,8 +71,8 @@ def _layers(name: str, module: nn.Module, size: int) -> list[dict[str, Any]]:
         bias = torch.zeros(size) if module.bias is None else module.bias  # pyright: ignore[reportUnnecessaryComparison]
         return [_layer("dense", size, module.weight.t(), bias)]
     if isinstance(module, (GRU, LSTM)):
-        options = {option: getattr(module, option) for option in module.cell.options}
-        if module.bidirectional or module.reverse or module.proj_size or options != module.cell.default_options:
+        reverse, options = own_attribute(module, "reverse", False), options_of(module, module.cell)
+        if module.bidirectional or reverse or module.proj_size or options != module.cell.default_options:
             raise RefusedError(f"{name} ({type(module).__name__}): RTNeural has it forward and without options alone")
         return [_recurrent(module, layer) for layer in range(module.num_layers)]
     if isinstance(module, nn.PReLU):

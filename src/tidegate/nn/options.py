@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from tidegate import activations, dispatch
 from tidegate.cell import Cell, Options
@@ -47,7 +48,7 @@ def make_plan(wanted: Sequence[str | None]) -> Plan:
     return Plan(names, (), tuple([-1 if name is None else names.index(name) for name in wanted]))
 
 
-class Extended(torch.nn.Module):
+class Extended(Module):
     """A module of a cell. It keeps the cell's options as attributes of their names.
 
     One that `accelerate` swapped has torch.nn's meaning whatever its owner calls his own attributes: its options are
@@ -149,7 +150,20 @@ class Extended(torch.nn.Module):
         return shown
 
 
-def read_option(cell: Cell, name: str, value: Any) -> Any:
+def own_attribute(module: Module, name: str, default: object) -> Any:
+    """An attribute of a module of ours; in torch.nn's, swapped or not, the name is its owner's."""
+    theirs = ACCELERATED in vars(module) or not isinstance(module, Extended)
+    return default if theirs else getattr(module, name, default)
+
+
+def options_of(module: Module, cell: Cell) -> Options:
+    """A layer's or cell's options by name, torch.nn's or ours; of torch.nn's all but the RNN's are the defaults."""
+    if isinstance(module, Extended):
+        return module._options()
+    return {k: getattr(module, k) if k == "nonlinearity" else v for k, v in cell.default_options.items()}
+
+
+def read_option(cell: Cell, name: str, value: object) -> Any:
     """An option's value from what the user gave; None for the default."""
     kind, default = cell.options[name]
     if name == "activations":
@@ -163,7 +177,7 @@ def read_option(cell: Cell, name: str, value: Any) -> Any:
     return value
 
 
-def read_activations(cell: Cell, value: Any) -> str:
+def read_activations(cell: Cell, value: object) -> str:
     """The `activations` option from a text or a sequence of names; None for the cell's own."""
     if value is None:
         return cell.options["activations"][1]
@@ -173,7 +187,7 @@ def read_activations(cell: Cell, value: Any) -> str:
         raise ValueError(f"activations: {error}") from None
 
 
-def read_nonlinearity(value: Any) -> str:
+def read_nonlinearity(value: object) -> str:
     """An RNN's one activation by `activations`; `nonlinearity` keeps to torch.nn's two."""
     try:
         return activations.normal(value, ("nonlinearity",))
@@ -181,7 +195,7 @@ def read_nonlinearity(value: Any) -> str:
         raise ValueError(f"activations: {error}") from None
 
 
-def read_clip(name: str, value: Any) -> float:
+def read_clip(name: str, value: object) -> float:
     """A clip option: None or 0 for none."""
     if value is None:
         return 0.0
@@ -190,13 +204,13 @@ def read_clip(name: str, value: Any) -> float:
     return float(value)
 
 
-def read_flag(name: str, value: Any) -> bool:
+def read_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
     return value
 
 
-def read_bias(name: str, value: Any) -> float | None:
+def read_bias(name: str, value: object) -> float | None:
     """An initial bias of a gate; None for what `init` draws."""
     if value is None:
         return None

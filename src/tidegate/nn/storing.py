@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tidegate.nn import cells, classic
-from tidegate.nn.options import ACCELERATED
+from tidegate.nn.options import options_of, own_attribute
 from tidegate.nn.quantized import (
     Note,
     QuantizedGRU,
@@ -50,10 +50,12 @@ def store(module: Any, cls: Any, weights: str) -> None:
     Args:
         cls: of `CLASSES`.
     """
-    options = _options_of(module)
+    options = options_of(module, cls.cell)
+    if own_attribute(module, "peepholes", False):
+        options["peepholes"] = True
     if issubclass(cls, QuantizedLayer):
         names = module._flat_weights_names
-        options["reverse"] = _own(module, "reverse", False)
+        options["reverse"] = own_attribute(module, "reverse", False)
     else:
         names = [name for name in cls.cell.parameters if getattr(module, name, None) is not None]
     given: dict[str, Tensor | Quantized] = {name: getattr(module, name) for name in names}
@@ -66,7 +68,7 @@ def torch_quantized(module: Module) -> bool:
     return _torchs_class(module) is not None
 
 
-def obstacle(module: Any) -> str:
+def obstacle(module: object) -> str:
     """Why a module that torch quantized cannot become one of ours; "" if it can."""
     kinds = {weight.dtype for weight in _weights_of_torch(module).values()}
     if kinds != {torch.qint8}:
@@ -111,23 +113,10 @@ def _rows_of(weight: Tensor) -> Quantized:
     return Quantized(weight.int_repr(), scales)
 
 
-def _own(module: Any, name: str, default: Any) -> Any:
-    """An attribute of a module of ours; of torch.nn's, swapped or not, it is its owner's."""
-    theirs = ACCELERATED in vars(module) or not hasattr(module, "cell")
-    return default if theirs else getattr(module, name, default)
-
-
-def _options_of(module: Any) -> dict[str, Any]:
-    if not hasattr(module, "cell"):
-        return {"nonlinearity": module.nonlinearity} if isinstance(module, torch.nn.RNN | torch.nn.RNNCell) else {}
-    found: dict[str, Any] = dict(module._options())
-    return found | ({"peepholes": True} if _own(module, "peepholes", False) else {})
-
-
 def _empty(module: Any, cls: Any, weights: str, options: dict[str, Any], device: torch.device) -> Any:
     """One of ours of the module's sizes."""
     options |= {"weights": weights, "device": device}
-    if _own(module, "proj_size", 0) or (issubclass(cls, QuantizedLayer) and getattr(module, "proj_size", 0)):
+    if own_attribute(module, "proj_size", 0) or (issubclass(cls, QuantizedLayer) and getattr(module, "proj_size", 0)):
         options["proj_size"] = module.proj_size
     if not issubclass(cls, QuantizedLayer):
         return cls(module.input_size, module.hidden_size, bool(module.bias), **options)
