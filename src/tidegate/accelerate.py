@@ -193,12 +193,12 @@ def _stored_as(module: Any) -> tuple[int, int, float | None]:
     return (0, 0, None) if note is None else (module.bytes, note.bytes, note.difference)
 
 
-def _storage(module: Any) -> str:
+def _storage(module: object) -> str:
     """How a module of tidegate's own stores its weights; "" for any other."""
     return module.cell.storage if isinstance(module, Extended) else ""
 
 
-def modules_of(model: Any) -> list[Module]:
+def modules_of(model: object) -> list[Module]:
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return list(model.modules())

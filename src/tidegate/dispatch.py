@@ -193,13 +193,13 @@ def has_saved_tensor_hooks() -> bool:
     return _autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def is_symbolic(input: Any) -> bool:
+def is_symbolic(input: object) -> bool:
     """torch.fx is tracing: it hands stand-ins for tensors to whatever is no leaf of its graph."""
     fx = sys.modules.get("torch.fx")  # who traces has imported it
     return fx is not None and not isinstance(input, Tensor) and isinstance(input, fx.Proxy)
 
 
-def leaf(module: torch.nn.Module, input: Any, *arguments: Any, **named: Any) -> Any:
+def leaf(module: torch.nn.Module, input: Any, *arguments: object, **named: object) -> Any:
     """The module as one node of the graph that is traced, as torch.nn's are: fx knows a leaf by where it is defined.
 
     Raises:
@@ -268,13 +268,13 @@ def multiplies_matrices() -> bool:
     return torch_cpu._is_amx_tile_supported()
 
 
-def apply_plain(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply_plain(function: type[torch.autograd.Function], *arguments: object) -> Any:
     """`function.apply` where `is_plain`: without the look at every argument that torch.func would need."""
     bound: Any = super(torch.autograd.Function, function)
     return bound.apply(*arguments)
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
     """`function.apply` at the Autograd key, where torch.func runs one level at a time, as for torch's own operators."""
     bound: Any = super(torch.autograd.Function, function)
     with enable_single_level_autograd_function():

@@ -58,7 +58,7 @@ def _read(cell: Cell, arguments: Sequence[Any]) -> tuple[int, int, Sequence[Shap
 
 
 def _forward(cell: Cell) -> Callable[..., int]:
-    def formula(*arguments: Any, **_: Any) -> int:
+    def formula(*arguments: object, **_: object) -> int:
         steps, batch, weights = _read(cell, _shapes(arguments))
         return sum(count for _, count in _products(cell, weights, steps * batch))
 

@@ -151,14 +151,14 @@ class _Operators:
         torch.library.register_vmap(forward, batching.folded(cell), lib=_LIBRARY)
         torch.library.register_vmap(backward, batching.one_by_one(backward), lib=_LIBRARY)
 
-    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(self, *arguments: object) -> tuple[Tensor, ...]:
         layer, (name, save) = signature.read(self.cell, arguments)
         check_layer(layer)
         check_lengths(layer.lengths, layer.input.shape[0])
         chosen = backends.select(layer.call(), backends.demanded(name))
         return backends.run_layer(chosen, layer, save)
 
-    def forward_shapes(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward_shapes(self, *arguments: object) -> tuple[Tensor, ...]:
         layer, (name, save) = signature.read(self.cell, arguments)
         check_layer(layer)
         output = layer.input.new_empty((layer.input.shape[0], *layer.states[0].shape))
@@ -167,7 +167,7 @@ class _Operators:
             shape = backends.saved_shape(backends.select(layer.call(), backends.demanded(name)), layer)
         return (output, *(state.new_empty(state.shape) for state in layer.states), layer.input.new_empty(shape))
 
-    def forward_autograd(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward_autograd(self, *arguments: object) -> tuple[Tensor, ...]:
         flops.offer()
         layer, (name, _) = signature.read(self.cell, arguments)
         if dispatch.has_tangents(layer):
@@ -183,17 +183,17 @@ class _Operators:
             return self.forward(*arguments)
         return dispatch.below_autograd(signature.forward_operator(self.cell), *arguments)
 
-    def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def backward(self, *arguments: object) -> tuple[Tensor, ...]:
         layer, (name, output, saved, *cotangents, needs) = signature.read(self.cell, arguments)
         chosen = backends.select(layer.call(), backends.demanded(name))
         found = backends.run_layer_backward(chosen, layer, output, saved, tuple(cotangents), tuple(needs))
         return self._every_gradient(layer, found, needs)
 
-    def backward_shapes(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def backward_shapes(self, *arguments: object) -> tuple[Tensor, ...]:
         layer, _ = signature.read(self.cell, arguments)
         return self._every_gradient(layer, (None,) * len(layer.tensors), arguments[-1])
 
-    def backward_autograd(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def backward_autograd(self, *arguments: object) -> tuple[Tensor, ...]:
         flops.offer()
         layer, (_, _, _, *cotangents, needs) = signature.read(self.cell, arguments)
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]

@@ -20,7 +20,7 @@ from tidegate.storage import read_storage
 M = TypeVar("M", bound=Module)
 
 
-def quantize(model: M, weights: str = "int8", *, inplace: bool = False, example: Any = None) -> M:
+def quantize(model: M, weights: str = "int8", *, inplace: bool = False, example: object = None) -> M:
     """Store the weights of every RNN, LSTM, GRU and cell inside `model`, torch.nn's or tidegate's, in fewer bits.
 
     They become `tidegate.nn.quantized`'s modules, for inference: they take and give what they did, in float32, have no
@@ -72,7 +72,7 @@ def _check(chosen: list[tuple[Any, Any]], taken: list[Any], weights: str) -> Non
                 )
 
 
-def _outputs(model: Module, example: Any) -> list[Tensor]:
+def _outputs(model: Module, example: object) -> list[Tensor]:
     """What it gives in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

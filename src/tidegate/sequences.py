@@ -6,8 +6,8 @@ Letters: T steps, B rows, I and F features of input and output, N valid steps of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pad_sequence
 from tidegate import dispatch
 
 Form = Callable[[Tensor], Any]
+# As users give them; both are looked at before use.
+Lengths: TypeAlias = "Tensor | Sequence[int] | None"
+Resets: TypeAlias = "Tensor | list[Tensor] | None"
 
 
 class Sequences(NamedTuple):
@@ -45,7 +48,7 @@ class Sequences(NamedTuple):
         return torch.zeros_like(steps).index_copy(0, self.packed_rows, dropped).view_as(output)
 
 
-def is_opaque(input: Any) -> bool:
+def is_opaque(input: object) -> bool:
     """A compiler, unlike an exporter, cannot take how many rows there are from a tensor's value.
 
     Rows that were packed in an order of their own have it in a shape.
@@ -74,7 +77,7 @@ def from_packed(input: PackedSequence) -> Sequences:
     return Sequences(padded.unflatten(0, (steps, batch)), lengths, None, restore, rows)
 
 
-def from_list(input: list[Tensor], resets: Any, any_features: bool = False) -> Sequences:
+def from_list(input: list[Tensor], resets: object, any_features: bool = False) -> Sequences:
     """A list of (T_b, I), with any_features (T_b, ...), in any order, some of length 0; resets a list of (T_b,)."""
     faults: list[str] = []
     if not input:
@@ -138,7 +141,7 @@ def from_nested(input: Any, any_features: bool = False) -> Sequences:
     return Sequences(padded, lengths, None, restore)
 
 
-def from_form(input: Any, lengths: Any, resets: Any, any_features: bool = False) -> Sequences:
+def from_form(input: object, lengths: object, resets: object, any_features: bool = False) -> Sequences:
     """An input in a form that has lengths of its own: none of a tensor's arguments beside it, but a list's resets.
 
     Raises:
@@ -159,7 +162,7 @@ def from_form(input: Any, lengths: Any, resets: Any, any_features: bool = False)
 
 
 def read_marks(
-    lengths: Any, resets: Any, steps: int, rows: int, batch_first: bool, device: torch.device
+    lengths: object, resets: object, steps: int, rows: int, batch_first: bool, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """lengths (B,) and resets (T, B) of a padded batch; resets came as (B, T) with batch_first."""
     if resets is not None and batch_first:
@@ -169,18 +172,18 @@ def read_marks(
     return read_lengths(lengths, rows), resets
 
 
-def read_unbatched_marks(lengths: Any, resets: Any, steps: int, device: torch.device) -> Tensor | None:
+def read_unbatched_marks(lengths: object, resets: object, steps: int, device: torch.device) -> Tensor | None:
     """resets (T, 1) of one sequence (T, ...), which has no lengths."""
     refuse_lengths(lengths)
     return None if resets is None else read_resets(resets, "(T,)", (steps,), device).unsqueeze(1)
 
 
-def refuse_lengths(lengths: Any) -> None:
+def refuse_lengths(lengths: object) -> None:
     if lengths is not None:
         raise ValueError("lengths: expected None but with a padded batch (3-D input); this input has its own lengths")
 
 
-def read_lengths(lengths: Any, batch: int, name: str = "lengths") -> Tensor | None:
+def read_lengths(lengths: object, batch: int, name: str = "lengths") -> Tensor | None:
     """(B,) int64 from integers of any kind, or None. Values are checked where they are used: `check_lengths`."""
     if lengths is None:
         return None
@@ -193,7 +196,9 @@ def read_lengths(lengths: Any, batch: int, name: str = "lengths") -> Tensor | No
     return lengths.to(torch.int64)
 
 
-def read_resets(resets: Any, layout: str, shape: tuple[int, ...], device: torch.device, name: str = "resets") -> Tensor:
+def read_resets(
+    resets: object, layout: str, shape: tuple[int, ...], device: torch.device, name: str = "resets"
+) -> Tensor:
     """A bool tensor of that shape, on that device."""
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
         came = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__

@@ -9,7 +9,6 @@ states, biases and all sums are float32.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ STORAGES = ("int8", "bfloat16")
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 
 
-def read_storage(weights: Any) -> str:
+def read_storage(weights: object) -> str:
     """The argument `weights` of what makes such modules."""
     if weights not in STORAGES:
         raise ValueError(f"weights: expected {' or '.join(map(repr, STORAGES))}, got {weights!r}")

@@ -145,7 +145,7 @@ class Sessions:
         """How many sessions there are: B."""
         return self._states[0].shape[self._row_dim]
 
-    def reset(self, rows: Any = None) -> None:
+    def reset(self, rows: object = None) -> None:
         """Put rows back to the zero state.
 
         Args:
@@ -162,7 +162,7 @@ class Sessions:
         # Not a product: 0 * NaN would keep what is to be forgotten.
         return self._set_states([torch.where(self._over_features(keep, s), s, 0) for s in self._states])
 
-    def add_rows(self, rows: Any = 1) -> range:
+    def add_rows(self, rows: object = 1) -> range:
         """Add sessions behind those that are there.
 
         Args:
@@ -185,7 +185,7 @@ class Sessions:
         self._set_states([torch.cat(pair, self._row_dim) for pair in zip(self._states, added, strict=True)])
         return range(before, self.rows)
 
-    def remove_rows(self, rows: Any) -> None:
+    def remove_rows(self, rows: object) -> None:
         """End sessions. The others keep their order and close the gaps.
 
         Args:
@@ -213,7 +213,7 @@ class Sessions:
         """The zero state of so many rows."""
         raise NotImplementedError  # each kind of stream has its own
 
-    def _read_state(self, state: Any, rows: int | None, name: str = "state") -> Iterable[Tensor]:
+    def _read_state(self, state: object, rows: int | None, name: str = "state") -> Iterable[Tensor]:
         """A copy of what the user gave, checked. `rows` None: any number."""
         raise NotImplementedError  # each kind of stream has its own
 
@@ -228,7 +228,7 @@ class Sessions:
         if not self._batched:
             raise ValueError(f"{method}: this stream has one row and no batch dimension; make it with batch_size=1")
 
-    def _read_rows(self, rows: Any) -> Tensor:
+    def _read_rows(self, rows: object) -> Tensor:
         """(n,) int64 on the CPU, each in 0..B-1."""
         index = (
             rows.cpu()
@@ -258,7 +258,7 @@ class Stream(Sessions):
 
     _row_dim = 1  # (L, B, size)
 
-    def __init__(self, source: Source, batch_size: int | None, state: Any, dtype: torch.dtype | None) -> None:
+    def __init__(self, source: Source, batch_size: int | None, state: object, dtype: torch.dtype | None) -> None:
         self._source = source
         self._batched = batch_size is not None
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -348,7 +348,7 @@ class Stream(Sessions):
         return states[0] if len(states) == 1 else states
 
     @state.setter
-    def state(self, value: Any) -> None:
+    def state(self, value: object) -> None:
         self._set_states(self._read_state(value, self.rows))
 
     def refresh(self) -> None:
@@ -437,7 +437,7 @@ class Stream(Sessions):
         state = state if self._source.layered else state.squeeze(0)
         return state if self._batched else state.squeeze(-2)
 
-    def _read_state(self, state: Any, rows: int | None, name: str = "state") -> list[Tensor]:
+    def _read_state(self, state: object, rows: int | None, name: str = "state") -> list[Tensor]:
         """What the user gave as (L, B, .), copied. `rows` None: any number."""
         names = self._source.cell.states
         given: Any = (state,) if len(names) == 1 else state
@@ -468,7 +468,7 @@ class Stream(Sessions):
         if faults:
             raise ValueError("\n".join(faults))
 
-    def _check_input(self, input: Any, shape: tuple[int, ...], letters: str) -> None:
+    def _check_input(self, input: object, shape: tuple[int, ...], letters: str) -> None:
         if not isinstance(input, Tensor):
             raise ValueError(f"input: expected a tensor {letters}, got {type(input).__name__}")
         faults: list[str] = []

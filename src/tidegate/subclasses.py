@@ -60,12 +60,12 @@ def obstacle(cls: type) -> str:
     return ""
 
 
-def _has_meaning(name: str, base: type, ours: Any) -> bool:
+def _has_meaning(name: str, base: type, ours: object) -> bool:
     is_special = name.startswith("__") and name.endswith("__")
     return is_special or name in REPLACED or hasattr(base, name) or hasattr(ours, name)
 
 
-def _calls_super(forward: Any) -> bool:
+def _calls_super(forward: object) -> bool:
     """By its code: decorated, it is not known what it calls."""
     return isinstance(forward, FunctionType) and {"super", "forward"} <= {*forward.__code__.co_names}
 

@@ -78,7 +78,7 @@ def steps_of(inputs: Nest) -> int:
     return pytree.tree_leaves(inputs)[0].shape[0]
 
 
-def read_probability(name: str, value: Any) -> float:
+def read_probability(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a probability in 0..1, got {value!r}")
     return float(value)

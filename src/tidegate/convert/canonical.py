@@ -42,7 +42,7 @@ class Faults:
     def add(self, line: str) -> None:
         self.lines.append(line)
 
-    def option(self, name: str, value: Any, supported: str) -> None:
+    def option(self, name: str, value: object, supported: str) -> None:
         self.add(f"{name}={value!r} is not supported: {supported}")
 
     def raise_any(self) -> None:
@@ -53,7 +53,7 @@ class Faults:
         if self.lines:
             raise ConversionError("\n  ".join([f"{self.source}:", *self.lines]))
 
-    def tensor(self, name: str, value: Any, expected: Sequence[int | None], letters: str) -> Tensor:
+    def tensor(self, name: str, value: object, expected: Sequence[int | None], letters: str) -> Tensor:
         """An array as a tensor of its own memory; None in `expected` fits any size. A fault where it disagrees."""
         try:
             tensor = as_tensor(value)
@@ -72,7 +72,7 @@ class Faults:
             return torch.zeros([size or 1 for size in tensor.shape], dtype=tensor.dtype)
         return tensor
 
-    def names(self, argument: str, value: Any) -> None:
+    def names(self, argument: str, value: object) -> None:
         """A fault where an argument is no mapping by names."""
         if not isinstance(value, Mapping):
             self.add(f"{argument}: expected arrays by name, got {type(value).__name__}")
@@ -97,7 +97,7 @@ def missing(purpose: str, error: ImportError) -> ImportError:
     return ImportError(words, name=error.name, path=error.path)
 
 
-def as_tensor(value: Any) -> Tensor:
+def as_tensor(value: object) -> Tensor:
     """A floating-point array of any framework as a tensor of its own memory.
 
     Raises:
@@ -123,12 +123,12 @@ def as_tensor(value: Any) -> Tensor:
     return tensor.contiguous()
 
 
-def class_name(cell_class: Any) -> str:
+def class_name(cell_class: object) -> str:
     """A class by its name, or the name itself; `GRUCell` of any module."""
     return cell_class if isinstance(cell_class, str) else getattr(cell_class, "__name__", type(cell_class).__name__)
 
 
-def activation(faults: Faults, option: str, value: Any, names: Mapping[str, str]) -> str:
+def activation(faults: Faults, option: str, value: object, names: Mapping[str, str]) -> str:
     """Our text of an activation that is given by name or as a function of that name; a fault if there is none."""
     name = value if isinstance(value, str) else getattr(value, "__name__", repr(value))
     if name not in names:
@@ -146,12 +146,12 @@ def complete(weights: Weights) -> Weights:
     return found
 
 
-def build_cell(cell: Cell, weights: Weights, **options: Any) -> Any:
+def build_cell(cell: Cell, weights: Weights, **options: object) -> Any:
     """A tidegate cell that holds `weights`, of their dtype."""
     return _filled(_CELLS[cell.name], cell, [complete(weights)], [""], options)
 
 
-def build_layer(cell: Cell, directions: Sequence[Weights], num_layers: int = 1, **options: Any) -> Any:
+def build_layer(cell: Cell, directions: Sequence[Weights], num_layers: int = 1, **options: object) -> Any:
     """A tidegate layer that holds `directions`, layer by layer, forward before reverse, of their dtype."""
     per_layer = len(directions) // num_layers
     suffixes = [f"_l{k // per_layer}" + "_reverse" * (k % per_layer) for k in range(len(directions))]

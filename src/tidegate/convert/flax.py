@@ -45,7 +45,7 @@ _ACTIVATIONS = {
 }
 
 
-def from_flax(cell_class: Any, params: Any, **options: Any) -> Any:
+def from_flax(cell_class: object, params: object, **options: object) -> Any:
     """A tidegate cell with a Flax cell's weights and meaning, for `tg.dynamic_rnn` or `convert.as_layer`.
 
     Args:
@@ -87,7 +87,7 @@ def from_flax(cell_class: Any, params: Any, **options: Any) -> Any:
     return build_cell(cell, weights, activations=",".join([gate] + [act] * (len(cell.activations) - 1)))
 
 
-def _flat(faults: Faults, params: Any) -> dict[str, Any]:
+def _flat(faults: Faults, params: object) -> dict[str, Any]:
     """Arrays by "dense/kernel": the last two names of each path, wherever the cell stands; a fault for two cells."""
     found: dict[str, Any] = {}
     cells: dict[str, None] = {}

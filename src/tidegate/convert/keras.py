@@ -119,7 +119,7 @@ def from_keras(
     return _built(found.cell, found.layers, found, reverse=found.backwards)
 
 
-def _built(cell: Cell, directions: Sequence[Weights], like: _Direction, **options: Any) -> Any:
+def _built(cell: Cell, directions: Sequence[Weights], like: _Direction, **options: object) -> Any:
     return build_layer(cell, directions, len(like.layers), batch_first=True, **like.options, **options)
 
 
@@ -166,7 +166,7 @@ def _words(direction: _Direction) -> str:
     return f"{direction.cell.name.upper()} {direction.options}"
 
 
-def _entry(faults: Faults, place: str, entry: Any) -> tuple[str, dict[str, Any]]:
+def _entry(faults: Faults, place: str, entry: object) -> tuple[str, dict[str, Any]]:
     """Class and config of what stands in another's config; faults where it is none of Keras' own."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("config", {}), Mapping):
         faults.add(f"{place}: expected class_name and config, got {entry!r}")
@@ -279,7 +279,7 @@ def _one(
     return {key: reordered(tensor, order, "".join(cell.gates)) for key, tensor in found.items()}, options
 
 
-def _biases(faults: Faults, cell: Cell, bias: Any, hidden_size: int, reset_after: bool, prefix: str) -> Weights:
+def _biases(faults: Faults, cell: Cell, bias: object, hidden_size: int, reset_after: bool, prefix: str) -> Weights:
     columns = len(cell.gates) * hidden_size
     if cell is not GRU or not reset_after:
         return {"bias_ih": faults.tensor(prefix + "bias", bias, (columns,), f"({len(cell.gates)}*H,)")}

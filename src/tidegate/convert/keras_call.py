@@ -72,7 +72,7 @@ def keras_call(
     return (result, *(final[k] for k in range(len(finals[0])) for final in finals)) if return_state else result
 
 
-def _check(layer: Any, inputs: Tensor, mask: Tensor | None, initial_state: Sequence[Tensor] | None) -> None:
+def _check(layer: object, inputs: Tensor, mask: Tensor | None, initial_state: Sequence[Tensor] | None) -> None:
     if not isinstance(layer, RecurrentLayer) or not layer.batch_first or (layer.bidirectional and layer.num_layers > 1):
         raise ValueError(f"layer: expected what from_keras returns, got {layer!r}")
     if inputs.dim() != 3:

@@ -170,7 +170,7 @@ def _arrays(path: str | os.PathLike[str], content: bytes, entry: Entry) -> list[
     return found
 
 
-def _groups(kind: str, config: Any) -> Iterator[str]:
+def _groups(kind: str, config: object) -> Iterator[str]:
     """Where a layer's cells have their weights, in the order of layer.get_weights()."""
     config = config if isinstance(config, Mapping) else {}
     if kind == "Bidirectional":

@@ -39,8 +39,8 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
     return {signature.forward_operator(cell): _translation(cell, opset18) for cell in CELLS}
 
 
-def _translation(cell: Cell, op: Any) -> Callable[..., Any]:
-    def translate(*arguments: Any, **named: Any) -> Any:
+def _translation(cell: Cell, op: object) -> Callable[..., Any]:
+    def translate(*arguments: object, **named: object) -> Any:
         names = [argument.name for argument in signature.forward_operator(cell)._schema.arguments]
         given = {**dict(zip(names, arguments, strict=False)), **named}
         return _node(op, cell, given)

@@ -18,7 +18,7 @@ _MAX_DEPTH = 64
 _MOVES = ("Identity", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Concat", "Gather", "Slice")
 
 
-def load(model_or_path: Any, source: str) -> tuple[Any, Path | None]:
+def load(model_or_path: object, source: str) -> tuple[Any, Path | None]:
     try:
         import onnx
         from google.protobuf.message import DecodeError
@@ -218,7 +218,7 @@ def moved(node: Any, arrays: list[Any], limit: int) -> Any:
     return first
 
 
-def _sliced(data: Any, starts: Any, rest: list[Any], attributes: dict[str, Any]) -> Any:
+def _sliced(data: Any, starts: object, rest: list[Any], attributes: dict[str, Any]) -> Any:
     """Slice: axes left out are the first ones, steps left out are 1."""
     ends, places, strides = (*rest, None, None, None)[:3]
     begin, end = _numbers("starts", starts, attributes), _numbers("ends", ends, attributes)
@@ -235,7 +235,7 @@ def _sliced(data: Any, starts: Any, rest: list[Any], attributes: dict[str, Any])
     return data[tuple(index)]
 
 
-def _numbers(name: str, array: Any, attributes: dict[str, Any]) -> list[int]:
+def _numbers(name: str, array: object, attributes: dict[str, Any]) -> list[int]:
     """What is an input in newer operator sets and an attribute in older ones."""
     import numpy as np
 

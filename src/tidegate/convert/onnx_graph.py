@@ -276,7 +276,7 @@ class Wiring:
         return tuple(axis for k, axis in enumerate(axes) if k not in {g % len(axes) for g in given})
 
     def _reshaped(
-        self, node: Any, axes: Axes, graphs: Graphs, known: dict[str, Axes], count: int, hidden: int
+        self, node: object, axes: Axes, graphs: Graphs, known: dict[str, Axes], count: int, hidden: int
     ) -> Axes | None:
         """D dropped where it is 1, or D and H made one; all other axes as they were."""
         found = self._target(node, axes, graphs, known)
@@ -335,15 +335,15 @@ def _layout(node: Any) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "layout"), 0)
 
 
-def _input_axes(node: Any) -> Axes:
+def _input_axes(node: object) -> Axes:
     return ("B", "T", "I") if _layout(node) else ("T", "B", "I")
 
 
-def _output_axes(node: Any) -> Axes:
+def _output_axes(node: object) -> Axes:
     return ("B", "T", "D", "H") if _layout(node) else ("T", "D", "B", "H")
 
 
-def _fits(axes: Axes, node: Any) -> bool:
+def _fits(axes: Axes, node: object) -> bool:
     """Whether an output with these axes is the node's input, its rows and steps at their places."""
     return len(axes) == 3 and axes[:2] == _input_axes(node)[:2] and axes[2] in ("F", "H")
 

@@ -47,7 +47,7 @@ class _Layer(NamedTuple):
     takes_lengths: bool
 
 
-def from_onnx(model_or_path: Any, node: str | None = None, *, batch_first: bool | None = None) -> Any:
+def from_onnx(model_or_path: object, node: str | None = None, *, batch_first: bool | None = None) -> Any:
     """A tidegate layer with the weights and meaning of a GRU, LSTM or RNN node.
 
     Args:
@@ -85,7 +85,7 @@ def from_onnx(model_or_path: Any, node: str | None = None, *, batch_first: bool 
     return build_layer(layers[0].cell, directions, len(layers), batch_first=batch_first, **layers[0].options)
 
 
-def choose(faults: Faults, model: Any, name: str | None) -> list[Place]:
+def choose(faults: Faults, model: object, name: str | None) -> list[Place]:
     """The recurrent nodes of this name, wherever they stand; of no name, all.
 
     Raises:

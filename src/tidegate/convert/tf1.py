@@ -44,7 +44,7 @@ _ACTIVATIONS = {
 }
 
 
-def from_tf1(cell_class: Any, variables: Mapping[str, Any], *, scope: str = "", **options: Any) -> Any:
+def from_tf1(cell_class: object, variables: Mapping[str, Any], *, scope: str = "", **options: object) -> Any:
     """A tidegate cell with a TensorFlow v1 cell's weights and meaning, for `tg.dynamic_rnn`.
 
     Args:
@@ -105,7 +105,7 @@ def _check_options(faults: Faults, options: Mapping[str, Any]) -> None:
         faults.option("num_proj", size, "a positive integer, or None")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -141,7 +141,7 @@ def _found(
     return found
 
 
-def _split(faults: Faults, name: str, value: Any, gates: int, recurrent: int | None) -> tuple[Tensor, Tensor]:
+def _split(faults: Faults, name: str, value: object, gates: int, recurrent: int | None) -> tuple[Tensor, Tensor]:
     """A kernel [I+P, gates*H] as weight_ih (gates*H, I) and weight_hh (gates*H, P); P is H if None."""
     kernel = faults.tensor(name, value, (None, None), "[input_size+hidden_size, columns]")
     faults.raise_any()

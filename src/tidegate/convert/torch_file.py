@@ -25,7 +25,7 @@ _DAMAGED = (pickle.UnpicklingError, KeyError, TypeError, AttributeError, Asserti
 _NAME = re.compile(r"(.*?)(weight_ih|weight_hh|bias_ih|bias_hh|weight_hr|weight_peephole)_l(\d+)(_reverse)?")
 
 
-def from_torch_file(path: str | os.PathLike[str], layer: str | None = None, **options: Any) -> Any:
+def from_torch_file(path: str | os.PathLike[str], layer: str | None = None, **options: object) -> Any:
     """A tidegate layer from a saved state_dict that holds one of torch.nn's or tidegate's recurrent layers.
 
     Args:

@@ -20,7 +20,7 @@ from tidegate.scope import scope
 __all__ = ["Inspection", "LayerInspection", "inspect"]
 
 
-def inspect(module: Callable[..., Any], *args: Any, directions: int = 64, **kwargs: Any) -> Inspection:
+def inspect(module: Callable[..., Any], *args: object, directions: int = 64, **kwargs: object) -> Inspection:
     """Run `module(*args, **kwargs)` and note what happens inside every recurrent layer of tidegate's in it.
 
     It runs step by step, in plain torch operations, and so slowly: choose a few rows. Buffers are left as a call leaves

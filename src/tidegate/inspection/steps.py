@@ -169,7 +169,7 @@ def _returning(codes: dict[CodeType, Any]) -> Generator[list[tuple[Any, dict[str
     """Note, of each call of one of the functions inside the block, the local variables as they are when it returns."""
     frames: list[tuple[Any, dict[str, Any]]] = []
 
-    def note(frame: FrameType, event: str, argument: Any) -> None:
+    def note(frame: FrameType, event: str, argument: object) -> None:
         if event == "return" and frame.f_code in codes:
             frames.append((codes[frame.f_code], dict(frame.f_locals)))
 

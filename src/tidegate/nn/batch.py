@@ -60,7 +60,7 @@ class Batch(NamedTuple):
         return mapped(lambda leaf: leaf.squeeze(0), state) if self.unbatched else _selected(state, self.order[1])
 
 
-def read_batch(input: Any, lengths: Any, resets: Any, batch_first: bool) -> Batch:
+def read_batch(input: object, lengths: object, resets: object, batch_first: bool) -> Batch:
     """Read an input as `Recurrent.forward` documents it.
 
     Raises:
@@ -78,7 +78,7 @@ def read_batch(input: Any, lengths: Any, resets: Any, batch_first: bool) -> Batc
     return _from_padded(leaves, structure, lengths, resets, batch_first)
 
 
-def _from_padded(leaves: list[Tensor], structure: Any, lengths: Any, resets: Any, batch_first: bool) -> Batch:
+def _from_padded(leaves: list[Tensor], structure: Any, lengths: object, resets: object, batch_first: bool) -> Batch:
     first = leaves[0]
     if first.dim() < 2:
         raise ValueError(f"input: expected a batch of at least 3 dimensions, or (T, I), got {first.dim()} dimensions")
@@ -101,7 +101,7 @@ def _from_padded(leaves: list[Tensor], structure: Any, lengths: Any, resets: Any
     return Batch(structure.unflatten(leaves), read, marks, _same)
 
 
-def _from_rows(rows: list[Any], lengths: Any, resets: Any) -> Batch:
+def _from_rows(rows: list[Any], lengths: object, resets: object) -> Batch:
     """A list of sequences, each a tensor or a nest of them."""
     if not rows or all(isinstance(row, Tensor) for row in rows):
         return _from_parts([sequences.from_form(rows, lengths, resets, any_features=True)], None, None)
@@ -115,7 +115,7 @@ def _from_rows(rows: list[Any], lengths: Any, resets: Any) -> Batch:
     return _from_parts(parts, structure, None)
 
 
-def _from_parts(parts: list[Sequences], structure: Any, first: Any) -> Batch:
+def _from_parts(parts: list[Sequences], structure: Any, first: object) -> Batch:
     """Of each tensor of a nest its sequences: all must have the same lengths, and a packed one's the same order."""
     one = parts[0]
     for part in parts[1:]:
@@ -132,7 +132,7 @@ def _known(lengths: Tensor | None) -> Tensor:
     return lengths
 
 
-def _is_packed(part: Any) -> bool:
+def _is_packed(part: object) -> bool:
     return isinstance(part, PackedSequence)
 
 

@@ -37,7 +37,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
     _is_declared: bool = False
     _plan: Plan  # of a module that is torch.nn's own, if it has none itself
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "cell"):
             torchs = [name if p.when in ("", "bias") else None for name, p in cls.cell.parameters.items()]
@@ -52,7 +52,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         dtype: torch.dtype | None = None,
         *,
         init: str = "torch",
-        **options: Any,
+        **options: object,
     ) -> None:
         init = initialization.read_scheme(init, self.cell)
         torch.nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, 1, device="meta")
@@ -117,7 +117,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         states = self._step(input, hx)
         return states[0] if len(states) == 1 else tuple(states)
 
-    def _step(self, input: Tensor, hx: Any) -> Sequence[Tensor]:
+    def _step(self, input: Tensor, hx: object) -> Sequence[Tensor]:
         """One step: input (B, I) or (I,), states (B, size) or (size,) each, zeros if None."""
         cell, dims = self.cell, input.dim()
         states = self._states(hx)
@@ -142,7 +142,7 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         weights = dict(zip(self.cell.parameters, self._weights(), strict=True))
         return run_sequence(Layer(self.cell, input, states, weights, lengths, resets, reverse, self._options()))
 
-    def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
+    def stream(self, batch_size: int | None = None, state: object = None, dtype: torch.dtype | None = None) -> Stream:
         """Run the cell step by step, without gradients: see `RecurrentLayer.stream`. States are h or (h, c)."""
         return Stream(Source(self, 1, layered=False, batch_first=False), batch_size, state, dtype)
 

@@ -16,10 +16,9 @@ from torch.nn.utils.rnn import PackedSequence
 from tidegate import cell as kinds
 from tidegate.nn.layers import RecurrentLayer
 from tidegate.nn.options import Device, read_nonlinearity
+from tidegate.sequences import Lengths
 
 if TYPE_CHECKING:
-    _Lengths = Tensor | Sequence[int] | None
-
     _States = TypeVar("_States")
 
     class _TypedLayer(RecurrentLayer, Generic[_States]):
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
             input: Tensor,
             hx: _States | None = None,
             *,
-            lengths: _Lengths = None,
+            lengths: Lengths = None,
             resets: Tensor | None = None,
             return_states: Literal[False] = False,
         ) -> tuple[Tensor, _States]: ...
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
             input: Tensor,
             hx: _States | None = None,
             *,
-            lengths: _Lengths = None,
+            lengths: Lengths = None,
             resets: Tensor | None = None,
             return_states: Literal[True],
         ) -> tuple[Tensor, _States, _States]: ...
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
         def __call__(
             self, input: list[Tensor], hx: _States | None = None, *, resets: list[Tensor] | None = None
         ) -> tuple[list[Tensor], _States]: ...
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        def __call__(self, *args: object, **kwargs: object) -> Any: ...
 
         forward = __call__  # pyright: ignore[reportAssignmentType]  (whether or not the states come is in the type)
 

@@ -17,12 +17,13 @@ from tidegate.nn import over_time
 from tidegate.nn.named import check as check_names
 from tidegate.nn.named import give
 from tidegate.nn.over_time import AnyCell, Nest
+from tidegate.sequences import Lengths
 
 
 def dynamic_rnn(
     cell: AnyCell,
     inputs: Nest,
-    sequence_length: Any = None,
+    sequence_length: Lengths = None,
     initial_state: Nest = None,
     time_major: bool = False,
     *,

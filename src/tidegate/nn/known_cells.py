@@ -72,7 +72,7 @@ def as_sequence(cell: Any) -> RecurrentCell | TorchCell | None:
     return known
 
 
-def as_known(cell: Any) -> RecurrentCell | TorchCell | None:
+def as_known(cell: object) -> RecurrentCell | TorchCell | None:
     """One of our cells or of torch.nn's; None for any other, and where its forward was replaced."""
     ours = _OURS.get(type(cell))
     if ours is None or "forward" in vars(cell):
@@ -80,7 +80,7 @@ def as_known(cell: Any) -> RecurrentCell | TorchCell | None:
     return cell if type(cell) is ours else TorchCell(ours.cell, cell)
 
 
-def states_of_kind(cell: Any) -> tuple[str, ...]:
+def states_of_kind(cell: object) -> tuple[str, ...]:
     """The names of the states that a cell has by its type; () if that does not say it."""
     ours = cell if isinstance(cell, RecurrentCell) else _OURS.get(type(cell))
     return () if ours is None else tuple(ours.cell.states)

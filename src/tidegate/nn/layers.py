@@ -22,7 +22,7 @@ from tidegate.call import BATCH_FIRST, BOTH, FORWARD, REVERSE, TIME_MAJOR, UNBAT
 from tidegate.nn import autocast, every_state, initialization, segments
 from tidegate.nn.likeness import StandsFor
 from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag
-from tidegate.sequences import Sequences
+from tidegate.sequences import Lengths, Resets, Sequences
 from tidegate.streaming import Source, Stream
 
 # torch.nn lays out the attributes of these; of any other cell's mode it knows nothing.
@@ -53,7 +53,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
     # Which of torch.nn's methods a user's subclass has in place of torch.nn's own.
     _overridden: frozenset[str] = frozenset()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         theirs = [{getattr(base, name, None) for base in (torch.nn.RNNBase, torch.nn.LSTM)} for name in _OVERRIDABLE]
         cls._overridden = frozenset(
@@ -76,7 +76,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         reverse: bool = False,
         init: str = "torch",
         checkpoint_every: int | None = None,
-        **options: Any,
+        **options: object,
     ) -> None:
         reverse, init = read_flag("reverse", reverse), initialization.read_scheme(init, self.cell)
         # On the meta device: torch.nn's checks and attributes, without its parameters.
@@ -167,7 +167,13 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             super().flatten_parameters()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None, return_states: bool = False
+        self,
+        input: object,
+        hx: Any = None,
+        *,
+        lengths: Lengths = None,
+        resets: Resets = None,
+        return_states: bool = False,
     ) -> Any:
         """Run the layers over a batch of sequences.
 
@@ -261,7 +267,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         tail = " tensor instead" if self.cell is kinds.RNN else " instead"
         raise ValueError(f"{self.cell.name.upper()}: Expected input to be 2D or 3D, got {dims}D{tail}")
 
-    def _rows(self, input: Tensor, lengths: Any, resets: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _rows(self, input: Tensor, lengths: object, resets: object) -> tuple[Tensor | None, Tensor | None]:
         """lengths (B,) and resets (T, B) of a tensor."""
         if lengths is None and resets is None:
             return None, None
@@ -378,7 +384,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         permuted: Any = self.permute_hidden(given, permutation)
         return permuted if len(states) > 1 else (permuted,)
 
-    def stream(self, batch_size: int | None = None, state: Any = None, dtype: torch.dtype | None = None) -> Stream:
+    def stream(self, batch_size: int | None = None, state: object = None, dtype: torch.dtype | None = None) -> Stream:
         """Run the layer step by step, without gradients and without dropout.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +24,7 @@ class Named(torch.nn.Module):
     It is made anew for each call. What is kept for it is kept for the cell, `around`.
     """
 
-    def __init__(self, around: Any) -> None:
+    def __init__(self, around: Callable[..., Any]) -> None:
         super().__init__()
         self.around = around
 
@@ -49,14 +49,14 @@ _in_graphs = _InGraphs()
 
 
 @dispatch.asked_once
-def _name_in_graphs(cell: Any) -> str:
+def _name_in_graphs(cell: Callable[..., Any]) -> str:
     """Make a wrapper while a compiler looks, which asks once."""
     name = f"around_{id(cell)}"
     setattr(_in_graphs, name, Named(cell))
     return name
 
 
-def give(cell: Any, x: Nest, named: Mapping[str, Nest]) -> tuple[Any, Nest]:
+def give(cell: Callable[..., Any], x: Nest, named: Mapping[str, Nest]) -> tuple[Any, Nest]:
     """What runs over time, and on what inputs: of `named` what the cell takes beside x."""
     taken = names_of(cell) if named else ()
     own = {name: value for name, value in named.items() if name in taken or _EVERY in taken}
@@ -78,7 +78,7 @@ def check(cells: Iterable[Any], named: Iterable[str]) -> None:
             raise TypeError(f"{name}: expected an input that a cell takes by this name; {what}")
 
 
-def names_of(cell: Any) -> tuple[str, ...]:
+def names_of(cell: object) -> tuple[str, ...]:
     """What a cell takes beside x_t and the state; `**` for whatever there is."""
     if torch.compiler.is_compiling():
         return _read(cell)

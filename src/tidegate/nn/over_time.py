@@ -136,7 +136,7 @@ class CellRun(NamedTuple):
     reverse: bool
 
 
-def state_size(cell: Any) -> Nest | None:
+def state_size(cell: object) -> Nest | None:
     """Features of the cell's state, an int or a nest of ints; None if the cell does not tell.
 
     It tells by being one of ours or of torch.nn's, by `state_size` (TensorFlow's and ncps' name), or, having one
@@ -153,7 +153,7 @@ def state_size(cell: Any) -> Nest | None:
     return hidden_size if isinstance(hidden_size, int) else None
 
 
-def zero_state(cell: Any, inputs: Nest, name: str = "initial_state") -> Nest:
+def zero_state(cell: object, inputs: Nest, name: str = "initial_state") -> Nest:
     """The zero state of a cell for `inputs`, (T, B, ...) each: of their first floating dtype, else the parameters'.
 
     Raises:
@@ -206,7 +206,7 @@ def check_hidden_size(cell: Any, input: Nest, dtype: torch.dtype) -> None:
         _TRIED.add(cell)
 
 
-def check_state(cell: Any, state: Nest, batch: int, name: str) -> None:
+def check_state(cell: object, state: Nest, batch: int, name: str) -> None:
     """Every tensor of a state has B rows, and one of our own cells has as many tensors as it has states.
 
     Raises:
@@ -236,7 +236,7 @@ def check_tensors(state: Nest, name: str) -> None:
             raise ValueError(f"{name}: expected a tensor (B, ...) or a nest of them, got {type(one).__name__}")
 
 
-def check_features(cell: Any, inputs: Nest, name: str) -> None:
+def check_features(cell: object, inputs: Nest, name: str) -> None:
     """One of our own cells, where it runs whole, takes one tensor (T, B, I) or (B, T, I) of its input_size.
 
     Raises:

@@ -122,7 +122,7 @@ class Stored(Extended):
         self,
         state_dict: dict[str, Any],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: object,
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],

@@ -24,6 +24,7 @@ from tidegate.nn.named import give
 from tidegate.nn.options import read_flag
 from tidegate.nn.over_time import AnyCell, Nest, mapped
 from tidegate.nn.recurrent_stream import RecurrentStream, add_where_alike
+from tidegate.sequences import Lengths, Resets
 
 _OPTIONS = ("batch_first", "reverse", "dropout", "residual", "checkpoint_every")
 
@@ -86,7 +87,7 @@ class Recurrent(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value)
 
     def forward(
-        self, input: Any, hx: Nest | None = None, *, lengths: Any = None, resets: Any = None, **named: Nest
+        self, input: object, hx: Nest | None = None, *, lengths: Lengths = None, resets: Resets = None, **named: Nest
     ) -> tuple[Any, Nest]:
         """Run the cells over a batch of sequences.
 
@@ -142,10 +143,16 @@ class Recurrent(torch.nn.Module):
     if TYPE_CHECKING:
 
         def __call__(
-            self, input: Any, hx: Nest | None = None, *, lengths: Any = None, resets: Any = None, **named: Nest
+            self,
+            input: object,
+            hx: Nest | None = None,
+            *,
+            lengths: Lengths = None,
+            resets: Resets = None,
+            **named: Nest,
         ) -> tuple[Any, Nest]: ...
 
-    def _joined(self, input: Any, named: dict[str, Nest]) -> Any:
+    def _joined(self, input: object, named: dict[str, Nest]) -> Any:
         """The input, or a pair of it and the further ones: of a list of sequences a list of pairs."""
         if not named:
             return input
@@ -217,7 +224,7 @@ class Function(torch.nn.Module):
         if size is not None:
             self.state_size = size
 
-    def forward(self, *given: Any) -> Any:
+    def forward(self, *given: object) -> Any:
         return self.function(*given)
 
     def extra_repr(self) -> str:
@@ -244,7 +251,7 @@ def _run(
     return output, batch.restore_state(final)
 
 
-def _read_layers(cells: Any) -> tuple[list[torch.nn.Module], bool]:
+def _read_layers(cells: object) -> tuple[list[torch.nn.Module], bool]:
     """The layers, and whether they are a stack."""
     if not isinstance(cells, (list, torch.nn.ModuleList)):
         return [_read_layer(cells, "cells")], False
@@ -254,7 +261,7 @@ def _read_layers(cells: Any) -> tuple[list[torch.nn.Module], bool]:
     return [_read_layer(layer, f"cells[{k}]") for k, layer in enumerate(layers)], True
 
 
-def _read_layer(layer: Any, name: str) -> torch.nn.Module:
+def _read_layer(layer: object, name: str) -> torch.nn.Module:
     if not isinstance(layer, (tuple, torch.nn.ModuleList)):
         return as_module(layer, name)
     if len(layer) != 2:
@@ -262,7 +269,7 @@ def _read_layer(layer: Any, name: str) -> torch.nn.Module:
     return torch.nn.ModuleList(as_module(cell, f"{name}[{k}]") for k, cell in enumerate(layer))
 
 
-def as_module(cell: Any, name: str) -> torch.nn.Module:
+def as_module(cell: object, name: str) -> torch.nn.Module:
     """A cell that was given as the argument `name`, as a module.
 
     Raises:
@@ -276,11 +283,11 @@ def as_module(cell: Any, name: str) -> torch.nn.Module:
     return cell if isinstance(cell, torch.nn.Module) else Function(cell)
 
 
-def _is_pair(layer: Any) -> bool:
+def _is_pair(layer: object) -> bool:
     return isinstance(layer, torch.nn.ModuleList)
 
 
-def _read_pair(state: Any, name: str) -> Any:
+def _read_pair(state: object, name: str) -> Any:
     if state is None:
         return (None, None)
     if not isinstance(state, (list, tuple)) or len(state) != 2:
@@ -288,7 +295,7 @@ def _read_pair(state: Any, name: str) -> Any:
     return state
 
 
-def _read_dropout(value: Any) -> float:
+def _read_dropout(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"dropout: expected a probability in 0..1, got {value!r}")
     return float(value)

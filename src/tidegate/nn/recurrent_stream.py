@@ -185,7 +185,7 @@ class RecurrentStream(Sessions):
             cells = copy.deepcopy(self._module.cells, memo)
             self._cells = cells.eval().requires_grad_(False).to(self._dtype)
 
-    def _zero_state(self, cell: Any, rows: int) -> Nest:
+    def _zero_state(self, cell: object, rows: int) -> Nest:
         like = torch.empty(0, dtype=self._dtype, device=self._device)
         return over_time.zero_state_of(cell, like, rows if self._batched else None, "state")
 

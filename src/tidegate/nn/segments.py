@@ -36,7 +36,7 @@ class Marks(NamedTuple):
     resets: Tensor | None
 
 
-def read_every(value: Any) -> int:
+def read_every(value: object) -> int:
     """The argument `checkpoint_every`: 0 for None.
 
     Raises:
@@ -101,7 +101,7 @@ def run_cell(
     marks: Marks,
     reverse: bool,
     every: int,
-    cell: Any,
+    cell: object,
 ) -> tuple[Nest, Nest]:
     """A cell over a sequence, of which nobody knows all the tensors that it reads: torch's checkpoints find them.
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from tidegate.nn.layers import RecurrentLayer
 from tidegate.nn.recurrent import Recurrent
+from tidegate.sequences import Lengths
 
 Nest: TypeAlias = Any  # a tensor, or any nest of tuples, lists and dicts of tensors
 Marks: TypeAlias = "Tensor | Callable[[Nest], Tensor] | None"
@@ -62,12 +63,12 @@ class tbptt:  # noqa: N801  (it is called like a function; an object because it 
     def __init__(
         self,
         module: Callable[..., Any],
-        data: Any,
+        data: object,
         steps: int,
         *,
         state: Nest | None = None,
         resets: Marks = None,
-        lengths: Any = None,
+        lengths: Lengths = None,
         dim: int | None = None,
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -150,7 +151,7 @@ class tbptt:  # noqa: N801  (it is called like a function; an object because it 
         return 1 if getattr(self.module, "batch_first", False) and _tensors(_input(data))[0].dim() > 2 else 0
 
 
-def _other_way(module: Any) -> str:
+def _other_way(module: object) -> str:
     """Of a layer or a `Recurrent` that runs backward, too, what says so."""
     if isinstance(module, torch.nn.RNNBase) and module.bidirectional:
         return "bidirectional=True"

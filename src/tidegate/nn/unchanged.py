@@ -56,7 +56,7 @@ class Before:
     def _parts(self) -> dict[str, Tensor]:
         return {**dict(self.modules.named_parameters()), **dict(self.modules.named_buffers())}
 
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+    def call(self, function: Callable[..., Any], *args: object) -> Any:
         """Call a function that calls the cell."""
         now = self._parts()
         lent = {f"modules_called.{k}": one.tensor for k, one in self.parts.items() if now.get(k) is not one.tensor}
@@ -78,7 +78,7 @@ class Unchanged:
         self.function, self.before = function, before
         self.then: list[_Then] | None = None
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> Any:
         if self.then is None:
             tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
             tensors += [one.tensor for one in (*self.before.parts.values(), *self.before.beside)]
@@ -104,7 +104,7 @@ class _Around(torch.nn.Module):
         super().__init__()
         self.modules_called, self.function = modules, function
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: object) -> Any:
         return self.function(*args)
 
 
