@@ -224,9 +224,22 @@ def test_dynamic_quantization_passes_over(make: Callable[[str], Any]) -> None:
     assert type(quantized[0]) is tg.LSTM
 
 
-def test_torchscript_refuses_as_before() -> None:
-    with pytest.raises(torch.jit.frontend.NotSupportedError, match="Compiled functions can't take variable number"):
-        torch.jit.script(accelerated("GRU"))
+@pytest.mark.parametrize(
+    "module",
+    [
+        accelerated("GRU"),
+        tg.LSTM(3, 4),
+        tg.RNNCell(3, 4),
+        tg.Recurrent(torch.nn.GRUCell(3, 4)),
+        tg.quantize(tg.GRU(3, 4)),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_torchscript_is_refused_in_words(module: torch.nn.Module) -> None:
+    with pytest.raises(tg.UnsupportedError, match=r"torch.jit.script: no TorchScript can be made of a tidegate "):
+        torch.jit.script(module)
+    with pytest.raises(tg.UnsupportedError, match=r"torch.jit.script: "):
+        torch.jit.script(torch.nn.Sequential(module))
 
 
 def test_an_abstract_class_that_knows_torchs() -> None:

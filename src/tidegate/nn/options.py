@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from tidegate import activations, dispatch
 from tidegate.cell import Cell, Options
+from tidegate.errors import UnsupportedError
 from tidegate.nn import initialization
 
 Device = torch.device | str | int | None
@@ -48,6 +49,15 @@ def make_plan(wanted: Sequence[str | None]) -> Plan:
     return Plan(names, (), tuple([-1 if name is None else names.index(name) for name in wanted]))
 
 
+def refuse_scripting(module: Module) -> NoReturn:
+    """What torch.jit.script asks a module for, before it reads the module's code."""
+    raise UnsupportedError(
+        f"torch.jit.script: no TorchScript can be made of a tidegate {type(module).__name__}; torch.jit.trace, "
+        "torch.export and tidegate.export_c take it as it is, and tidegate.restore(model) puts torch.nn's layers back "
+        "in an accelerated model"
+    )
+
+
 class Extended(Module):
     """A module of a cell. It keeps the cell's options as attributes of their names.
 
@@ -57,6 +67,7 @@ class Extended(Module):
 
     cell: Cell
     init: str = "torch"
+    __prepare_scriptable__ = refuse_scripting
 
     def _read_options(self, given: dict[str, Any]) -> None:
         """Set every option of the cell, from the arguments of a constructor.

@@ -21,7 +21,7 @@ from tidegate.nn import over_time, segments
 from tidegate.nn.batch import Batch, read_batch
 from tidegate.nn.named import check as check_names
 from tidegate.nn.named import give
-from tidegate.nn.options import read_flag
+from tidegate.nn.options import read_flag, refuse_scripting
 from tidegate.nn.over_time import AnyCell, Nest, mapped
 from tidegate.nn.recurrent_stream import RecurrentStream, add_where_alike
 from tidegate.sequences import Lengths, Resets
@@ -55,6 +55,7 @@ class Recurrent(torch.nn.Module):
     """
 
     checkpoint_every: int = 0
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
