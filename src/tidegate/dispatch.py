@@ -41,35 +41,33 @@ USED_UP = (
 _VMAP_MODE: Any = _C._parse_dispatch_key("VmapMode")
 
 
+# Bound once: to look each up in its module takes as long as to call it.
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 is_autocast: Callable[[], bool] = _C._is_any_autocast_enabled
+_is_tracing: Callable[[], bool] = _C._is_tracing
+_dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
+_has_transforms: Callable[[], bool] = _C._are_functorch_transforms_active
 
 
 def is_traced() -> bool:
     """A compiler, exporter, tracer or dispatch mode is looking: it must see one operator, not what is inside."""
-    return is_compiling() or _C._is_tracing() or _C._len_torch_dispatch_stack() > 0
+    return is_compiling() or _is_tracing() or _dispatch_modes() > 0
 
 
 def is_transformed() -> bool:
     """Inside torch.func's grad, vmap, jvp and what is made of them."""
-    return _C._are_functorch_transforms_active()
+    return _has_transforms()
 
 
 def is_plain() -> bool:
     """Real tensors and no transform: what the backends can be handed."""
-    return not (
-        is_compiling() or _C._is_tracing() or _C._len_torch_dispatch_stack() or _C._are_functorch_transforms_active()
-    )
+    return not (is_compiling() or _is_tracing() or _dispatch_modes() or _has_transforms())
 
 
 def is_bare() -> bool:
     """Plain, and no level of forward-mode differentiation is entered, in whatever thread."""
     return not (
-        is_compiling()
-        or _C._is_tracing()
-        or _C._len_torch_dispatch_stack()
-        or _C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        is_compiling() or _is_tracing() or _dispatch_modes() or _has_transforms() or forward_ad._current_level >= 0
     )
 
 
@@ -228,6 +226,11 @@ def is_per_example(weights: Iterable[Tensor | None]) -> bool:
         return True
     batched: Any = functorch.is_batchedtensor  # pyright: ignore
     return "Vmap" in kinds and ("Grad" in kinds or any(weight is not None and batched(weight) for weight in weights))
+
+
+def unwrapped(operator: Any) -> Callable[..., Any]:
+    """An operator without the class around it in Python, whose call takes a quarter of a microsecond."""
+    return operator._op
 
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:

@@ -86,7 +86,7 @@ def operators() -> Any:
 
 @cache
 def _operator(name: str) -> Callable[..., Any]:
-    return getattr(operators(), name).default
+    return dispatch.unwrapped(getattr(operators(), name).default)
 
 
 @cache

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -33,20 +35,27 @@ class Plan(NamedTuple):
         names: of the tensors that there are.
         absent: so many None follow them, if all that is absent comes last.
         places: else, of each of the call's weights, where it stands in `names`; -1 if it is absent.
+        read: `names` in a dict.
     """
 
     names: tuple[str, ...]
     absent: tuple[None, ...]
     places: tuple[int, ...] | None
+    read: Callable[[Any], tuple[Any, ...]]
 
 
 def make_plan(wanted: Sequence[str | None]) -> Plan:
     """Of the names of a call's weights in its order, None for absent ones."""
     names = tuple([name for name in wanted if name is not None])
+    read = operator.itemgetter(*names) if len(names) > 1 else partial(_read_in_turn, names)
     absent = (None,) * (len(wanted) - len(names))
     if (*names, *absent) == tuple(wanted):
-        return Plan(names, absent, None)
-    return Plan(names, (), tuple([-1 if name is None else names.index(name) for name in wanted]))
+        return Plan(names, absent, None, read)
+    return Plan(names, (), tuple([-1 if name is None else names.index(name) for name in wanted]), read)
+
+
+def _read_in_turn(names: tuple[str, ...], found: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple([found[name] for name in names])
 
 
 def refuse_scripting(module: Module) -> NoReturn:
@@ -114,10 +123,10 @@ class Extended(Module):
 
         Each is read once, because a parametrization may count its uses. One that is gone is absent.
         """
-        names, absent, places = plan
+        names, absent, places, read = plan
         found: Any = self._parameters  # attribute access costs as much as a small step
         try:
-            present = tuple(map(found.__getitem__, names))
+            present = _read_in_turn(names, found) if dispatch.is_compiling() else read(found)
         except KeyError:
             present = tuple([found[n] if n in found else getattr(self, n, None) for n in names])
         if places is None:

@@ -104,7 +104,7 @@ class Stored(Extended):
 
     def _read_tensors(self, plan: Plan) -> tuple[Tensor | None, ...]:
         found: Any = self._buffers
-        present = tuple([found[name] for name in plan.names])
+        present = plan.read(found)
         if plan.places is None:
             return present + plan.absent
         return tuple([None if place < 0 else present[place] for place in plan.places])
