@@ -160,3 +160,48 @@ def test_on_a_cpu_the_nodes_are_torchs_own(kind: str) -> None:
         output = ours(x)[0]
     assert type(output.grad_fn) is type(theirs(x)[0].grad_fn)
     assert gradients.HigherOrder.__name__ not in str(output.grad_fn)
+
+
+def changed(cell: Any, **attributes: Any) -> Any:
+    for name, value in attributes.items():
+        setattr(cell, name, value)
+    return cell
+
+
+BEYOND = {
+    "clip": lambda: changed(tg.LSTMCell(3, 4), clip=0.1),
+    "coupled": lambda: tg.LSTMCell(3, 4, coupled=True),
+    "peepholes": lambda: tg.LSTMCell(3, 4, peepholes=True),
+    "proj_size": lambda: tg.LSTMCell(3, 4, proj_size=2),
+    "rnn clip": lambda: changed(tg.RNNCell(3, 4), clip=0.1),
+    "gelu": lambda: tg.RNNCell(3, 4, activations="gelu"),
+}
+
+
+@pytest.mark.parametrize("make", BEYOND.values(), ids=BEYOND)
+def test_a_recorded_step_that_torch_does_not_know_is_not_left_to_it(make: Callable[[], Any]) -> None:
+    cell, x = make().double(), torch.randn(5, 3, dtype=torch.float64)
+    found = tensors_in(cell(x))
+    with tg.backend("reference"):
+        for our, their in zip(found, tensors_in(cell(x)), strict=True):
+            torch.testing.assert_close(our, their, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"nonlinearity": "relu"}], ids=str)
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell"])
+def test_a_recorded_step_is_torchs_as_a_trace_says(kind: str, options: dict[str, Any]) -> None:
+    if kind == "LSTMCell" and "nonlinearity" in options:
+        options = {}
+    theirs, ours = pair(kind, **options)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with tg.trace() as ran:
+        noted = tensors_in(ours(x))
+    assert [each.backend for each in ran] == ["aten"]
+    for our, note, their in zip(tensors_in(ours(x)), noted, tensors_in(theirs(x)), strict=True):
+        assert torch.equal(our, their)
+        assert torch.equal(note, their)
+        assert type(our.grad_fn) is type(their.grad_fn)
+    ours.requires_grad_(False)
+    with tg.trace() as ran:
+        ours(x)
+    assert [each.backend for each in ran] == ["cpu"]

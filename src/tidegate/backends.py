@@ -203,7 +203,7 @@ def select(call: Call, name: str) -> Backend:
     for candidate in _ON_CPU if call.input.is_cpu else _AUTOMATIC:
         if candidate.unsupported_reasons(call):
             continue
-        if candidate.slower_reasons(call) and _reasons_to_leave(candidate, call):
+        if candidate.slower_reasons(call) and not BY_NAME[candidate.leaves_to].unsupported_reasons(call):
             return BY_NAME[candidate.leaves_to]
         if candidate is CPU:
             return candidate

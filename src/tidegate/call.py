@@ -131,9 +131,11 @@ class Call(NamedTuple):
         """Whether autograd is to record it."""
         if not torch.is_grad_enabled():
             return False
-        for tensor in self.tensors:  # noqa: SIM110  (a generator costs as much as the look itself)
-            if tensor is not None and tensor.requires_grad:
-                return True
+        # In turn and not as one tuple: nearly always the first weight is the answer.
+        for tensors in (self.weights, self.states, (self.input,)):
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    return True
         return False
 
     def inference_reasons(self) -> list[str]:

@@ -282,6 +282,9 @@ GRU = Cell(
 
 CELLS = (RNN, LSTM, GRU)
 
+# A cell's name and its options' values where its step, without optional parameters, is torch.nn's.
+TORCHS_STEPS = {(cell.name, tuple(cell.default_options.values())) for cell in CELLS} | {("rnn", ("relu", 0.0))}
+
 
 def extensions(cell: Cell, options: tuple[Any, ...], weights: tuple[Tensor | None, ...]) -> list[str]:
     """What a call asks for beyond torch.nn's equations and `Cell.plain`: reasons for a kernel that has only those.

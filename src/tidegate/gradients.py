@@ -40,8 +40,8 @@ def record(call: Call, chosen: Backend) -> tuple[Tensor, ...]:
 
 def record_composite(chosen: Backend, unit: Unit) -> tuple[Tensor, ...]:
     """A composite backend's results of a call, or of a layer as a layer has them, as torch records them."""
-    results = _composite(chosen, unit)
-    if chosen.any_order(unit):
+    results = backends.run_composite(chosen, unit) if isinstance(unit, Call) else _composite_layer(chosen, unit)
+    if chosen.any_order(unit) or (isinstance(unit, Call) and not unit.records()):
         return results
     return dispatch.apply_plain(HigherOrder, unit, len(results), *results, *unit.tensors)
 
@@ -231,14 +231,11 @@ def _unpacked(ctx: Any) -> tuple[Unit, Tensor, tuple[Tensor, ...]]:
     return unit, output, everything[len(everything) - ctx.count :]
 
 
-def _composite(chosen: Backend, unit: Unit) -> tuple[Tensor, ...]:
-    """A composite backend's results of a call, or of a layer as a layer has them."""
-    if isinstance(unit, Call):
-        return backends.run_composite(chosen, unit)
+def _composite_layer(chosen: Backend, layer: Layer) -> tuple[Tensor, ...]:
     if not chosen.takes_stacks:
         assert chosen.composite is not None
-        return chosen.composite(unit)
-    output, *finals = backends.run_composite(chosen, unit.call())
+        return chosen.composite(layer)
+    output, *finals = backends.run_composite(chosen, layer.call())
     return (output, *(final.squeeze(0) for final in finals))
 
 

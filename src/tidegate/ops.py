@@ -57,7 +57,8 @@ def run(call: Call, find_faults: Callable[[Call], None] = no_faults) -> Sequence
         if call.between is not None:
             return layer_by_layer(call, _run_layer)
     try:
-        if torch.is_grad_enabled() and call.records():
+        # Of torch's operations, torch sees for itself whether there is something to record.
+        if torch.is_grad_enabled() and (chosen.composite is not None or call.records()):
             return gradients.record(call, chosen)
         if scope.trace is not None or chosen.forward is None:
             return backends.run(chosen, call)

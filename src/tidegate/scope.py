@@ -46,5 +46,9 @@ class _Scope(threading.local):
         self.observer: Callable[[Any], tuple[Any, ...]] | None = None
         self.decomposes: bool = False
 
+    def is_clear(self) -> bool:
+        """Nothing is asked for."""
+        return not self.named and self.trace is None and self.observer is None and not self.decomposes
+
 
 scope = _Scope()

@@ -9,21 +9,13 @@ import torch
 from torch import Tensor
 
 from tidegate.call import BATCH_FIRST, BOTH, REVERSE, STEP, UNBATCHED_STEP, Call, Unit
-from tidegate.cell import GRU, LSTM, RNN, extensions
-
-# Of a step with torch.nn's equations, which `extensions` would find nothing against.
-_STEPS = {
-    (cell.name, tuple((cell.default_options | dict(options)).values()))
-    for cell in (RNN, LSTM, GRU)
-    for options in ((), (("nonlinearity", "relu"),))
-    if not options or cell is RNN
-}
+from tidegate.cell import LSTM, TORCHS_STEPS, extensions
 
 
 def unsupported_reasons(call: Call) -> list[str]:
     """Why torch's operators cannot run `call`; empty if they can. Never raises."""
     plain = len(call.weights) == 4 or (len(call.weights) == 6 and call.weights[4] is None and call.weights[5] is None)
-    if call.layout >= STEP and plain and (call.cell.name, call.options) in _STEPS:
+    if call.layout >= STEP and plain and (call.cell.name, call.options) in TORCHS_STEPS:
         return []  # a cell's step must be quick
     reasons = extensions(call.cell, call.options, call.weights)
     if call.resets is not None:
@@ -88,8 +80,10 @@ def _step(call: Call) -> tuple[Tensor, ...]:
     unbatched = call.layout is UNBATCHED_STEP
     if unbatched:
         input = input.unsqueeze(0)
-    zeros = input.new_zeros((input.shape[0], call.hidden_size)) if any(state is None for state in call.states) else None
-    states: Any = [zeros if state is None else state.unsqueeze(0) if unbatched else state for state in call.states]
+    states: Any = [
+        _zero_state(call, input) if state is None else state.unsqueeze(0) if unbatched else state
+        for state in call.states
+    ]
     if call.cell.name == "lstm":
         new = torch.lstm_cell(input, states, *weights)
     elif call.cell.name == "rnn":
@@ -97,7 +91,11 @@ def _step(call: Call) -> tuple[Tensor, ...]:
         new = (operator(input, states[0], *weights),)
     else:
         new = (torch.gru_cell(input, states[0], *weights),)
-    return tuple(state.squeeze(0) for state in new) if unbatched else tuple(new)
+    return tuple([state.squeeze(0) for state in new]) if unbatched else new
+
+
+def _zero_state(call: Call, input: Tensor) -> Tensor:
+    return input.new_zeros((input.shape[0], call.hidden_size))
 
 
 def _packed(call: Call, lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -19,6 +19,7 @@ from tidegate.call import FORWARD, STEP, UNBATCHED_STEP, Call, Layer, new_call
 from tidegate.checks import check_layer
 from tidegate.nn import autocast, initialization
 from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag, read_nonlinearity
+from tidegate.scope import scope
 from tidegate.streaming import Source, Stream
 
 
@@ -34,7 +35,10 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
     """
 
     proj_size: int = 0
+    peepholes: bool = False
     _is_declared: bool = False
+    # Whose own forward is to run a step that autograd records, where there is nothing that it would not know.
+    _recorded_by: Any = None
     _plan: Plan  # of a module that is torch.nn's own, if it has none itself
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -117,6 +121,26 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         states = self._step(input, hx)
         return states[0] if len(states) == 1 else tuple(states)
 
+    def _is_recorded_by_torch(self) -> bool:
+        """Whether to leave a step to torch.nn's own forward, to which `ops.run` could only come by a longer way."""
+        if self._recorded_by is None or dispatch.is_compiling() or not torch.is_grad_enabled():
+            return False
+        weight = self._parameters.get("weight_ih")
+        return (
+            weight is not None
+            and weight.requires_grad
+            and (ACCELERATED in self.__dict__ or self._has_torchs_equations())
+            and scope.is_clear()
+            and dispatch.is_bare()
+            and not dispatch.is_autocast()
+        )
+
+    def _has_torchs_equations(self) -> bool:
+        return (
+            not (self.proj_size or self.peepholes)
+            and (self.cell.name, self.cell.read_options(self)) in kinds.TORCHS_STEPS
+        )
+
     def _step(self, input: Tensor, hx: object) -> Sequence[Tensor]:
         """One step: input (B, I) or (I,), states (B, size) or (size,) each, zeros if None."""
         cell, dims = self.cell, input.dim()
@@ -196,6 +220,8 @@ class _OneStateCell(RecurrentCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
+        if self._is_recorded_by_torch():
+            return self._recorded_by.forward(self, input, hx)
         if dispatch.is_symbolic(input):
             return dispatch.leaf(self, input, hx)
         return self._step(input, hx)[0]
@@ -210,6 +236,7 @@ class RNNCell(_OneStateCell, torch.nn.RNNCell):
     `activations`, `clip`, `init` as in RNN."""
 
     cell = kinds.RNN
+    _recorded_by = torch.nn.RNNCell
     clip: float = 0.0
 
     # What `activations` gave; torch.nn's cell takes any nonlinearity and refuses an unknown one when it runs.
@@ -276,13 +303,13 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
     in LSTM."""
 
     cell = kinds.LSTM
+    _recorded_by = torch.nn.LSTMCell
     activations: str = kinds.LSTM.options["activations"][1]
     clip: float = 0.0
     forget_bias: float | None = None
     cell_clip: float = 0.0
     proj_clip: float = 0.0
     coupled: bool = False
-    peepholes: bool = False
 
     def __init__(
         self,
@@ -321,6 +348,8 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
+        if self._is_recorded_by_torch():
+            return self._recorded_by.forward(self, input, hx)
         if dispatch.is_symbolic(input):
             return dispatch.leaf(self, input, hx)
         h, c = self._step(input, hx)
