@@ -4,7 +4,7 @@
     pip install 'tidegate[cli]'
     python examples/recipe_text.py
 
-The text is half of the documentation strings of Python's standard library (PSF licence), in random order. It is cut
+The text is every second documentation string of Python's standard library (PSF licence), in random order. It is cut
 into B rows that are read side by side, T of their V characters at a time: each piece starts from the state in which the
 last one ended, but no gradient goes back there. The last tenth is for the test. The baseline is lzma, which has read
 the same nine tenths before.
