@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import tidegate as tg
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 
@@ -31,3 +33,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_readme_has_python_blocks() -> None:
     assert len(re.findall(r"```python\n", PAGES[0].read_text(encoding="utf-8"))) >= 3
+
+
+def test_the_reference_has_what_is_public() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/reference/*.md")))
+    public = {name for name in tg.__all__ if name != "convert"} | {
+        f"convert.{name}" for name in set(tg.convert.__all__) - set(tg.__all__)
+    }
+    assert public - set(re.findall(r"^::: tidegate\.([\w.]+)$", pages, re.MULTILINE)) == set()

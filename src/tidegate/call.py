@@ -49,8 +49,13 @@ TIME_MAJOR, BATCH_FIRST, UNBATCHED, STEP, UNBATCHED_STEP = Layout
 FORWARD, REVERSE, BOTH = Direction
 
 
+def count(direction: Direction) -> int:
+    """D."""
+    return 2 if direction is BOTH else 1
+
+
 class Call(NamedTuple):
-    """All that a backend needs to know.
+    """All that a backend needs to know. The compiler of torch 2.10 reads its fields and methods, no properties.
 
     Attributes:
         cell: what each layer is.
@@ -95,7 +100,7 @@ class Call(NamedTuple):
 
     @property
     def directions(self) -> int:
-        return 2 if self.direction is BOTH else 1
+        return count(self.direction)
 
     @property
     def is_step(self) -> bool:
@@ -167,7 +172,8 @@ class Call(NamedTuple):
         """The same call over (T, B, I) or (B, T, I), zeros in place of states that are not given."""
         if all(state is not None for state in self.states):
             return self
-        sizes, leading = self.sizes(), (self.layers * self.directions, self.batch)
+        batch = self.input.shape[1 if self.layout is TIME_MAJOR else 0]
+        sizes, leading = self.sizes(), (self.layers * count(self.direction), batch)
         return self._replace(
             states=tuple(
                 self.input.new_zeros((*leading, sizes[letter])) if state is None else state
@@ -261,7 +267,7 @@ def layer_by_layer(call: Call, run: Callable[[Layer], tuple[Tensor, ...]]) -> tu
     Returns:
         the output, but of a step, and the final states, as `call.layout` has them.
     """
-    whole, directions, options = call.time_major(), call.directions, call.named_options()
+    whole, directions, options = call.time_major(), count(call.direction), call.named_options()
     output = whole.input
     finals: list[Sequence[Tensor]] = []
     for layer in range(call.layers):

@@ -108,6 +108,11 @@ def asked_once(function: F) -> F:
     return function
 
 
+# Whether what is asked once may be given a module. The compilers of torch 2.10 and 2.11 fail at it: there a cell is
+# compiled step by step.
+asked_of_modules: bool = torch.__version__ >= (2, 12)
+
+
 @functools.cache
 def keep_stand_in_for_cuda() -> None:
     """In a build of torch for CUDA that finds no GPU: have what fake tensors put in CUDA's place outlive their thread.

@@ -10,9 +10,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from environment import Environment
 from readme_renderer import markdown
 
+ROOT = Path(__file__).parents[2]
 USE = Path(__file__).with_name("use.py")
 NO_COMPILER = {"PATH": "", "CC": "no-such-compiler", "CXX": "no-such-compiler"}
 X86 = ["baseline", "avx2", "avx2_vnni", "avx512", "avx512_bf16"]
@@ -30,11 +32,31 @@ def explained(environment: Environment, **variables: str) -> tuple[str, str]:
 def test_the_wheel_holds_the_kernels_and_nothing_of_torch(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if ".so" in name or "lib" in name.lower()] == ["tidegate/kernels/tidegate_cpu.so"]
-    assert len([name for name in names if "/licenses/" in name and not name.endswith("/")]) == 3
     assert wheel.stat().st_size < 5_000_000
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     library = zipfile.ZipFile(wheel).read("tidegate/kernels/tidegate_cpu.so")
-    assert str(Path(__file__).parents[2]).encode() not in library
+    assert str(ROOT).encode() not in library
+
+
+def test_the_licence_list_says_what_the_wheel_holds(wheel: Path) -> None:
+    page = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    rows = [row.replace("`", "").strip("| ").split(" | ") for row in page.splitlines() if row.endswith("` |")]
+    parts = {place: (licence.replace("CC BY", "CC-BY").replace(" ", "-"), text) for _, place, licence, text in rows}
+    contents = zipfile.ZipFile(wheel)
+    files = {name: contents.read(name) for name in contents.namelist() if not name.endswith("/")}
+    (info,) = (name.removesuffix("METADATA") for name in files if name.endswith("dist-info/METADATA"))
+    assert {name.partition("/")[0] + "/" for name in files} == {"tidegate/", info}
+    assert {name for name, content in files.items() if b"\0" in content} == parts.keys() - {"tidegate/"}  # not text
+    assert {name for name in files if "/licenses/" in name} == {info + text for _, text in parts.values()}
+    (stated,) = re.findall("(?m)^License-Expression: (.*)$", files[f"{info}METADATA"].decode())
+    assert set(stated.split(" AND ")) == {licence for licence, _ in parts.values()}
+    titles = {
+        "Apache-2.0": "Apache License",
+        "CC-BY-4.0": "(CC BY 4.0)",
+        "BSD-3-Clause": "Redistributions in binary form",
+    }
+    for licence, text in parts.values():
+        assert titles[licence] in files[info + text].decode()
 
 
 def test_an_index_is_shown_no_link_into_the_repository(wheel: Path) -> None:
@@ -95,5 +117,17 @@ def test_uv_installs_the_wheel(
 ) -> None:
     # uv does not see a torch that a .pth file brings, and would fetch one.
     done = uv("pip", "install", "--no-deps", "--python", fresh.folder / "bin" / "python", wheel)
+    assert done.returncode == 0, done.stderr
+    assert explained(fresh)[0] == "cpu"
+
+
+def test_uv_builds_the_sources_in_isolation(
+    fresh: Environment,
+    sdist: Path,
+    uv: Callable[..., subprocess.CompletedProcess[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TIDEGATE_ISAS", "native")
+    done = uv("pip", "install", "--no-deps", "--no-cache", "--python", fresh.folder / "bin" / "python", sdist)
     assert done.returncode == 0, done.stderr
     assert explained(fresh)[0] == "cpu"

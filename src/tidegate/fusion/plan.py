@@ -258,6 +258,8 @@ def plan(
     if torch.compiler.is_dynamo_compiling():
         if not isinstance(step, torch.nn.Module):
             return Plan.impossible("a compiler does not see what a function reads that is no module"), ()
+        if not dispatch.asked_of_modules:
+            return Plan.impossible("the compiler of torch before 2.12 cannot ask for a module's plan"), ()
         # A step whose results nobody reads: the compiler guards on all that decides what the step does.
         x = pytree.tree_map(_zeros_of_a_step, inputs)
         step(*((x[0], state, x[1]) if with_noise else (x, state)))
