@@ -2,14 +2,17 @@
 """ns a step of GRU(1, H) or LSTM(1, H) and Dense(1): exported C, RTNeural and onnxruntime, interleaved in one run.
 
     PYTHONPATH=src python benchmarks/export.py --rtneural PATH [--include DIR] [--rnnoise PATH] [--node DIR]
-        [--out build/export.json]
+        [--programs build/export [--build]] [--out build/export.json]
 
 --rtneural is a checkout of RTNeural, of which every backend that compiles runs, by its compile-time API; --include, as
 often as needed, has the headers of Eigen and xsimd. --rnnoise is a checkout of rnnoise, whose int8 kernels run a GRU
-with as many inputs as units, as do ours. --node is a folder where `npm install onnxruntime-web` ran: GRU(1, 64), with a
-Dense of ours, a step and 100 of them. Each figure is the 10th percentile of blocks of 512 steps over `--seconds`, the
-best of `--rounds`. onnxruntime and `stream.steps` run the recurrent layer alone, without the Dense, from Python on one
-thread: a block of 512, and a step at a time.
+with as many inputs as units, as do ours and torch's dynamically quantized layer. --node is a folder where `npm install
+onnxruntime-web` ran: GRU(1, 64), with a Dense of ours, a step and 100 of them. Each figure is the 10th percentile of
+blocks of 512 steps over `--seconds`, the best of `--rounds`. onnxruntime, torch and `stream.steps` run the recurrent
+layer alone, without the Dense, from Python on one thread: a block of 512, and a step at a time.
+
+--build builds the programs in the folder --programs and times nothing, so that a second run there compiles nothing.
+--out keeps what it has of other sizes: a long run may be taken in parts.
 """
 
 from __future__ import annotations
@@ -19,15 +22,15 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import export_peers as peers
 import torch
-from export_peers import BLOCK, built
+from export_peers import built
 from torch import Tensor, nn
 
-import tidegate as tg
 from tidegate.cli.machine import describe_machine
 
 SIZES = (8, 16, 32, 64, 128)
@@ -105,18 +108,11 @@ class Model(nn.Module):
 def ours(folder: Path, kind: str, size: int) -> dict[str, Path]:
     """Programs by the name of their compiler and flags."""
     found: dict[str, Path] = {}
-    torch.manual_seed(0)
     for weights in ("float32", "int8"):
-        place = tg.export_c(
-            Model(kind, size), torch.randn(1, 64, 1), folder / f"{kind}{size}{weights}", weights=weights
-        )
-        (place / "bench.c").write_text("#define _POSIX_C_SOURCE 199309L\n" + _TIMING + _OURS)
-        for compiler in ("gcc", "clang"):
-            for name, flags in (("native", ["-march=native"]), ("avx2", ["-mavx2", "-mfma"])):
-                program = place / f"{compiler}-{name}"
-                files = [str(place / "model.c"), str(place / "bench.c")]
-                if shutil.which(compiler) and built([compiler, "-std=c99", "-O3", *flags, *files, "-o", str(program)]):
-                    found[f"tidegate {weights} {compiler} {name}"] = program
+        place = folder / f"{kind}{size}{weights}"
+        peers.exported(place, lambda: Model(kind, size), 1, weights, _TIMING + _OURS)
+        for name, program in peers.compiled(place).items():
+            found[f"tidegate {weights} {name}"] = program
     return found
 
 
@@ -129,32 +125,59 @@ def rtneural(folder: Path, path: Path, includes: list[str], kind: str, size: int
     found: dict[str, Path] = {}
     avx2 = ["-mavx2", "-mfma", "-DRTNEURAL_DEFAULT_ALIGNMENT=32"]
     native = ["-march=native", "-DRTNEURAL_DEFAULT_ALIGNMENT=64"]
-    variants = [(backend, kind, []) for backend in ("EIGEN", "XSIMD") for kind in ("avx2", "native")]
-    for backend, machine, more in (*variants, ("STL", "avx2", ["-ffast-math"])):
+    # Its Eigen backend takes alignments up to 32; large matrices stand in the model, which is no local variable here.
+    eigen = ["-DEIGEN_STACK_ALLOCATION_LIMIT=0"]
+    variants = [
+        ("EIGEN", avx2, "avx2", eigen),
+        ("EIGEN", [native[0], avx2[-1]], "native", eigen),
+        ("XSIMD", avx2, "avx2", []),
+        ("XSIMD", native, "native", []),
+        ("STL", avx2, "avx2 fast-math", ["-ffast-math"]),
+    ]
+    for backend, machine, title, more in variants:
         for compiler in ("g++", "clang++"):
-            flags = ["-std=c++17", "-O3", *(avx2 if machine == "avx2" else native), *more]
+            flags = ["-std=c++17", "-O3", *machine, *more]
             flags += ["-DRTNEURAL_AVX_ENABLED=1", "-DRTNEURAL_NAMESPACE=RTNeural", f"-DRTNEURAL_USE_{backend}=1"]
             flags += [f"-I{path}", f"-I{path / 'modules/json'}", *(f"-I{one}" for one in includes)]
-            name = f"RTNeural {backend} {compiler} {machine}{' fast-math' if more else ''}"
+            name = f"RTNeural {backend} {compiler} {title}"
             program = folder / f"{source.stem} {name}"
             if shutil.which(compiler) and built([compiler, *flags, str(source), "-o", str(program)]):
                 found[name] = program
     return found
 
 
-def run(program: Path, seconds: float) -> float:
-    said = subprocess.run([str(program), str(seconds)], capture_output=True, text=True, check=True)
-    return float(said.stdout)
+def timed(name: str, program: Path) -> peers.Timing:
+    def run(seconds: float) -> dict[str, float]:
+        said = subprocess.run([str(program), str(seconds)], capture_output=True, text=True, check=True)
+        return {name: float(said.stdout)}
+
+    return run
 
 
-def shown(title: str, row: dict[str, float]) -> None:
-    print(title)
-    for name, value in sorted(row.items(), key=lambda item: item[1]):
-        print(f"  {value:10.1f}  {name}", flush=True)
+def prepared(given: argparse.Namespace, folder: Path) -> Iterator[tuple[str, list[peers.Timing]]]:
+    """What each row is of, and what is timed for it."""
+    for kind in given.kinds:
+        for size in given.sizes:
+            programs = ours(folder, kind, size)
+            if given.rtneural:
+                programs |= rtneural(folder, given.rtneural, given.include, kind, size)
+            found = [timed(name, program) for name, program in programs.items()]
+            yield f"{kind} {size}, ns a step", [*found, *peers.from_python(folder, kind, size)]
+    for size in given.int8_sizes if given.rnnoise else ():
+        programs = peers.int8_layers(folder, _TIMING, given.rnnoise, size)
+        found = [timed(name, program) for name, program in programs.items()]
+        yield f"gru with {size} inputs {size}, ns a step", [*found, peers.quantized_by_torch(size)]
+    if given.node:
+        yield "gru 64 in Node, ns a call", [peers.in_node(folder, Model("gru", 64), given.node, 64)]
 
 
-def best(row: dict[str, float], name: str, value: float) -> None:
-    row[name] = min(row.get(name, float("inf")), value)
+def measured(contenders: list[peers.Timing], rounds: int, seconds: float) -> dict[str, float]:
+    row: dict[str, float] = {}
+    for _ in range(rounds):
+        for contender in contenders:
+            for name, value in contender(seconds).items():
+                row[name] = min(row.get(name, float("inf")), value)
+    return row
 
 
 def main() -> None:
@@ -163,48 +186,31 @@ def main() -> None:
     parser.add_argument("--include", action="append", default=[])
     parser.add_argument("--rnnoise", type=Path)
     parser.add_argument("--node", type=Path)
-    parser.add_argument("--int8-sizes", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
-    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
+    parser.add_argument("--int8-sizes", nargs="*", type=int, default=[64, 128, 256])
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES))
     parser.add_argument("--seconds", type=float, default=0.15)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--programs", type=Path, help="Where they are built; a second run with it builds nothing.")
+    parser.add_argument("--programs", type=Path)
+    parser.add_argument("--build", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     folder = given.programs or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, float]] = {}
-    for kind in given.kinds:
-        for size in given.sizes:
-            programs = ours(folder, kind, size)
-            if given.rtneural:
-                programs |= rtneural(folder, given.rtneural, given.include, kind, size)
-            session, stream = peers.onnx_session(folder, kind, size), peers.streamed(kind, size)
-            row = results[f"{kind} {size}, ns a step"] = {}
-            for _ in range(given.rounds):
-                for name, program in programs.items():
-                    best(row, name, run(program, given.seconds))
-                for name, steps in (("onnxruntime block of 512", BLOCK), ("onnxruntime step", 1)):
-                    best(row, name, session(steps, given.seconds))
-                best(row, "stream.steps of 512", stream(given.seconds))
-            shown(f"{kind} {size}, ns a step", row)
-    for size in given.int8_sizes if given.rnnoise else ():
-        programs = peers.int8_layers(folder, _TIMING, given.rnnoise, size)
-        row = results[f"gru with {size} inputs {size}, ns a step"] = {}
-        for _ in range(given.rounds):
-            for name, program in programs.items():
-                best(row, name, run(program, given.seconds))
-        shown(f"gru with {size} inputs {size}, ns a step", row)
-    if given.node:
-        row = results["gru 64 in Node, ns a call"] = {}
-        for _ in range(given.rounds):
-            for name, value in peers.in_node(folder, Model("gru", 64), given.node, 64, given.seconds).items():
-                best(row, name, value)
-        shown("gru 64 in Node, ns a call", row)
-    if given.out:
+    for title, contenders in list(prepared(given, folder)):
+        if given.build:
+            continue
+        row = results[title] = measured(contenders, given.rounds, given.seconds)
+        print(title)
+        for name, value in sorted(row.items(), key=lambda item: item[1]):
+            print(f"  {value:10.1f}  {name}", flush=True)
+    if given.out and results:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"machine": describe_machine(), "results": results}, indent=1) + "\n")
+        before = json.loads(given.out.read_text())["results"] if given.out.exists() else {}
+        found = {"machine": describe_machine(), "results": before | results}
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `export.py` times exported C against, beside RTNeural: rnnoise's int8 kernels, onnxruntime from Python and in
-Node, and a stream from Python."""
+Node, torch's dynamic quantization, and a stream from Python."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import nn
 import tidegate as tg
 
 BLOCK = 512
+_MACHINES = {"native": ["-march=native"], "avx2": ["-mavx2", "-mfma"]}
+_CLOCK = "#define _POSIX_C_SOURCE 199309L\n"
 
 # A GRU's step with as many inputs as units, int8, all blocks there, by rnnoise's `compute_generic_gru`.
 _RNNOISE = """
@@ -96,36 +99,56 @@ console.log(JSON.stringify(found));
 """
 
 
+Timing = Callable[[float], dict[str, float]]  # takes about so many seconds; ns of each contender by its name
+
+
 def built(command: list[str]) -> bool:
     """Run a compiler, whose last word is the program, unless that is there."""
     return Path(command[-1]).exists() or subprocess.run(command, capture_output=True).returncode == 0
+
+
+def exported(place: Path, model: Callable[[], nn.Module], inputs: int, weights: str, main: str) -> None:
+    """An export with a program that times it, unless they are there."""
+    if (place / "bench.c").exists():
+        return
+    torch.manual_seed(0)
+    tg.export_c(model(), torch.randn(1, 64, inputs), place, weights=weights)
+    (place / "bench.c").write_text(_CLOCK + main)
+
+
+def compiled(place: Path) -> dict[str, Path]:
+    """Its programs, by compiler and processor."""
+    found: dict[str, Path] = {}
+    for compiler in filter(shutil.which, ("gcc", "clang")):
+        for machine, flags in _MACHINES.items():
+            program = place / f"{compiler}-{machine}"
+            files = [str(place / "model.c"), str(place / "bench.c")]
+            if built([compiler, "-std=c99", "-O3", *flags, *files, "-o", str(program)]):
+                found[f"{compiler} {machine}"] = program
+    return found
 
 
 def int8_layers(folder: Path, timing: str, rnnoise: Path, size: int) -> dict[str, Path]:
     """GRU(size, size): rnnoise's int8 and an export's int8 and float32, programs by name."""
     found: dict[str, Path] = {}
     source = folder / f"rnnoise{size}.c"
-    source.write_text("#define _POSIX_C_SOURCE 199309L\n" + timing + _RNNOISE.replace("@SIZE@", str(size)))
+    source.write_text(_CLOCK + timing + _RNNOISE.replace("@SIZE@", str(size)))
     kernels = [str(rnnoise / "src" / name) for name in ("nnet.c", "nnet_default.c")]
-    flags = ["-O3", "-march=native", f"-I{rnnoise / 'src'}", f"-I{rnnoise / 'include'}"]
+    includes = [f"-I{rnnoise / 'src'}", f"-I{rnnoise / 'include'}"]
     for compiler in filter(shutil.which, ("gcc", "clang")):
-        program = folder / f"rnnoise{size}-{compiler}"
-        if built([compiler, *flags, str(source), *kernels, "-lm", "-o", str(program)]):
-            found[f"rnnoise int8 {compiler}"] = program
+        for machine, flags in _MACHINES.items():
+            program = folder / f"rnnoise{size}-{compiler}-{machine}"
+            if built([compiler, "-O3", *flags, *includes, str(source), *kernels, "-lm", "-o", str(program)]):
+                found[f"rnnoise int8 {compiler} {machine}"] = program
     for weights in ("float32", "int8"):
-        torch.manual_seed(0)
         place = folder / f"alone{size}{weights}"
-        tg.export_c(nn.GRU(size, size, batch_first=True), torch.randn(1, 64, size), place, weights=weights)
-        (place / "bench.c").write_text("#define _POSIX_C_SOURCE 199309L\n" + timing + _ALONE)
-        for compiler in filter(shutil.which, ("gcc", "clang")):
-            program, files = place / compiler, [str(place / "model.c"), str(place / "bench.c")]
-            if built([compiler, "-std=c99", "-O3", "-march=native", *files, "-o", str(program)]):
-                found[f"tidegate {weights} {compiler}"] = program
+        exported(place, lambda: nn.GRU(size, size, batch_first=True), size, weights, timing + _ALONE)
+        found |= {f"tidegate {weights} {name}": program for name, program in compiled(place).items()}
     return found
 
 
-def onnx_session(folder: Path, kind: str, size: int) -> Callable[[int, float], float]:
-    """Times onnxruntime's Python API for so many seconds: ns a step in blocks of so many steps."""
+def from_python(folder: Path, kind: str, size: int) -> list[Timing]:
+    """The layer alone: onnxruntime in blocks and a step at a time, and a stream's `steps`."""
     import onnxruntime
 
     layer = getattr(tg, kind.upper())(1, size)
@@ -136,21 +159,27 @@ def onnx_session(folder: Path, kind: str, size: int) -> Callable[[int, float], f
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     first, *states = [given.name for given in session.get_inputs()]
     state = {name: torch.zeros(1, 1, size).numpy() for name in states}
-    blocks = {steps: {first: torch.randn(steps, 1, 1).numpy(), **state} for steps in (BLOCK, 1)}
-
-    def timed(steps: int, seconds: float) -> float:
-        def block() -> None:
-            session.run(None, blocks[steps])
-
-        return tenth(block, seconds) / steps
-
-    return timed
+    block, step = ({first: torch.randn(steps, 1, 1).numpy(), **state} for steps in (BLOCK, 1))
+    stream, x = layer.stream(), torch.randn(BLOCK, 1)
+    return [
+        lambda seconds: {"onnxruntime block of 512": tenth(lambda: session.run(None, block), seconds) / BLOCK},
+        lambda seconds: {"onnxruntime step": tenth(lambda: session.run(None, step), seconds)},
+        lambda seconds: {"stream.steps of 512": tenth(lambda: stream.steps(x), seconds) / BLOCK},
+    ]
 
 
-def streamed(kind: str, size: int) -> Callable[[float], float]:
-    """Times `stream.steps` of 512 from Python: ns a step."""
-    stream, x = getattr(tg, kind.upper())(1, size).stream(), torch.randn(BLOCK, 1)
-    return lambda seconds: tenth(lambda: stream.steps(x), seconds) / BLOCK
+def quantized_by_torch(size: int) -> Timing:
+    """torch's own dynamically quantized GRU(size, size), from Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.GRU(size, size)), {nn.GRU})
+    layer, x = made[0], torch.randn(BLOCK, 1, size)
+
+    def run(seconds: float) -> dict[str, float]:
+        with torch.no_grad():
+            return {"torch int8, block of 512": tenth(lambda: layer(x), seconds) / BLOCK}
+
+    return run
 
 
 def tenth(run: Callable[[], Any], seconds: float) -> float:
@@ -164,7 +193,7 @@ def tenth(run: Callable[[], Any], seconds: float) -> float:
     return sorted(each)[len(each) // 10]
 
 
-def in_node(folder: Path, model: nn.Module, modules: Path, size: int, seconds: float) -> dict[str, float]:
+def in_node(folder: Path, model: nn.Module, modules: Path, size: int) -> Timing:
     """GRU(1, size), an export with its Dense and onnxruntime-web without: ns a call.
 
     Args:
@@ -175,6 +204,10 @@ def in_node(folder: Path, model: nn.Module, modules: Path, size: int, seconds: f
     tg.to_onnx(tg.GRU(1, size), place / "layer.onnx")
     (place / "package.json").write_text('{"type": "module"}')
     (place / "bench.js").write_text(_NODE)
-    command = ["node", "bench.js", str(modules.absolute()), str(size), str(seconds)]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def run(seconds: float) -> dict[str, float]:
+        command = ["node", "bench.js", str(modules.absolute()), str(size), str(seconds)]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

@@ -30,6 +30,12 @@ def library(folder: Path, flags: Sequence[str] = ("-O2", "-march=native"), compi
     return ctypes.CDLL(str(made))
 
 
+def run(*command: object) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def compiled(folder: Path, flags: Sequence[str] = ("-O2", "-march=native"), compiler: str = "gcc") -> Exported:
     return Exported(folder, library(folder, flags, compiler))
 

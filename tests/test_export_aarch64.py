@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exported import WARNINGS, Recurrent
+from exported import WARNINGS, Recurrent, run
 from torch import nn
 
 import tidegate as tg
@@ -18,12 +17,6 @@ import tidegate as tg
 GCC, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 missing = [tool for tool in (GCC, QEMU) if shutil.which(tool) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
-
-
-def run(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def net(kind: Any, size: int) -> nn.Module:

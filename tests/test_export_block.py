@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exported import WARNINGS, Beside, CausalConv, ExportedBlocks, Function, Recurrent, Residual, error, library
+from exported import WARNINGS, Beside, CausalConv, ExportedBlocks, Function, Recurrent, Residual, error, library, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -194,9 +193,3 @@ def test_refusals(tmp_path: Path, model: nn.Module, message: str) -> None:
     with pytest.raises(tg.ConversionError, match=message):
         tg.export_c(model, torch.randn(1, 50, 4), tmp_path / "out", block=True)
     assert list(tmp_path.iterdir()) == []
-
-
-def run(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout

@@ -7,13 +7,12 @@ A Cortex-M0+ runs ARMv6-M, of which a Cortex-M3 knows every instruction: qemu ha
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exported import WARNINGS
+from exported import WARNINGS, run
 from torch import Tensor, nn
 
 import tidegate as tg
@@ -36,12 +35,6 @@ class Audio(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin(self.rec(x)[0])
-
-
-def run(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def exported(folder: Path, kind: Any, size: int = 64, weights: str = "float32") -> Path:

@@ -23,7 +23,8 @@ from tidegate.fusion.trace import Cell, NotTraceableError, trace
 _SEARCHED_STEPS = 48  # for the module at fault: a step takes a millisecond there
 _VARIED_STEPS = 16
 _TOLERANCE = 1e-4  # of the output's scale: what is looked for is another computation, not a rounding
-# Of int8, where a rounding that falls the other way is a 127th of a number.
+# Of int8 at least, where a rounding that falls the other way is a 127th of a number: what the model makes of many of
+# them is tried, and twice that allowed.
 _TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 5e-3}
 
 
@@ -96,16 +97,23 @@ def compile_step(
         whole = expected if sequence is x else made.guarded(lambda sequence=sequence: _expected(made, sequence))
         found = _output(parts, row, _steps(made, sequence), partial(loop.evaluate, vectors=vectors, matrices=matrices))
         if not _alike(found, whole):
+            # What magnifies roundings step by step is compared as far as PyTorch itself tells.
+            told, _ = _told_apart(made, sequence, whole)
+            if _alike(found[:told], whole[:told]):
+                continue
             raise _fault(made, sequence) or RefusedError("model: its steps are not its output over a sequence")
     steps, rounding = _told_apart(made, x, expected)
-    given = _steps(made, x)
+    given, expected = _steps(made, x)[:steps], expected[:steps]
     short = stored(matrices, weights)
-    apart = 0.0
+    apart, tolerance = 0.0, max(_TOLERANCES[weights], 4 * rounding)
     if weights != "float32":
-        of_short = _output(parts, row, given, partial(evaluate, vectors=vectors, matrices=short))
-        apart, expected = float((of_short - expected)[:steps].abs().max()), of_short
-    given, expected = given[:steps], expected[:steps]
-    tolerance = max(_TOLERANCES[weights], 4 * rounding)
+        run = partial(evaluate, vectors=vectors, matrices=short)
+        whole, expected = expected, _output(parts, row, given, run)
+        apart = float((expected - whole).abs().max())
+        if weights == "int8":
+            moved = _output(parts, row, given, partial(run, moved=torch.Generator().manual_seed(0)))
+            by_rounding = (moved - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+            tolerance = max(tolerance, 2 * float(by_rounding))
     sizes = program.inputs[0], program.outputs[0].size
     return Compiled(parts, row, *sizes, vectors, short, given, expected, apart, tolerance)
 
@@ -165,8 +173,7 @@ def _expected(made: Model, x: Tensor) -> Tensor:
 def _told_apart(made: Model, x: Tensor, expected: Tensor) -> tuple[int, float]:
     """How many steps tell a rounding from an error, and how far PyTorch itself is from float64 there, of their scale.
 
-    A model may magnify roundings, as a LayerNorm of nearly equal numbers does, and more so step by step. The last use
-    of the module, which is float64 then.
+    A model may magnify roundings, as a LayerNorm of nearly equal numbers does, and more so step by step.
     """
     made.module.double()
     try:
@@ -177,6 +184,8 @@ def _told_apart(made: Model, x: Tensor, expected: Tensor) -> tuple[int, float]:
         ValueError,
     ):  # a model that makes float32 tensors of its own cannot be run in another dtype
         return x.shape[made.time], 0.0
+    finally:
+        made.module.float()
     apart = (exact - expected).abs().amax(1).cummax(0).values
     apart /= expected.abs().amax(1).cummax(0).values.clamp(min=1e-30)
     steps = int((4 * apart <= _TOLERANCE).sum())

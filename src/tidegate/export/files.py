@@ -47,7 +47,8 @@ def export_c(
         name: of the files and, in capitals, of the macros: letters, digits and _.
         weights: "float32"; "bfloat16" or "int8" for matrices of at least 16 rows and columns, the others stay float32.
             int8 by the arithmetic of `tidegate.quantization`: rows by a scale each, what they multiply as it comes. The
-            self-test's numbers are those of these weights; README.md says how far they are from the model's own.
+            self-test's numbers are those of these weights; README.md says how far they are from the model's own, and
+            C's from them.
         resets: `NAME_process` also takes a mark for each step that begins a new sequence.
         block: over whole sequences instead of step by step, for models with layers that run in reverse or both ways:
             `NAME_process` alone, which takes x and y of a sequence and `NAME_ROOM_SIZE(steps)` floats to work in. An

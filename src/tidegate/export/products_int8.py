@@ -2,9 +2,11 @@
 """int8 matrices by vectors in C: the arithmetic of `tidegate.quantization`, four columns at a time.
 
 Panels of 32 rows, the last one of 16, filled up with zeros. A panel lies four columns by four columns, the four numbers
-of a row side by side: `vpdpbusd` multiplies and adds these up in one instruction; `pmaddwd`, `i32x4.dot_i16x8_s` and
-their like do so pair by pair. Weights are stored with 128 added, for `vpdpbusd` takes one factor without a sign: sums
-then begin with -128 times the sum of what is multiplied.
+of a row side by side: `vpdpbusd` multiplies and adds these up in one instruction, AVX2 in two; `pmaddwd`,
+`i32x4.dot_i16x8_s` and their like do so pair by pair. Weights are stored with 128 added, for `vpdpbusd` takes one
+factor without a sign: sums then begin with -128 times the sum of what is multiplied. AVX2 wants that factor without a
+sign, too, and at most 128, or sums of two would leave 16 bits: there it is the operand's size, and its sign goes to the
+weights.
 """
 
 from __future__ import annotations
@@ -32,23 +34,23 @@ def laid_out(numbers: Tensor) -> Tensor:
 def source() -> str:
     """The C of `quantized` and `product_int8`."""
     parts = [_BEFORE]
-    for place, (condition, lanes, one_by_one) in enumerate(_MACHINES):
+    for place, (condition, lanes, one_by_one, above) in enumerate(_MACHINES):
         word = "#elif" if place else "#if"
-        parts.append("\n\n".join([f"{word} {condition}", *(_panel(width, lanes, one_by_one) for width in (32, 16))]))
+        parts += [f"{word} {condition}", *(_panel(width, lanes, one_by_one, above) for width in (32, 16))]
     return "\n\n".join([*parts, _PLAIN, _PRODUCT])
 
 
-# Condition, lanes of a vector, and whether a lane has a row's sum or half of it.
+# Condition, lanes of a vector, whether a lane has a row's sum or half of it, and how much the weights are above theirs.
 _MACHINES = (
-    ("LANES == 16 && defined(FOURS)", 16, True),
-    ("LANES == 16", 16, False),
-    ("LANES == 8 && defined(FOURS)", 8, True),
-    ("LANES == 8", 8, False),
-    ("LANES == 4", 4, False),
+    ("LANES == 16 && defined(FOURS)", 16, True, 128),
+    ("LANES == 16", 16, False, 128),
+    ("LANES == 8 && defined(FOURS)", 8, True, 128),
+    ("LANES == 8", 8, True, 0),
+    ("LANES == 4", 4, False, 128),
 )
 
 
-def _panel(width: int, lanes: int, one_by_one: bool) -> str:
+def _panel(width: int, lanes: int, one_by_one: bool, above: int) -> str:
     """A panel's sums in registers, of several groups of columns at once where one has too few.
 
     Of machines with few registers the rows are taken in parts.
@@ -65,15 +67,15 @@ def _panel(width: int, lanes: int, one_by_one: bool) -> str:
         "{",
     ]
     begins = [f"{name} = {'zero_bits()' if '_' in name else 'first'}" for name in names]
-    body = [f"ivec {', '.join(begins)};", "int j = 0;"]
+    body = [f"ivec {', '.join(begins)};", f"const uint8_t *at = w{_part_of(width, part)};"]
+    body += ["const digit *four = digits;", "int left = groups;"]
     for c in (groups, 1) if groups > 1 else (1,):
-        body.append(f"for (; j + {c} <= groups; j += {c}) {{")
+        body.append(f"for (; left >= {c}; left -= {c}, at += {GROUP * width * c}, four += {GROUP * c}) {{")
         for k in range(c):
-            body.append(f"    const uint8_t *const w{k} = w + {GROUP * width} * (j + {k}){_part_of(width, part)};")
-            body.append(f"    const ivec four{k} = four_of(digits + {GROUP} * (j + {k}));")
+            body.append(f"    const ivec x{k} = four_of(four{f' + {GROUP * k}' if k else ''});")
             for r in range(count):
-                name = f"s{r}{f'_{k}' if k else ''}"
-                body.append(f"    {name} = add_products({name}, w{k} + {bytes_of * r}, four{k});")
+                name, place = f"s{r}{f'_{k}' if k else ''}", GROUP * width * k + bytes_of * r
+                body.append(f"    {name} = add_products({name}, at{f' + {place}' if place else ''}, x{k});")
         body.append("}")
     totals = [" + ".join(f"s{r}{f'_{c}' if c else ''}" for c in range(groups)) for r in range(count)]
     if not one_by_one:
@@ -83,8 +85,9 @@ def _panel(width: int, lanes: int, one_by_one: bool) -> str:
         left = "rows" + at.replace("+", "-")
         condition = f"if ({left} > 0) " if at else ""
         body.append(f"{condition}scaled({total}, scales{at}, by.scale, from ? from{at} : from, y{at}, {left});")
-    # Half of a row's sum has half of what it begins with, -64 times the sum.
-    lines.append(f"    const ivec first = zero_bits() - {128 if one_by_one else 64} * by.sum;")
+    # Half of a row's sum has half of what it begins with.
+    begin = f" - {above if one_by_one else above // 2} * by.sum" if above else ""
+    lines.append(f"    const ivec first = zero_bits(){begin};")
     if part < width:
         lines += [
             f"    for (int part = 0; part < {width}; part += {part}) {{",
@@ -104,13 +107,13 @@ def _part_of(width: int, part: int, each: int = GROUP) -> str:
 
 _BEFORE = """\
 /* Bytes with and without a sign, multiplied and added up four by four. */
-#if LANES >= 8 && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#if LANES >= 8 && (defined(__AVX512VNNI__) && defined(__AVX512VL__) || LANES == 8 && defined(__AVXVNNI__))
 #define FOURS
 #endif
-#if LANES > 1 && !defined(FOURS)
-typedef int16_t digit;
-#else
+#if LANES == 8 || defined(FOURS) || LANES == 1
 typedef int8_t digit;
+#else
+typedef int16_t digit;
 #endif
 #if LANES > 1
 typedef VECTOR(digit, sizeof(digit) * LANES) digits_;
@@ -165,7 +168,7 @@ static of_digits quantized(const float *x, int n, digit *digits)
 }
 
 #if LANES > 1
-#if defined(FOURS)
+#if defined(FOURS) || LANES == 8
 static inline ivec four_of(const digit *digits)
 {
     int32_t four;
@@ -173,13 +176,23 @@ static inline ivec four_of(const digit *digits)
     return four + zero_bits();
 }
 
-/* sum[r] + the sum of w[4 r + k] digits[k] */
+/* sum[r] + the sum of w[4 r + k] digits[k], of AVX2 without vpdpbusd of w[4 r + k] - 128 */
 static inline ivec add_products(ivec sum, const uint8_t *w, ivec four)
 {
 #if LANES == 16
     return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512((const void *)w), (__m512i)four);
 #else
-    return (ivec)_mm256_dpbusd_epi32((__m256i)sum, _mm256_loadu_si256((const __m256i *)(const void *)w), (__m256i)four);
+    const __m256i bytes = _mm256_loadu_si256((const __m256i *)(const void *)w);
+#if defined(__AVXVNNI__)
+    return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, bytes, (__m256i)four);
+#elif defined(FOURS)
+    return (ivec)_mm256_dpbusd_epi32((__m256i)sum, bytes, (__m256i)four);
+#else
+    const __m256i with_sign = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+    const __m256i turned = _mm256_sign_epi8(with_sign, (__m256i)four);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)four), turned); /* up to 2 127^2 */
+    return sum + (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
 #endif
 }
 #else
@@ -198,9 +211,6 @@ static inline ivec add_products(ivec sum, const uint8_t *w, ivec four)
 #if LANES == 16
     const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)w));
     return sum + (ivec)_mm512_madd_epi16(wide, (__m512i)four);
-#elif LANES == 8
-    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)w));
-    return sum + (ivec)_mm256_madd_epi16(wide, (__m256i)four);
 #elif defined(__SSE2__)
     const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)w);
     const __m128i wide = _mm_unpacklo_epi8(bytes, _mm_setzero_si128());
@@ -228,8 +238,6 @@ static inline ivec paired(ivec a, ivec b)
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     return (ivec)_mm512_permutex2var_epi32((__m512i)a, even, (__m512i)b) +
            (ivec)_mm512_permutex2var_epi32((__m512i)a, odd, (__m512i)b);
-#elif LANES == 8
-    return (ivec)_mm256_permute4x64_epi64(_mm256_hadd_epi32((__m256i)a, (__m256i)b), 0xd8);
 #else
     const ivec sums = {a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
     return sums;
@@ -268,8 +276,8 @@ static void product_int8(const uint8_t *w, const float *scales, const digit *dig
                          const float *from, float *y, int rows)
 {
     const int groups = (n + 3) / 4;
-    int r = 0;
-    for (; r + 16 < rows; r += 32, w += 128 * groups)
-        sums_32(w, digits, groups, scales + r, by, from ? from + r : from, y + r, rows - r < 32 ? rows - r : 32);
-    if (r < rows) sums_16(w, digits, groups, scales + r, by, from ? from + r : from, y + r, rows - r);
+    int r = 0, left = rows;
+    for (; left > 16; r += 32, left -= 32, w += 128 * groups)
+        sums_32(w, digits, groups, scales + r, by, from ? from + r : from, y + r, left < 32 ? left : 32);
+    if (left > 0) sums_16(w, digits, groups, scales + r, by, from ? from + r : from, y + r, left);
 }"""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tidegate.export.compile import Compiled
 from tidegate.export.source import Source
 from tidegate.export.templates import Choices, state_size
@@ -44,8 +46,21 @@ def _short(compiled: Compiled, chosen: Choices) -> str:
     """What shorter weights cost."""
     if chosen.weights == "float32":
         return ""
-    largest = compiled.expected.abs().max()
-    return f"; {chosen.weights}: at most {compiled.apart:.2g} from float32 on the example, of {largest:.3g}"
+    largest = float(compiled.expected.abs().max())
+    apart, more = _rounded_up(compiled.apart), _rounded_up(compiled.tolerance * largest)
+    steps = len(compiled.expected)
+    return (
+        f"; {chosen.weights}: at most {apart} from float32 on the example, {steps} steps of numbers up to "
+        f"{largest:.3g}, and C's roundings at most {more} more"
+    )
+
+
+def _rounded_up(value: float) -> str:
+    """To two digits."""
+    if value == 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / unit) * unit:.2g}"
 
 
 def _memory(compiled: Compiled, chosen: Choices) -> str:

@@ -209,6 +209,8 @@ class _Pads(TorchFunctionMode):
         return func(*args, **given) if found is None else found
 
     def _pad(self, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor | None:
+        if not any(pad):
+            return x.clone()
         pairs = [(pad[k], pad[k + 1]) for k in range(0, len(pad), 2)]  # of the last dimension first
         places = [k for k, (before, _) in enumerate(pairs) if before > 0 and x.shape[-1 - k] == 1]
         if mode != "constant" or len(places) != 1:

@@ -14,6 +14,7 @@ from tidegate.quantization import Quantized, product, quantize_rows
 
 KINDS = ("float32", "bfloat16", "int8")
 _SMALLEST = 16  # rows and columns: smaller ones stay float32, they weigh nothing and an output layer is among them
+MOVED = 1e-5  # what C's float32 numbers may be apart from torch's
 
 Stored = Tensor | Quantized
 
@@ -36,16 +37,30 @@ def evaluate(
     vectors: Sequence[Tensor],
     matrices: Sequence[Stored],
     reverse: bool = False,
+    moved: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """As `fusion.loop.evaluate`, step by step, by the arithmetic of `tidegate.quantization`."""
+    """As `fusion.loop.evaluate`, step by step, by the arithmetic of `tidegate.quantization`.
+
+    Args:
+        moved: what becomes integers is moved by up to MOVED of its largest number, at random: more roundings fall the
+            other way than where C's numbers are not torch's to the last bit.
+    """
     steps = inputs[0].shape[0]
+    wide = [_widened(matrix) for matrix in matrices]
     current, made = list(states), list[list[Tensor]]()
     for t in reversed(range(steps)) if reverse else range(steps):
-        step = _StoredStep(program, [x[t : t + 1] for x in inputs], current, vectors, matrices)
+        step = _StoredStep(program, [x[t : t + 1] for x in inputs], current, vectors, wide, moved)
         made.append([step.value(output) for output in program.outputs])
         current = [step.value(operand) for operand in program.next_states]
     ordered = made[::-1] if reverse else made
     return [torch.cat(column) for column in zip(*ordered, strict=True)]
+
+
+def _widened(matrix: Stored) -> Stored:
+    """The numbers of a matrix in the dtype in which they are multiplied, once for all steps."""
+    if isinstance(matrix, Quantized):
+        return matrix._replace(numbers=matrix.numbers.double())
+    return matrix.float()
 
 
 class _StoredStep(Step):
@@ -56,20 +71,22 @@ class _StoredStep(Step):
         states: Sequence[Tensor],
         vectors: Sequence[Tensor],
         matrices: Sequence[Stored],
+        moved: torch.Generator | None,
     ) -> None:
-        self.stored = matrices
+        self.stored, self.moved = matrices, moved
         super().__init__(program, inputs, states, vectors, (), 1, (*states, *inputs)[0])
 
     def product(self, instruction: Instruction, operand: Tensor) -> Tensor:
         matrix, groups = self.stored[instruction.matrix], instruction.groups
         parts = operand.reshape(groups, -1)
         blocks = (matrix.numbers if isinstance(matrix, Quantized) else matrix).shape[0]
-        results = [_multiplied(part, matrix, k if blocks > 1 else 0) for k, part in enumerate(parts)]
+        results = [self._multiplied(part, matrix, k if blocks > 1 else 0) for k, part in enumerate(parts)]
         result = torch.cat(results).unsqueeze(0)
         return result if instruction.bias is None else result + self.value(instruction.bias)
 
-
-def _multiplied(x: Tensor, matrix: Stored, block: int) -> Tensor:
-    if isinstance(matrix, Quantized):
+    def _multiplied(self, x: Tensor, matrix: Stored, block: int) -> Tensor:
+        if not isinstance(matrix, Quantized):
+            return torch.mv(matrix[block], x)
+        if self.moved is not None:
+            x = x + MOVED * x.abs().max() * (2 * torch.rand(x.shape, generator=self.moved) - 1)
         return product(x, Quantized(matrix.numbers[block], matrix.scales[block]))
-    return torch.mv(matrix[block].float(), x)
