@@ -386,7 +386,7 @@ def prepare(call: Call) -> Callable[[Layout], Callable[..., Tensor]]:
 def release_memory() -> int:
     """Give the working memory that calls on a CPU leave for the next ones back to the system.
 
-    Each thread keeps what its largest call took, up to 64 MB, until it ends; all together keep up to 256 MB.
+    Each thread keeps what its largest call took until it ends; all together keep up to 256 MB.
 
     Returns:
         bytes given back: of all threads, but for those that are in a call.
