@@ -25,7 +25,7 @@ from tidegate.cell import GRU, LSTM, RNN, beyond_torch, extensions
 from tidegate.storage import STORAGES
 
 _LIBRARY = "tidegate_cpu.so"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PER_CELL = 5  # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 
 # Of each cell and its options' values, csrc's number of the kind and its kept gates.
@@ -145,7 +145,9 @@ def _projects(call: Call) -> bool:
 def _reasons(call: Call) -> list[str]:
     reasons = [*availability(), *extensions(call.cell, call.options, call.weights), *_stack_reasons(call)]
     if call.input.dtype not in _DTYPES:
-        reasons.append(f"input is {str(call.input.dtype).removeprefix('torch.')}, not float32, float64 or bfloat16")
+        reasons.append(
+            f"input is {str(call.input.dtype).removeprefix('torch.')}, not float32, float64, bfloat16 or float16"
+        )
     if not call.input.is_cpu:
         reasons.append(f"input is on {call.input.device}")
     return reasons
