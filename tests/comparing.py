@@ -16,7 +16,7 @@ import tidegate as tg
 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
-BACKENDS = (None, "aten", "reference")  # None: the first that fits, so the compiled operators but for float16
+BACKENDS = (None, "aten", "reference")  # None: the first that fits, so the compiled operators
 
 
 def twins(kind: str, *args: Any, seed: int = 0, **kwargs: Any) -> tuple[torch.nn.Module, torch.nn.Module]:

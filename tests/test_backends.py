@@ -19,6 +19,7 @@ import tidegate as tg
 from tidegate import backends, dispatch
 from tidegate.call import Call
 from tidegate.cell import GRU
+from tidegate.kernels import cpu
 from tidegate.scope import scope
 
 
@@ -175,6 +176,30 @@ def test_aten_refuses_a_projection_that_torch_would_not_recognise() -> None:
     call = call._replace(weights=call.weights | wide, states=(call.states[1], call.states[1]))
     assert backends.ATEN.unsupported_reasons(call.call()) != []
     torch.testing.assert_close(run_layer(call)[1], torch.zeros(3, 2, dtype=torch.float64), rtol=0, atol=0)
+
+
+@needs.compiled_operators
+def test_few_steps_of_large_layers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX-512 and without gradients, and where the user does not decide."""
+    sizes: dict[str, Any] = {"steps": 2, "batch": 1, "input_size": 3, "hidden_size": 512, "dtype": torch.float32}
+    few = make_call("gru", **sizes).call()
+    monkeypatch.setattr(cpu, "layout", lambda: "avx2")
+    with torch.no_grad():
+        assert backends.select(few, "").name == "aten"
+        assert backends.select(few, "cpu").name == "cpu"
+        assert backends.reasons(few)["cpu"] == ["2 to 4 steps, and hidden_size is 512 or more"]
+        for variant, other in (
+            ("gru", {"steps": 5}),
+            ("rnn-tanh", {"hidden_size": 500}),
+            ("gru", {"resets": True}),
+            ("lstm", {}),
+        ):
+            assert backends.select(make_call(variant, **sizes | other).call(), "").name == "cpu"
+        monkeypatch.setattr(cpu, "layout", lambda: "avx512")
+        assert backends.select(few, "").name == "cpu"
+    monkeypatch.setattr(cpu, "layout", lambda: "avx2")
+    recorded = few._replace(input=few.input.requires_grad_())
+    assert backends.select(recorded, "").name == "cpu"
 
 
 @needs.compiled_operators

@@ -28,7 +28,7 @@ from tidegate.cli.bench.streams import StreamResult
 from tidegate.cli.bench.worker import PeerProcess, installed_peers
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_streams_give_table_json_and_picture(tmp_path: Path, dtype: str) -> None:
     options = (
         "--mode",
@@ -252,7 +252,7 @@ def test_the_share_of_the_multiply_adds() -> None:
     assert limits.fma_share(case, 2e-6) is None
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_every_mode_runs_in_other_dtypes(tmp_path: Path, dtype: str) -> None:
     modes = ("--mode", "infer", "--mode", "train", "--mode", "cell")
     result = bench("--quick", *modes, "--shape", "2,3,4,5", "--dtype", dtype, "--threads", 1, "--out", tmp_path)

@@ -29,7 +29,8 @@ SHAPES = [
     (2, 300, 2, 17), (2, 5, 3, 257),
 ]  # fmt: skip
 EMPTY = [(3, 0, 2, 5), (1, 0, 1, 1)]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+NARROW = (torch.bfloat16, torch.float16)
 
 
 def check_inference(call) -> None:
@@ -101,7 +102,7 @@ def _threads_restored():
 
 
 @pytest.mark.usefixtures("_threads_restored")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
 @pytest.mark.parametrize("shape", [(40, 1, 64, 192), (20, 40, 97, 95), (30, 3, 128, 256)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_same_bits_at_any_number_of_threads(variant, shape, dtype):
@@ -117,7 +118,7 @@ def test_same_bits_at_any_number_of_threads(variant, shape, dtype):
     assert_right(call, results[-1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_same_bits_among_any_number_of_rows(variant, dtype):
     call = make_call(variant, (5, 61, 7, 43), dtype=dtype)
@@ -130,6 +131,18 @@ def test_same_bits_among_any_number_of_rows(variant, dtype):
             assert a is not None
             assert b is not None
             assert torch.equal(a, b[:, rows] if b.dim() == 3 else b[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_short_sequences_have_the_bits_of_long_ones(variant, dtype):
+    """Though their weights, which must be large for that, are packed for each product instead of once."""
+    long = make_call(variant, (11, 3, 5, 555), dtype=dtype)
+    outputs = forward(long, False)[0]
+    for steps in (2, 3):
+        short = long._replace(input=long.input[:steps].contiguous())
+        assert torch.equal(forward(short, False)[0], outputs[:steps])
+    assert_right(long._replace(input=long.input[:2].contiguous()))
 
 
 def test_one_cpu_and_two_threads_do_not_hang():
@@ -285,7 +298,7 @@ def test_overwriting_what_the_forward_kept(variant, dtype):
         for a, b in zip(apart, in_place, strict=True):
             assert (a is None) == (b is None)
             assert a is None or torch.equal(a, b if a.dim() == b.dim() else b.squeeze(0))
-        can = variant.startswith(("gru", "lstm")) and variant != "lstm-proj" and dtype != torch.bfloat16
+        can = variant.startswith(("gru", "lstm")) and variant != "lstm-proj" and dtype not in NARROW
         assert torch.equal(saved, before) != can
 
 
@@ -412,7 +425,7 @@ WITH_LENGTHS, WITH_RESETS, WITH_PROJECTION = 1 << 11, 1 << 12, 1 << 13
         (LSTM_FORM, {"input": torch.zeros(4, 3)}, "input: expected 3 dimensions, got 2"),
         (LSTM_FORM, {"input": torch.zeros(0, 3, 5)}, "input: expected at least one step"),
         (LSTM_FORM, {"input": torch.zeros(4, 3, 5).double()}, "weight_ih: expected the dtype of the other tensors"),
-        (LSTM_FORM, {"input": torch.zeros(4, 3, 5).half()}, "input: expected float32, float64 or bfloat16"),
+        (LSTM_FORM, {"input": torch.zeros(4, 3, 5).int()}, "input: expected float32, float64, bfloat16 or float16"),
         (LSTM_FORM, {"input": torch.zeros(4, 3, 5, device="meta")}, "input: expected a tensor on the cpu"),
         (LSTM_FORM, {"h_0": torch.zeros(1, 3, 7)}, r"h_0: expected \(1, 3, 6\), got \(1, 3, 7\)"),
         (LSTM_FORM, {"c_0": torch.zeros(1, 3, 5)}, r"c_0: expected \(1, 3, 6\), got \(1, 3, 5\)"),
@@ -436,8 +449,8 @@ def test_wrong_arguments_are_named(form, changes, message):
 
 def test_reasons():
     call = make_call("gru", (2, 3, 4, 5))
-    half, meta = call.to(torch.float16), call._replace(input=call.input.to("meta"))
-    assert cpu.unsupported_reasons(half.call()) == ["input is float16, not float32, float64 or bfloat16"]
+    whole, meta = call._replace(input=call.input.int()), call._replace(input=call.input.to("meta"))
+    assert cpu.unsupported_reasons(whole.call()) == ["input is int32, not float32, float64, bfloat16 or float16"]
     assert "input is on meta" in cpu.unsupported_reasons(meta.call())
     none = call._replace(input=call.input[:0])
     assert cpu.unsupported_reasons(none.call()) == ["the kernels need at least one step"]

@@ -18,7 +18,7 @@ from tidegate.kernels import cpu
 
 pytestmark = needs.compiled_operators
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BATCHES = (None, 1, 2, 3, 4, 7, 33, 70)
 SIZES = ((1, 1), (5, 17), (40, 3), (33, 64))
 
@@ -125,7 +125,8 @@ def test_sequences(kind, form, threads):
         for extra in OPTIONS[kind]:
             if extra.get("proj_size", 0) >= sizes[1]:
                 continue
-            for batch_first, dtype in ((False, torch.float32), (True, torch.float64), (False, torch.bfloat16)):
+            for i, dtype in enumerate(DTYPES):
+                batch_first = i % 2 == 1
                 made = module(kind, *sizes, dtype=dtype, scale=1, batch_first=batch_first, **options, **extra)
                 for batch, steps in ((None, 40), (1, 33), (3, 70), (16, 9), (17, 2), (40, 5)):
                     for lengths in (None,) if batch is None else (None, torch.randint(0, steps + 1, (batch,))):

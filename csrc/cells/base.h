@@ -5,6 +5,7 @@
 #include "cells/table.h"
 #include "engine/columns.h"
 #include "engine/sequence.h"
+#include "engine/weights.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
@@ -88,15 +89,21 @@ protected:
           x_(chunk_steps_ * (p.rows.batch + sharing.teams) * x_stride_, p.poison),
           x_gates_(input_panels * x_gates_stride_, p.poison) {}
 
-    Matrix input_matrix() const { return {p_.weight_ih, p_.bias_ih, p_.scale_ih}; }
-    Matrix recurrent_matrix() const { return {p_.weight_hh, p_.bias_hh, p_.scale_hh}; }
-
-    // Where the next panels lie in the weights that were packed before; null if they are to be packed for this call.
-    template <int C>
-    A* memory(int64_t count, int64_t depth) {
-        A* at = p_.packed ? static_cast<A*>(p_.packed) + packed_before_ : nullptr;
-        packed_before_ += Panels<F, C>::size(count, depth);
-        return at;
+    // Those of `units` from row `first` on, the next in the memory of weights that are packed once, if the call has such.
+    template <class W>
+    W weights(const Matrix& matrix, int64_t first, int64_t units, int64_t depth, int64_t uses) {
+        A* const packed = p_.packed ? static_cast<A*>(p_.packed) + packed_before_ : nullptr;
+        packed_before_ += W::size(units, depth);
+        return W(matrix, first, units, depth, uses, packed, p_.poison);
+    }
+    template <class W>
+    W input_weights(int64_t first, int64_t units) {
+        const int64_t chunks = ceil_div(p_.rows.steps, chunk_steps_);
+        return weights<W>({p_.weight_ih, p_.bias_ih, p_.scale_ih}, first, units, p_.input_size, chunks);
+    }
+    template <class W>
+    W recurrent_weights(int64_t first, int64_t units) {
+        return weights<W>({p_.weight_hh, p_.bias_hh, p_.scale_hh}, first, units, projected_, p_.rows.steps);
     }
 
     // Copies the inputs of a chunk of steps side by side, as factors. Returns how many rows they are.
@@ -117,15 +124,14 @@ protected:
     }
 
     // The product of the gathered inputs and this thread's panels, the first of which is `first_panel` of all.
-    template <int C>
-    void multiply_gathered(const Team& team, int64_t count, const Panels<F, C>& panels,
-                           int64_t first_panel = 0) const {
+    template <class W>
+    void multiply_gathered(const Team& team, int64_t count, const W& weights, int64_t first_panel = 0) const {
         const int64_t first = first_slot(team);
-        multiply(x_ + first * x_stride_, x_stride_, count, panels, team.crew.begin(panels.count),
-                 team.crew.end(panels.count), [&](int64_t slot, int64_t panel, const A* sums) {
-                     A* to = x_gates_at(first + slot, first_panel + panel);
-                     for (int c = 0; c < C; ++c) store(to + c * lanes, load(sums + c * lanes));
-                 });
+        weights.multiply(team.crew, x_ + first * x_stride_, x_stride_, count,
+                         [&](int64_t slot, int64_t panel, const A* sums) {
+                             A* to = x_gates_at(first + slot, first_panel + panel);
+                             for (int c = 0; c < W::vectors; ++c) store(to + c * lanes, load(sums + c * lanes));
+                         });
     }
 
     const A* x_gates(const LiveRow& row, int64_t panel) const { return x_gates_at(row.slot, panel); }
@@ -225,11 +231,11 @@ protected:
     // Through the recurrent weights flows what leaves a step; what leaves the first is for the initial state.
     static Columns recurrent_columns(const BackwardProblem& p, const void* matrix, int64_t depth) {
         const int64_t times = p.rows.steps - 1 + (p.dh_0 != nullptr);
-        return Columns(matrix, depth, p.projected, p.rows.total * times, p.poison);
+        return Columns(matrix, depth, p.projected, p.rows.total * times, times, p.poison);
     }
     // Through these, what flows inside a step.
     static Columns inner_columns(const BackwardProblem& p, const void* matrix, int64_t depth, int64_t columns) {
-        return Columns(matrix, depth, columns, p.rows.total * p.rows.steps, p.poison);
+        return Columns(matrix, depth, columns, p.rows.total * p.rows.steps, p.rows.steps, p.poison);
     }
 
     // Calls point(row, unit, valid units, sum) for this thread's columns of all live rows, where sum is the product of

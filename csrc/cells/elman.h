@@ -35,6 +35,7 @@ class ElmanForward : public ForwardBase<S, F_, carried<F_>> {
     using Base::hidden_, Base::lanes, Base::p_, Base::x_gates;
     using typename Base::A, typename Base::F, typename Base::V;
     static constexpr int wide = 2;   // vectors of units in a panel
+    using Units = Weights<S, F, wide, Arrangement::side_by_side>;
 
 public:
     static double row_flops(const ForwardProblem& p) {
@@ -42,24 +43,19 @@ public:
     }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
     static int64_t packed_size(const ForwardProblem& p) {
-        return Panels<F, wide>::size(panels_of(p), p.input_size) + Panels<F, wide>::size(panels_of(p), p.hidden);
+        return Units::size(p.hidden, p.input_size) + Units::size(p.hidden, p.hidden);
     }
 
     ElmanForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, panels_of(p), wide * lanes),
-          input_weights_(panels_of(p), p.input_size, p.poison,
-                         this->template memory<wide>(panels_of(p), p.input_size)),
-          weights_(panels_of(p), p.hidden, p.poison, this->template memory<wide>(panels_of(p), p.hidden)) {}
+          input_weights_(this->template input_weights<Units>(0, p.hidden)),
+          weights_(this->template recurrent_weights<Units>(0, p.hidden)) {}
 
     void start(const Crew& all) const { this->start_h(all); }
 
     void pack(const Crew& all) const {
-        for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
-            for (int c = 0; c < wide; ++c) {
-                const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ > unit ? hidden_ - unit : 0;
-                input_weights_.template pack<S>(panel, c, this->input_matrix(), unit, valid);
-                weights_.template pack<S>(panel, c, this->recurrent_matrix(), unit, valid);
-            }
+        input_weights_.pack(all);
+        weights_.pack(all);
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
@@ -68,21 +64,21 @@ public:
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         this->make_h_factors(crew, share, step);
-        multiply(this->h_factors(step, share.first()), share.stride() * this->factor_stride_, share.live(step), weights_,
-                 crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
-                     const A* x = x_gates(share[i], panel);
-                     for (int c = 0; c < wide; ++c) {
-                         const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ - unit;
-                         if (valid <= 0) return;
-                         const V pre_activation = load(x + c * lanes) + load(sums + c * lanes);
-                         this->write_h(share[i], step, unit, valid, Unit::template apply<A>(pre_activation));
-                     }
-                 });
+        weights_.multiply(crew, this->h_factors(step, share.first()), share.stride() * this->factor_stride_,
+                          share.live(step), [&](int64_t i, int64_t panel, const A* sums) {
+                              const A* x = x_gates(share[i], panel);
+                              for (int c = 0; c < wide; ++c) {
+                                  const int64_t unit = (panel * wide + c) * lanes, valid = hidden_ - unit;
+                                  if (valid <= 0) return;
+                                  const V pre_activation = load(x + c * lanes) + load(sums + c * lanes);
+                                  this->write_h(share[i], step, unit, valid, Unit::template apply<A>(pre_activation));
+                              }
+                          });
         crew.wait();
     }
 
 private:
-    const Panels<F, wide> input_weights_, weights_;
+    const Units input_weights_, weights_;
 };
 
 template <class S, class Unit>

@@ -27,6 +27,7 @@ class GruForward : public ForwardBase<S, F_, computed<S>> {
     using Base = ForwardBase<S, F_, computed<S>>;
     using Base::h_before, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
     using typename Base::A, typename Base::F, typename Base::V;
+    using Gates = Weights<S, F, 3, Arrangement::gates>;
 
 public:
     static double row_flops(const ForwardProblem& p) {
@@ -34,23 +35,19 @@ public:
     }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
     static int64_t packed_size(const ForwardProblem& p) {
-        return Panels<F, 3>::size(panels_of(p), p.input_size) + Panels<F, 3>::size(panels_of(p), p.hidden);
+        return Gates::size(p.hidden, p.input_size) + Gates::size(p.hidden, p.hidden);
     }
 
     GruForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, panels_of(p), 3 * lanes),
-          input_weights_(panels_of(p), p.input_size, p.poison, this->template memory<3>(panels_of(p), p.input_size)),
-          weights_(panels_of(p), p.hidden, p.poison, this->template memory<3>(panels_of(p), p.hidden)) {}
+          input_weights_(this->template input_weights<Gates>(0, p.hidden)),
+          weights_(this->template recurrent_weights<Gates>(0, p.hidden)) {}
 
     void start(const Crew& all) const { this->start_h(all); }
 
     void pack(const Crew& all) const {
-        for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
-            for (int gate = 0; gate < 3; ++gate) {
-                const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
-                input_weights_.template pack<S>(panel, gate, this->input_matrix(), first, valid);
-                weights_.template pack<S>(panel, gate, this->recurrent_matrix(), first, valid);
-            }
+        input_weights_.pack(all);
+        weights_.pack(all);
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
@@ -59,10 +56,10 @@ public:
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         this->make_h_factors(crew, share, step);
-        multiply(this->h_factors(step, share.first()), share.stride() * this->factor_stride_, share.live(step), weights_,
-                 crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
-                     point(share[i], step, panel * lanes, x_gates(share[i], panel), sums);
-                 });
+        weights_.multiply(crew, this->h_factors(step, share.first()), share.stride() * this->factor_stride_,
+                          share.live(step), [&](int64_t i, int64_t panel, const A* sums) {
+                              point(share[i], step, panel * lanes, x_gates(share[i], panel), sums);
+                          });
         crew.wait();
     }
 
@@ -81,7 +78,7 @@ private:
         store(at + 3 * hidden_, h_n, valid);
     }
 
-    const Panels<F, 3> input_weights_, weights_;
+    const Gates input_weights_, weights_;
 };
 
 template <class S>

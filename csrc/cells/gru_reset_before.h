@@ -13,6 +13,8 @@ class GruResetBeforeForward : public ForwardBase<S, F_, computed<S>> {
     using Base::h_before, Base::h_stride_, Base::hidden_, Base::lanes, Base::p_, Base::saved, Base::x_gates;
     using typename Base::A, typename Base::F, typename Base::V;
     static constexpr int wide = 2;   // vectors of units in a panel of W_hn
+    using Gates = Weights<S, F, 2, Arrangement::gates>;
+    using Units = Weights<S, F, wide, Arrangement::side_by_side>;
 
 public:
     static double row_flops(const ForwardProblem& p) {
@@ -21,28 +23,26 @@ public:
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, wide * lanes); }
     static int64_t rz_panels(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
     static int64_t packed_size(const ForwardProblem& p) {
-        return Panels<F, 2>::size(rz_panels(p), p.input_size) + Panels<F, 2>::size(rz_panels(p), p.hidden) +
-               Panels<F, wide>::size(panels_of(p), p.input_size) + Panels<F, wide>::size(panels_of(p), p.hidden);
+        return Gates::size(p.hidden, p.input_size) + Gates::size(p.hidden, p.hidden) +
+               Units::size(p.hidden, p.input_size) + Units::size(p.hidden, p.hidden);
     }
 
     GruResetBeforeForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, rz_panels(p) + panels_of(p), 2 * lanes),
-          input_rz_(rz_panels(p), p.input_size, p.poison, this->template memory<2>(rz_panels(p), p.input_size)),
-          weights_rz_(rz_panels(p), p.hidden, p.poison, this->template memory<2>(rz_panels(p), p.hidden)),
-          input_n_(panels_of(p), p.input_size, p.poison, this->template memory<wide>(panels_of(p), p.input_size)),
-          weights_n_(panels_of(p), p.hidden, p.poison, this->template memory<wide>(panels_of(p), p.hidden)),
+          input_rz_(this->template input_weights<Gates>(0, p.hidden)),
+          weights_rz_(this->template recurrent_weights<Gates>(0, p.hidden)),
+          input_n_(this->template input_weights<Units>(2 * p.hidden, p.hidden)),
+          weights_n_(this->template recurrent_weights<Units>(2 * p.hidden, p.hidden)),
           reset_h_(p.rows.batch, p.hidden, p.poison),
           z_(p.rows.batch * h_stride_, p.poison) {}
 
     void start(const Crew& all) const { this->start_h(all); }
 
     void pack(const Crew& all) const {
-        for (int64_t panel = all.begin(weights_rz_.count); panel < all.end(weights_rz_.count); ++panel)
-            for (int gate = 0; gate < 2; ++gate)
-                pack_panel(input_rz_, weights_rz_, panel, gate, gate * hidden_, panel * lanes);
-        for (int64_t panel = all.begin(weights_n_.count); panel < all.end(weights_n_.count); ++panel)
-            for (int c = 0; c < wide; ++c)
-                pack_panel(input_n_, weights_n_, panel, c, 2 * hidden_, (panel * wide + c) * lanes);
+        input_rz_.pack(all);
+        weights_rz_.pack(all);
+        input_n_.pack(all);
+        weights_n_.pack(all);
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
@@ -54,30 +54,22 @@ public:
     void step(Crew& crew, const Share& share, int64_t step) const {
         const int64_t count = share.live(step);
         this->make_h_factors(crew, share, step);
-        multiply(this->h_factors(step, share.first()), share.stride() * this->factor_stride_, count, weights_rz_,
-                 crew.begin(weights_rz_.count), crew.end(weights_rz_.count),
-                 [&](int64_t i, int64_t panel, const A* sums) {
-                     reset(share[i], step, panel * lanes, x_gates(share[i], panel), sums);
-                 });
+        weights_rz_.multiply(crew, this->h_factors(step, share.first()), share.stride() * this->factor_stride_, count,
+                             [&](int64_t i, int64_t panel, const A* sums) {
+                                 reset(share[i], step, panel * lanes, x_gates(share[i], panel), sums);
+                             });
         reset_h_.finish(crew, share, step);
-        multiply(reset_h_.at(share.first()), share.stride() * reset_h_.stride, count, weights_n_,
-                 crew.begin(weights_n_.count), crew.end(weights_n_.count),
-                 [&](int64_t i, int64_t panel, const A* sums) {
-                     const A* x = x_gates(share[i], input_rz_.count + panel);
-                     for (int c = 0; c < wide; ++c)
-                         update(share[i], step, (panel * wide + c) * lanes, load(x + c * lanes) + load(sums + c * lanes));
-                 });
+        weights_n_.multiply(crew, reset_h_.at(share.first()), share.stride() * reset_h_.stride, count,
+                            [&](int64_t i, int64_t panel, const A* sums) {
+                                const A* x = x_gates(share[i], input_rz_.count + panel);
+                                for (int c = 0; c < wide; ++c)
+                                    update(share[i], step, (panel * wide + c) * lanes,
+                                           load(x + c * lanes) + load(sums + c * lanes));
+                            });
         crew.wait();
     }
 
 private:
-    void pack_panel(const Panels<F, 2>& input, const Panels<F, 2>& recurrent, int64_t panel, int c, int64_t first,
-                    int64_t unit) const {
-        const int64_t valid = hidden_ > unit ? hidden_ - unit : 0;
-        input.template pack<S>(panel, c, this->input_matrix(), first + unit, valid);
-        recurrent.template pack<S>(panel, c, this->recurrent_matrix(), first + unit, valid);
-    }
-
     void reset(const LiveRow& row, int64_t step, int64_t unit, const A* x, const A* sums) const {
         const int64_t valid = hidden_ - unit, own = row.rank * h_stride_ + unit;
         const V r = sigmoid<A>(load(x) + load(sums));
@@ -99,7 +91,8 @@ private:
         if (p_.saved) store(saved(row) + 2 * hidden_ + unit, n, valid);
     }
 
-    const Panels<F, 2> input_rz_, weights_rz_, input_n_, weights_n_;
+    const Gates input_rz_, weights_rz_;
+    const Units input_n_, weights_n_;
     const FactorRows<F> reset_h_;   // by rank
     const Buffer<A> z_;             // by rank
 };

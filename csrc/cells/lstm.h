@@ -31,26 +31,26 @@ class LstmForward : public ForwardBase<S, F_, carried<F_>> {
         Base::x_gates;
     using typename Base::A, typename Base::F, typename Base::V;
     static constexpr int wide = 2;   // vectors of h in a panel of W_hr
+    using Gates = Weights<S, F, 4, Arrangement::gates>;
+    using Projection = Weights<S, F, wide, Arrangement::side_by_side>;
 
 public:
     static double row_flops(const ForwardProblem& p) {
         return 4 * Base::flops_of_weight * p.hidden * (p.projected + p.input_size);
     }
     static int64_t panels_of(const ForwardProblem& p) { return ceil_div(p.hidden, lanes); }
-    static int64_t projection_panels(const ForwardProblem& p) {
-        return p.weight_hr ? ceil_div(p.projected, wide * lanes) : 0;
-    }
+    static int64_t projected_units(const ForwardProblem& p) { return p.weight_hr ? p.projected : 0; }
     static int64_t packed_size(const ForwardProblem& p) {
-        return Panels<F, 4>::size(panels_of(p), p.input_size) + Panels<F, 4>::size(panels_of(p), p.projected) +
-               Panels<F, wide>::size(projection_panels(p), p.hidden);
+        return Gates::size(p.hidden, p.input_size) + Gates::size(p.hidden, p.projected) +
+               Projection::size(projected_units(p), p.hidden);
     }
 
     LstmForward(const ForwardProblem& p, const Sharing& sharing)
         : Base(p, sharing, panels_of(p), 4 * lanes),
-          input_weights_(panels_of(p), p.input_size, p.poison, this->template memory<4>(panels_of(p), p.input_size)),
-          weights_(panels_of(p), p.projected, p.poison, this->template memory<4>(panels_of(p), p.projected)),
-          projection_(projection_panels(p), p.hidden, p.poison,
-                      this->template memory<wide>(projection_panels(p), p.hidden)),
+          input_weights_(this->template input_weights<Gates>(0, p.hidden)),
+          weights_(this->template recurrent_weights<Gates>(0, p.hidden)),
+          projection_(this->template weights<Projection>({p.weight_hr, nullptr, p.scale_hr}, 0, projected_units(p), p.hidden,
+                                                         p.rows.steps)),
           c_(panels_of(p) * p.rows.batch * lanes, p.poison),
           m_(p.weight_hr ? p.rows.batch : 0, p.hidden, p.poison) {}
 
@@ -62,17 +62,9 @@ public:
     }
 
     void pack(const Crew& all) const {
-        for (int64_t panel = all.begin(weights_.count); panel < all.end(weights_.count); ++panel)
-            for (int gate = 0; gate < 4; ++gate) {
-                const int64_t unit = panel * lanes, valid = hidden_ - unit, first = gate * hidden_ + unit;
-                input_weights_.template pack<S>(panel, gate, this->input_matrix(), first, valid);
-                weights_.template pack<S>(panel, gate, this->recurrent_matrix(), first, valid);
-            }
-        for (int64_t panel = all.begin(projection_.count); panel < all.end(projection_.count); ++panel)
-            for (int c = 0; c < wide; ++c) {
-                const int64_t unit = (panel * wide + c) * lanes, valid = projected_ > unit ? projected_ - unit : 0;
-                projection_.template pack<S>(panel, c, {p_.weight_hr, nullptr, p_.scale_hr}, unit, valid);
-            }
+        input_weights_.pack(all);
+        weights_.pack(all);
+        projection_.pack(all);
     }
 
     void multiply_input(Team& team, const Share& share, int64_t step, int64_t end) const {
@@ -81,21 +73,20 @@ public:
 
     void step(Crew& crew, const Share& share, int64_t step) const {
         this->make_h_factors(crew, share, step);
-        multiply(this->h_factors(step, share.first()), share.stride() * factor_stride_, share.live(step), weights_,
-                 crew.begin(weights_.count), crew.end(weights_.count), [&](int64_t i, int64_t panel, const A* sums) {
-                     point(share[i], step, panel, x_gates(share[i], panel), sums);
-                 });
+        weights_.multiply(crew, this->h_factors(step, share.first()), share.stride() * factor_stride_, share.live(step),
+                          [&](int64_t i, int64_t panel, const A* sums) {
+                              point(share[i], step, panel, x_gates(share[i], panel), sums);
+                          });
         if (!p_.weight_hr) return crew.wait();
         m_.finish(crew, share, step);
-        multiply(m_.at(share.first()), share.stride() * m_.stride, share.live(step), projection_,
-                 crew.begin(projection_.count), crew.end(projection_.count),
-                 [&](int64_t i, int64_t panel, const A* sums) {
-                     for (int c = 0; c < wide; ++c) {
-                         const int64_t unit = (panel * wide + c) * lanes;
-                         if (unit < projected_)
-                             this->write_h(share[i], step, unit, projected_ - unit, load(sums + c * lanes));
-                     }
-                 });
+        projection_.multiply(crew, m_.at(share.first()), share.stride() * m_.stride, share.live(step),
+                             [&](int64_t i, int64_t panel, const A* sums) {
+                                 for (int c = 0; c < wide; ++c) {
+                                     const int64_t unit = (panel * wide + c) * lanes;
+                                     if (unit < projected_)
+                                         this->write_h(share[i], step, unit, projected_ - unit, load(sums + c * lanes));
+                                 }
+                             });
         crew.wait();
     }
 
@@ -122,8 +113,8 @@ private:
         store(at + 4 * hidden_, c, valid);
     }
 
-    const Panels<F, 4> input_weights_, weights_;
-    const Panels<F, wide> projection_;
+    const Gates input_weights_, weights_;
+    const Projection projection_;
     const Buffer<A> c_;        // by panel and rank
     const FactorRows<F> m_;    // by rank
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products with the columns of a weight matrix, as the backward needs them: packed into panels where many rows pass
-// over them, read where they lie where packing would cost more than a few rows bring.
+// over them, once or for each product; read where they lie where packing would cost more than a few rows bring.
 #pragma once
 
 #include "engine/cost.h"
@@ -68,18 +68,18 @@ public:
     static constexpr int wide = 2;
     static constexpr int64_t panels_of(int64_t columns) { return ceil_div(columns, wide * width<A>); }
 
-    // rows: that will be multiplied in all.
-    Columns(const void* matrix, int64_t depth, int64_t columns, int64_t rows, bool poison)
+    // rows: that will be multiplied in all, in so many products.
+    Columns(const void* matrix, int64_t depth, int64_t columns, int64_t rows, int64_t products, bool poison)
         : columns(columns),
           matrix_(static_cast<const S*>(matrix)),
-          packs_(!std::is_same_v<S, A> || rows > rows_not_worth_packing),
+          reads_(std::is_same_v<S, A> && rows <= rows_not_worth_packing),
+          packs_(!reads_ && is_worth_packing(products, depth * columns * static_cast<int64_t>(sizeof(S)))),
           panels_(packs_ ? panels_of(columns) : 0, depth, poison) {}
 
     // Before the first product; the crew meets afterwards.
     void pack(const Crew& all) const {
-        if (!packs_) return;
         for (int64_t panel = all.begin(panels_.count); panel < all.end(panels_.count); ++panel)
-            panels_.pack_columns(panel, matrix_, columns);
+            panels_.pack_columns(panel, panel, matrix_, columns);
     }
 
     // Calls each(row, column, valid columns, sum) for this thread's columns, a vector at a time, of `count` rows; those
@@ -95,11 +95,18 @@ public:
             }
         };
         if constexpr (std::is_same_v<S, A>) {
-            if (!packs_ && with_product > 0)
+            if (reads_ && with_product > 0)
                 multiply_unpacked<A, wide>(rows, row_stride, with_product, matrix_, panels_.depth, columns, begin, end,
                                            by_vector);
         }
         if (packs_) tidegate::TIDEGATE_ISA::multiply(rows, row_stride, with_product, panels_, begin, end, by_vector);
+        else if (!reads_)
+            multiply_packing<F, wide>(
+                rows, row_stride, with_product, panels_.depth, begin, end,
+                [&](const Panels<F, wide>& to, int64_t place, int64_t panel) {
+                    to.pack_columns(place, panel, matrix_, columns);
+                },
+                by_vector);
         no_product(with_product, count, panels_, begin, end, by_vector);
     }
 
@@ -109,7 +116,7 @@ public:
 
 private:
     const S* const matrix_;
-    const bool packs_;
+    const bool reads_, packs_;
     const Panels<F, wide> panels_;
 };
 

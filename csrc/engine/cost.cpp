@@ -52,7 +52,10 @@ Sharing share_loop(const LoopWork& work, int max_threads) {
     const double total = work.row_flops * static_cast<double>(work.positions);
     const int64_t most = work.rows;
     int64_t threads = threads_worth_waking(total, work.row_flops / 2 * static_cast<double>(work.steps), max_threads);
-    int64_t teams = std::clamp<int64_t>(most / rows_worth_a_team, 1, threads);
+    // Where weights are packed for each product, each team would pack all of them. Half of a forward's, in float, are so many
+    // bytes as it has flops a row.
+    const bool packs_once = is_worth_packing(work.steps, static_cast<int64_t>(work.row_flops));
+    int64_t teams = packs_once ? std::clamp<int64_t>(most / rows_worth_a_team, 1, threads) : 1;
     // Where rows can be shared instead, which needs no barrier, a thread has to bring more.
     const double team_flops =
         work.row_flops * static_cast<double>(most) / static_cast<double>(teams) / (most > 1 ? 3 : 1);

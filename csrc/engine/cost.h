@@ -14,6 +14,13 @@ constexpr int64_t few_rows = 16;
 // Up to so many rows read a matrix where it lies: packing it costs more.
 constexpr int64_t rows_not_worth_packing = 8;
 
+// Whether so many products with all of a matrix cost more when it is packed for them all than when a few panels at a time
+// are packed for each: what fits the second cache is packed in the time of one product, what does not is written to where
+// it is slow to write, and more than the third cache holds to memory.
+TIDEGATE_INLINE constexpr bool is_worth_packing(int64_t products, int64_t bytes) {
+    return products > (bytes <= 1'100'000 ? 1 : bytes <= 32'000'000 ? 4 : 8);
+}
+
 // Of one int8 weight and one row, where a float32 has two.
 constexpr double int8_flops = 0.8;
 

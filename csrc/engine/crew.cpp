@@ -25,10 +25,25 @@ void pause() {
 #endif
 }
 
-int64_t now() {
+int64_t time_of_system() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
 }
+
+// What this thread has had of a processor; 0 where that cannot be told.
+int64_t processor_time_of_thread() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+    timespec time;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) return time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
+#endif
+    return 0;
+}
+
+constexpr Clocks clocks_of_system = {time_of_system, processor_time_of_thread};
+Clocks clocks = clocks_of_system;
+
+int64_t now() { return clocks.now(); }
+int64_t own_time() { return clocks.own_time(); }
 
 // A forked child has the host's pool without its threads: to call them would wait for ever. So where a call had started
 // them before the fork, the child's calls run alone.
@@ -58,15 +73,6 @@ struct Enrolment {
 
     static constexpr int closed = 1 << 16;
 };
-
-// What this thread has had of a processor; 0 where that cannot be told.
-int64_t own_time() {
-#if defined(CLOCK_THREAD_CPUTIME_ID)
-    timespec time;
-    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) return time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
-#endif
-    return 0;
-}
 
 void raise(std::atomic<int64_t>& most, int64_t value) {
     int64_t before = most.load(std::memory_order_relaxed);
@@ -171,6 +177,8 @@ bool is_crowded() {
 }
 
 void set_parallel_for(ParallelFor function) { parallel_for = function; }
+
+void set_clocks(const Clocks* others) { clocks = others ? *others : clocks_of_system; }
 
 void run_crew(int wanted, int64_t patience, Work work, void* context) {
     wanted = std::clamp(wanted, 1, max_crew);

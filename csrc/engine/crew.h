@@ -64,6 +64,14 @@ using Work = void (*)(void* context, Crew& all, Post* team_posts);
 using ParallelFor = void (*)(int64_t count, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 void set_parallel_for(ParallelFor function);
 
+// The time, and what the calling thread has had of a processor, in nanoseconds. Tests bring their own; null for the
+// system's.
+struct Clocks {
+    int64_t (*now)();
+    int64_t (*own_time)();
+};
+void set_clocks(const Clocks* others);
+
 // Runs `work` on up to `wanted` threads. `patience`, a quarter of the time that it would take alone, is how many
 // nanoseconds the first may wait for the rest.
 void run_crew(int wanted, int64_t patience, Work work, void* context);

@@ -20,7 +20,7 @@ public:
         : p_(p),
           positions_(p.rows),
           stride_(padded<F>(depth)),
-          columns_(p.weight_ih, depth, wanted ? p.input_size : 0, p.rows.total, p.poison),
+          columns_(p.weight_ih, depth, wanted ? p.input_size : 0, p.rows.total, ceil_div(p.rows.total, block), p.poison),
           copies_(wanted ? threads * block * stride_ : 0, p.poison) {}
 
     void pack(const Crew& crew) const { columns_.pack(crew); }

@@ -303,7 +303,7 @@ private:
     }
 
     void pack_panel(const Instruction& i, const MatrixShape& m, const Panel& panels, int64_t panel, const A* matrix) const {
-        if (i.operation == Operation::product_transposed) return panels.pack_columns(panel, matrix, m.columns);
+        if (i.operation == Operation::product_transposed) return panels.pack_columns(panel, panel, matrix, m.columns);
         const void* bias = i.bias < 0 ? nullptr : p_.vectors[i.bias];
         for (int c = 0; c < wide; ++c) {
             const int64_t first = (panel * wide + c) * lanes;

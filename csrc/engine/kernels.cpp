@@ -23,9 +23,10 @@ auto with_type(Type type, Go&& go) {
     switch (type) {
         case Type::f32: return go(Tag<float>());
         case Type::f64: return go(Tag<double>());
-        case Type::bf16: break;
+        case Type::bf16: return go(Tag<bf16>());
+        case Type::f16: break;
     }
-    return go(Tag<bf16>());
+    return go(Tag<f16>());
 }
 
 // Calls go(Tag<Cell>()) with the class that runs the forward of a kind, or the backward. S: the stored type, F: the

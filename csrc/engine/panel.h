@@ -100,10 +100,10 @@ public:
         }
     }
 
-    // Takes its columns of a row-major (depth, all_columns) matrix, without a bias.
+    // At `place` what is panel `panel` of a row-major (depth, all_columns) matrix, without a bias.
     template <class S>
-    void pack_columns(int64_t panel, const S* matrix, int64_t all_columns) const {
-        A* to = at(panel);
+    void pack_columns(int64_t place, int64_t panel, const S* matrix, int64_t all_columns) const {
+        A* to = at(place);
         const int64_t first = panel * columns;
         const auto row = [&](int64_t k, int64_t column) {
             if (k >= depth || column >= all_columns) return Vec<A>{};
@@ -114,7 +114,7 @@ public:
                 const int64_t column = first + c * lanes;
                 store(to, make_words<F>(row(k, column), row(k + in_word - 1, column)));
             }
-        clear_bias(panel);
+        clear_bias(place);
     }
 
     // Rows as above, and their tail. S: what the bias is stored as.
@@ -297,6 +297,24 @@ inline void multiply(const element<F>* rows, int64_t row_stride, int64_t count, 
                 for (int m = 0; m < group; ++m) each(first + r, panel + m, sums + (r * group + m) * panels.columns);
         }
         panel += group;
+    }
+}
+
+// The same with panels that pack(panels, place, panel) packs, a few at a time, when they are needed, in memory that stays in
+// the cache.
+template <class F, int C, class Pack, class Each>
+inline void multiply_packing(const element<F>* rows, int64_t row_stride, int64_t count, int64_t depth, int64_t begin,
+                             int64_t end, Pack&& pack, Each&& each) {
+    constexpr int64_t bytes_at_once = 48 << 10, panels_at_once = 4;
+    if (count == 0 || begin >= end) return;
+    const int64_t bytes = Panels<F, C>::size(1, depth) * static_cast<int64_t>(sizeof(computed<F>)), fit = bytes_at_once / bytes;
+    const int64_t most = fit < 1 ? 1 : fit < panels_at_once ? fit : panels_at_once;
+    const Panels<F, C> some(most, depth, false);
+    for (int64_t panel = begin; panel < end; panel += most) {
+        const int64_t size = end - panel < most ? end - panel : most;
+        for (int64_t i = 0; i < size; ++i) pack(some, i, panel + i);
+        multiply(rows, row_stride, count, some, 0, size,
+                 [&](int64_t row, int64_t i, const computed<F>* sums) { each(row, panel + i, sums); });
     }
 }
 

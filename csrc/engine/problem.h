@@ -15,7 +15,11 @@
 namespace tidegate {
 
 enum class Kind : int64_t { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
-enum class Type { f32, f64, bf16 };
+enum class Type { f32, f64, bf16, f16 };
+
+// What is computed in float32, and rounded where it is stored.
+TIDEGATE_INLINE constexpr bool is_narrow(Type type) { return type == Type::bf16 || type == Type::f16; }
+
 // How the matrices are stored: as everything else, or beside float32. int8: each row with a scale.
 enum class Storage { own, int8, bf16 };
 

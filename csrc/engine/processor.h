@@ -13,7 +13,9 @@ inline bool has_baseline() { return true; }
 #if defined(__x86_64__) || defined(_M_X64)
 inline bool has_avx2() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned a = 0, b = 0, c = 0, d = 0;   // compilers learned F16C's name late
+    const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c;
 }
 inline bool has_avx2_vnni() {
     unsigned a = 0, b = 0, c = 0, d = 0;   // compilers learned the name late

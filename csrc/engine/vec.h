@@ -29,6 +29,9 @@ constexpr int vector_bytes = 16, vector_registers = 16;
 struct bf16 {
     uint16_t bits;
 };
+struct f16 {
+    uint16_t bits;
+};
 
 template <class A>
 struct Lanes;
@@ -59,6 +62,10 @@ struct Computed {
 };
 template <>
 struct Computed<bf16> {
+    using type = float;
+};
+template <>
+struct Computed<f16> {
     using type = float;
 };
 template <class S>
@@ -105,6 +112,39 @@ inline Lanes<float>::Half round_to_bf16(Vec<float> value) {
 }
 #endif
 
+// f16 of the widest kind that the processor converts, to nearest even; else by hand, where denormals take a detour through
+// a sum, so that they need no denormal float32.
+#if defined(__AVX512F__)
+inline Vec<float> widen_f16(Lanes<float>::Half half) { return (Vec<float>)_mm512_cvtph_ps((__m256i)half); }
+inline Lanes<float>::Half round_to_f16(Vec<float> value) {
+    return (Lanes<float>::Half)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__F16C__)
+inline Vec<float> widen_f16(Lanes<float>::Half half) { return (Vec<float>)_mm256_cvtph_ps((__m128i)half); }
+inline Lanes<float>::Half round_to_f16(Vec<float> value) {
+    return (Lanes<float>::Half)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+inline Vec<float> widen_f16(Lanes<float>::Half half) {
+    using Uint = Lanes<float>::Uint;
+    constexpr uint32_t infinity = 0x7c00u << 13, rebias = (127 - 15) << 23, smallest = (127 - 14) << 23;
+    const Uint bits = __builtin_convertvector(half, Uint), magnitude = (bits & 0x7fffu) << 13;
+    const Uint normal = magnitude + (magnitude >= infinity ? Uint{} + 2 * rebias : Uint{} + rebias);
+    const Uint denormal = (Uint)((Vec<float>)(magnitude + smallest) - (Vec<float>)(Uint{} + smallest));
+    return (Vec<float>)((magnitude < (1u << 23) ? denormal : normal) | (bits & 0x8000u) << 16);
+}
+inline Lanes<float>::Half round_to_f16(Vec<float> value) {
+    using Uint = Lanes<float>::Uint;
+    constexpr uint32_t too_large = (127 + 16) << 23, smallest = (127 - 14) << 23, half_one = 126u << 23, rebias = (127 - 15) << 23;
+    const Uint bits = (Uint)value, magnitude = bits & 0x7fffffffu;
+    const Uint normal = (magnitude - rebias + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    const Uint denormal = (Uint)((Vec<float>)magnitude + 0.5f) - half_one;
+    const Uint large = magnitude > (255u << 23) ? Uint{} + 0x7e00u : Uint{} + 0x7c00u;
+    const Uint result = magnitude >= too_large ? large : magnitude < smallest ? denormal : normal;
+    return __builtin_convertvector(result | (bits >> 16 & 0x8000u), Lanes<float>::Half);
+}
+#endif
+
 // Every lane the same. Minus zero, because plus zero would turn -0 into 0 and so cost an addition.
 template <class A>
 inline Vec<A> splat(A value) {
@@ -130,6 +170,7 @@ inline float widen(bf16 value) {
     std::memcpy(&result, &bits, sizeof result);
     return result;
 }
+inline float widen(f16 value) { return widen_f16(Lanes<float>::Half{value.bits})[0]; }
 
 template <class A>
 inline Vec<A> load(const A* from) {
@@ -142,6 +183,11 @@ inline Vec<float> load(const bf16* from) {
     std::memcpy(&half, from, sizeof half);
     return (Vec<float>)(__builtin_convertvector(half, Lanes<float>::Uint) << 16);
 }
+inline Vec<float> load(const f16* from) {
+    Lanes<float>::Half half;
+    std::memcpy(&half, from, sizeof half);
+    return widen_f16(half);
+}
 
 template <class A>
 inline void store(A* to, Vec<A> value) {
@@ -149,6 +195,10 @@ inline void store(A* to, Vec<A> value) {
 }
 inline void store(bf16* to, Vec<float> value) {
     const auto half = round_to_bf16(value);
+    std::memcpy(to, &half, sizeof half);
+}
+inline void store(f16* to, Vec<float> value) {
+    const auto half = round_to_f16(value);
     std::memcpy(to, &half, sizeof half);
 }
 

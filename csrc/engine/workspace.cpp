@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/workspace.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <cstdint>
 #include <mutex>
@@ -22,7 +26,7 @@ constexpr size_t line = 64;
 #if defined(TIDEGATE_SEES_EVERY_BUFFER)
 constexpr size_t most_kept = 0;
 #else
-constexpr size_t most_kept = kept_workspace;
+constexpr size_t most_kept = workspace_budget;
 #endif
 
 void* allocate(size_t bytes) { return ::operator new(bytes, std::align_val_t{line}); }
@@ -39,10 +43,24 @@ struct alignas(line) Block {
     bool contains(const void* piece) { return piece >= data() && piece < data() + size; }
 };
 
+// A large block asks for large pages: 512 times fewer are to be faulted in and to be looked up.
+constexpr size_t large_page = size_t{2} << 20;
+
+std::align_val_t alignment_of(size_t size) { return std::align_val_t{size >= 2 * large_page ? large_page : line}; }
+
+Block* make_block(size_t size) {
+    void* const memory = ::operator new(sizeof(Block) + size, alignment_of(size));
+#if defined(__linux__)
+    if (size >= 2 * large_page) madvise(memory, size / large_page * large_page, MADV_HUGEPAGE);   // or small ones stay
+#endif
+    return new (memory) Block{size};
+}
+
 void drop(Block* block) {
     if (!block) return;
-    held.fetch_sub(block->size, std::memory_order_relaxed);
-    release(block);
+    const size_t size = block->size;
+    held.fetch_sub(size, std::memory_order_relaxed);
+    ::operator delete(block, alignment_of(size));
 }
 
 // A thread's block. While the thread is in a call it has the block in hand; between calls the block lies in `kept_`, from
@@ -140,7 +158,7 @@ void Workspace::begin() {
     if (held.fetch_add(most_, std::memory_order_relaxed) + most_ > workspace_budget)
         registry().make_room(workspace_budget);
     if (held.load(std::memory_order_relaxed) <= workspace_budget) {
-        block_ = new (allocate(sizeof(Block) + most_)) Block{most_};
+        block_ = make_block(most_);
     } else {   // calls in hand have it all: this one's buffers come from the system
         held.fetch_sub(most_, std::memory_order_relaxed);
     }

@@ -11,10 +11,8 @@ namespace tidegate {
 void* take_workspace(size_t bytes);
 
 // Gives it back, in any order. Once all is back, the thread keeps one block of what its largest call took, if that is
-// not more than `kept_workspace` bytes, until it ends or others need the budget.
+// not more than the budget, until it ends or others need it.
 void give_workspace_back(void* memory);
-
-constexpr size_t kept_workspace = size_t{64} << 20;
 
 // What all threads together keep, so that many that called once do not hold memory for ever. A thread that needs a block
 // beyond it takes those of threads that are in no call, the longest unused first.

@@ -70,13 +70,13 @@ private:
     BackwardProblem problem_of(int64_t cell);
     CellGradients make_gradients(int64_t cell) const;
     void add_weight_gradients(int64_t cell, std::vector<Tensor>& results);
-    void add_bfloat16_gradients(int64_t cell, std::vector<Tensor>& results);
+    void add_narrow_gradients(int64_t cell, std::vector<Tensor>& results);
     Tensor make_zeroed(const Dims& sizes) const;
     std::vector<const void*> input_rows(int64_t cell) const;
     std::vector<const void*> h_rows(int64_t cell) const;
 
     int64_t gate_rows() const { return call_.cell().gates * call_.hidden; }
-    bool is_bfloat16() const { return call_.type == Type::bf16; }
+    bool is_narrow() const { return tidegate::is_narrow(call_.type); }
     // Rows of the second recurrent matrix of a GRU with the reset before, which multiplies r h.
     bool has_two_products() const { return call_.form.kind == Kind::gru_reset_before; }
 
@@ -95,7 +95,7 @@ CellGradients Backward::make_gradients(int64_t cell) const {
     const int64_t columns = call_.cell().gradient_columns * call_.hidden + (call_.form.projects ? call_.projected : 0);
     CellGradients made = {nullptr, columns, columns, {}, {}, {}};
     // The gates' gradients take the gates' place where nobody will read those again.
-    if (overwrite_ && layout_.gates_columns() && !call_.form.projects && !is_bfloat16()) {
+    if (overwrite_ && layout_.gates_columns() && !call_.form.projects && !is_narrow()) {
         made.dgates = layout_.gates(saved_, cell);
         made.stride = layout_.gates_columns();
     } else {
@@ -103,7 +103,7 @@ CellGradients Backward::make_gradients(int64_t cell) const {
         made.dgates = data(made.owner);
     }
     const bool of_hh = needs_.weight(cell, hh);
-    if (is_bfloat16() && of_hh) made.h_before = make(call_.type, {total, call_.projected});
+    if (is_narrow() && of_hh) made.h_before = make(call_.type, {total, call_.projected});
     if (has_two_products() ? of_hh : call_.form.projects && needs_.weight(cell, hr))
         made.multiplied = make(call_.type, {total, call_.hidden});
     return made;
@@ -267,12 +267,18 @@ void Backward::add_weight_gradients(int64_t cell, std::vector<Tensor>& results) 
         std::memcpy(of_bias_hh + bytes / 3 * 2, sums.data() + bytes, bytes / 3);
 }
 
-// By torch's products, which use the processor's matrix instructions for bfloat16 where it has them.
-void Backward::add_bfloat16_gradients(int64_t cell, std::vector<Tensor>& results) {
-    using torch::stable::matmul, torch::stable::transpose;
+// Of bfloat16 and float16, by torch's products: in bfloat16 where the processor multiplies it, else in float32, because
+// torch's products of narrow numbers take ten times as long on a processor that has no instructions for them.
+void Backward::add_narrow_gradients(int64_t cell, std::vector<Tensor>& results) {
+    using torch::headeronly::ScalarType;
     const CellGradients& from = cells_[static_cast<size_t>(cell)];
     const int64_t rows = gate_rows(), total = call_.schedule_of(cell).total(), hidden = call_.hidden;
     const bool splits = call_.form.kind == Kind::gru;   // the n gate has its own gradient on h's side, in the last columns
+    const Kernels& kernels = active_kernels();
+    const ScalarType stored = call_.type == Type::f16 ? ScalarType::Half : ScalarType::BFloat16;
+    const bool has_products = call_.type == Type::bf16 &&
+                              kernels.layout(Type::bf16, Storage::own) != kernels.layout(Type::f32, Storage::own);
+    const ScalarType multiplied = has_products ? stored : ScalarType::Float;
     const auto part = [&](int64_t first, int64_t columns) {
         Tensor copy = make(call_.type, {total, columns});
         for (int64_t n = 0; n < total; ++n)
@@ -280,24 +286,28 @@ void Backward::add_bfloat16_gradients(int64_t cell, std::vector<Tensor>& results
                         static_cast<size_t>(columns * 2));
         return copy;
     };
-    const Tensor x_side = part(0, rows);
-    Tensor h_side = splits ? part(0, rows) : x_side;
-    for (int64_t n = 0; splits && n < total; ++n)
-        std::memcpy(data(h_side) + (n * rows + 2 * hidden) * 2, from.dgates + (n * from.stride + rows) * 2,
-                    static_cast<size_t>(hidden * 2));
-    const auto push_sums = [&](const Tensor& of) {
-        std::vector<float> sums(static_cast<size_t>(rows));
+    const auto factor = [&](const Tensor& narrow) { return torch::stable::to(narrow, multiplied); };
+    const auto product = [&](const Tensor& d, const Tensor& x) {
+        return torch::stable::to(torch::stable::matmul(torch::stable::transpose(d, 0, 1), factor(x)), stored);
+    };
+    const Tensor x_side = factor(part(0, rows));
+    Tensor h_side = x_side;
+    if (splits) {
+        Tensor copy = part(0, rows);
         for (int64_t n = 0; n < total; ++n)
-            for (int64_t i = 0; i < rows; ++i) {
-                uint32_t bits = 0;
-                std::memcpy(reinterpret_cast<char*>(&bits) + 2, data(of) + (n * rows + i) * 2, 2);
-                float value;
-                std::memcpy(&value, &bits, sizeof value);
-                sums[static_cast<size_t>(i)] += value;
-            }
-        Tensor wide = make(Type::f32, {rows});
-        std::memcpy(data(wide), sums.data(), sums.size() * sizeof(float));
-        results.push_back(torch::stable::to(wide, torch::headeronly::ScalarType::BFloat16));
+            std::memcpy(data(copy) + (n * rows + 2 * hidden) * 2, from.dgates + (n * from.stride + rows) * 2,
+                        static_cast<size_t>(hidden * 2));
+        h_side = factor(copy);
+    }
+    const auto push_sums = [&](const Tensor& of) {
+        const Tensor wide = torch::stable::to(of, ScalarType::Float);
+        const auto* row = static_cast<const float*>(wide.const_data_ptr());
+        Tensor sums = make(Type::f32, {rows});
+        auto* const to = static_cast<float*>(sums.mutable_data_ptr());
+        std::fill_n(to, rows, 0.0f);
+        for (int64_t n = 0; n < total; ++n, row += rows)
+            for (int64_t i = 0; i < rows; ++i) to[i] += row[i];
+        results.push_back(torch::stable::to(sums, stored));
     };
     if (needs_.weight(cell, ih)) {
         const int64_t columns = call_.input_size_of(cell);
@@ -307,14 +317,14 @@ void Backward::add_bfloat16_gradients(int64_t cell, std::vector<Tensor>& results
             std::memcpy(to, row, static_cast<size_t>(columns * 2));
             to += columns * 2;
         }
-        results.push_back(matmul(transpose(x_side, 0, 1), x));
+        results.push_back(product(x_side, x));
     }
     if (needs_.weight(cell, hh) && !has_two_products()) {
-        results.push_back(matmul(transpose(h_side, 0, 1), *from.h_before));
+        results.push_back(product(h_side, *from.h_before));
     } else if (needs_.weight(cell, hh)) {
         Tensor whole = make(call_.type, {rows, hidden});
-        const Tensor rz = matmul(transpose(part(0, 2 * hidden), 0, 1), *from.h_before);
-        const Tensor n = matmul(transpose(part(2 * hidden, hidden), 0, 1), *from.multiplied);
+        const Tensor rz = product(factor(part(0, 2 * hidden)), *from.h_before);
+        const Tensor n = product(factor(part(2 * hidden, hidden)), *from.multiplied);
         const size_t first = static_cast<size_t>(rz.numel() * 2);
         std::memcpy(data(whole), rz.const_data_ptr(), first);
         std::memcpy(data(whole) + first, n.const_data_ptr(), static_cast<size_t>(n.numel() * 2));
@@ -323,7 +333,7 @@ void Backward::add_bfloat16_gradients(int64_t cell, std::vector<Tensor>& results
     if (needs_.weight(cell, bias_ih)) push_sums(x_side);
     if (needs_.weight(cell, bias_hh)) push_sums(h_side);
     if (needs_.weight(cell, hr))
-        results.push_back(matmul(transpose(part(rows, call_.projected), 0, 1), *from.multiplied));
+        results.push_back(product(factor(part(rows, call_.projected)), *from.multiplied));
 }
 
 std::vector<Tensor> Backward::run(const Optional& grad_output, const Optional& grad_h_n, const Optional& grad_c_n,
@@ -348,7 +358,7 @@ std::vector<Tensor> Backward::run(const Optional& grad_output, const Optional& g
     if (call_.batch > 0) run_loops(grad_output, grad_h_n, grad_c_n, grad_o);
     for (int64_t cell = 0; cell < call_.form.cells(); ++cell) {
         if (!needs_.any_weight(cell)) continue;
-        if (is_bfloat16()) add_bfloat16_gradients(cell, results);
+        if (is_narrow()) add_narrow_gradients(cell, results);
         else add_weight_gradients(cell, results);
     }
     return results;

@@ -49,7 +49,7 @@ std::vector<Tensor> run_program(const Tensor& code, const Tensor& constants, con
     const auto* const first = static_cast<const int64_t*>(code.const_data_ptr());
     const Program program(std::vector<int64_t>(first, first + code.numel()));
     const Type type = type_of(constants, "constants");
-    if (type == Type::bf16) fail("constants", "float32 or float64", "bfloat16");
+    if (is_narrow(type)) fail("constants", "float32 or float64", type == Type::bf16 ? "bfloat16" : "float16");
     const int32_t dtype = dtype_of(constants);
     need_count(inputs, program.input_sizes.size(), "inputs");
     need_count(states, program.state_sizes.size(), "states");

@@ -16,9 +16,10 @@ bool poison = false;
 namespace {
 
 int32_t dtype_code(Type type) {
-    return type == Type::f32   ? aoti_torch_dtype_float32()
-           : type == Type::f64 ? aoti_torch_dtype_float64()
-                               : aoti_torch_dtype_bfloat16();
+    return type == Type::f32    ? aoti_torch_dtype_float32()
+           : type == Type::f64  ? aoti_torch_dtype_float64()
+           : type == Type::bf16 ? aoti_torch_dtype_bfloat16()
+                                : aoti_torch_dtype_float16();
 }
 
 Tensor make(int32_t dtype, int64_t element, const Dims& sizes, const Dims& strides) {
@@ -111,7 +112,8 @@ Type type_of(const Tensor& tensor, const char* name) {
     if (dtype == aoti_torch_dtype_float32()) return Type::f32;
     if (dtype == aoti_torch_dtype_float64()) return Type::f64;
     if (dtype == aoti_torch_dtype_bfloat16()) return Type::bf16;
-    fail(name, "float32, float64 or bfloat16", "another dtype");
+    if (dtype == aoti_torch_dtype_float16()) return Type::f16;
+    fail(name, "float32, float64, bfloat16 or float16", "another dtype");
 }
 
 // The shim's own calls: torch::stable::Tensor asks the same through conversions that cost as much as the answers.

@@ -57,7 +57,7 @@ Results run_training(Layer& layer, int threads) {
     layer.output.fill(std::numeric_limits<double>::quiet_NaN());   // it is the caller's: the backward reads `kept`
     const BackwardProblem backward = layer.backward(threads);
     active_kernels().backward(&backward, 1, Together::layers);
-    if (layer.type != Type::bf16 && layer.schedule.total()) layer.multiply_outer(threads);
+    if (!is_narrow(layer.type) && layer.schedule.total()) layer.multiply_outer(threads);
     results.merge(layer.gradients());
     results["dgates in place"] = run_in_place(layer, threads, results);
     return results;
@@ -126,7 +126,7 @@ Results products_of(const Layer& layer, const Results& got, const Values& entere
     Values added = dinput;
     for (double& value : added) value += 1;
     Results right = {{"h_before", h}, {"multiplied", multiplied}, {"dinput", dinput}, {"dinput added", added}};
-    if (layer.type != Type::bf16)
+    if (!is_narrow(layer.type))
         right.insert({{"dweight_ih", ih}, {"dweight_hh", hh}, {"dweight_hr", hr}, {"sums", sums}});
     return right;
 }
@@ -152,7 +152,7 @@ void check(const std::string& name, const Layer& layer, const Results& results, 
 void check_shape(const Shape& shape, Kind kind, Type type, int most_threads) {
     for (int variant = 0; variant < 8; ++variant) {
         const bool has_lengths = variant & 1, has_resets = variant & 2, reverse = variant & 4;
-        Layer layer(Recurrence(kind, type == Type::bf16, shape.time, shape.batch, shape.input_size, shape.hidden,
+        Layer layer(Recurrence(kind, is_narrow(type), shape.time, shape.batch, shape.input_size, shape.hidden,
                                shape.projected(), has_lengths, has_resets, reverse, variant != 3),
                     type, static_cast<GradLayout>(variant % 3));
         Results alone;

@@ -39,7 +39,7 @@ void check_activations() {
 namespace {
 
 void check_kind(Kind kind, bool projects) {
-    for (const Type type : {Type::f32, Type::f64, Type::bf16}) {
+    for (const Type type : {Type::f32, Type::f64, Type::bf16, Type::f16}) {
         check_shape({1, 1, 1, 1, projects}, kind, type, 1);
         check_shape({4, 3, 5, 17, projects}, kind, type, 2);
         check_shape({0, 2, 3, 4, projects}, kind, type, 1);
@@ -52,7 +52,7 @@ void check_kind(Kind kind, bool projects) {
     check_shape({40, 1, 64, 128, projects}, kind, Type::f32, 4);   // units split, a barrier a step
     check_shape({9, 40, 33, 65, projects}, kind, Type::f32, 4);    // rows split, then both
     for (const bool has_lengths : {false, true})
-        for (const Type type : {Type::f32, Type::bf16}) {
+        for (const Type type : {Type::f32, Type::bf16, Type::f16}) {
             check_together({70, 1, 64, 96, projects}, kind, type, 2, Together::directions, has_lengths, 5);
             check_together({70, 1, 64, 96, projects}, kind, type, 3, Together::layers, has_lengths, 5);
             check_together({50, 5, 33, 65, projects}, kind, type, 4, Together::layers, has_lengths, 5);

@@ -161,7 +161,7 @@ Results Layer::gradients() const {
     Results results = {{"dgates", dgates.values()}, {"h_before", h_before.values()},
                        {"multiplied", multiplied.values()}, {"dh_0", dh_0.values()}, {"dc_0", dc_0.values()},
                        {"dinput", dinput.values()}};
-    if (type == Type::bf16) return results;
+    if (is_narrow(type)) return results;
     results.insert({{"dweight_ih", grad_ih.values()}, {"dweight_hh", grad_hh.values()},
                     {"dweight_hr", grad_hr.values()}, {"sums", sums.values()}});
     return results;

@@ -65,7 +65,7 @@ struct Recurrence {
     std::vector<int64_t> lengths;
     std::vector<uint8_t> resets;
 
-    // halves: every value fits bfloat16.
+    // halves: every value fits bfloat16 and float16.
     Recurrence(Kind kind, bool halves, int64_t time, int64_t batch, int64_t input_size, int64_t hidden,
                int64_t projected, bool has_lengths, bool has_resets, bool reverse, bool has_bias)
         : kind(kind), time(time), batch(batch), input_size(input_size), hidden(hidden), projected(projected),

@@ -15,7 +15,7 @@ public:
         width_ = stacked_ ? projected : count * projected;
         layers_.reserve(static_cast<size_t>(count));
         for (int i = 0; i < count; ++i)
-            layers_.emplace_back(Recurrence(kind, type == Type::bf16, shape.time, shape.batch,
+            layers_.emplace_back(Recurrence(kind, is_narrow(type), shape.time, shape.batch,
                                             stacked_ && i > 0 ? projected : shape.input_size, shape.hidden, projected,
                                             has_lengths, false, !stacked_ && i == 1, i != 1),
                                  type);

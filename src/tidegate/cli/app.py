@@ -35,6 +35,7 @@ class DType(str, Enum):
     float32 = "float32"
     float64 = "float64"
     bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class Format(str, Enum):

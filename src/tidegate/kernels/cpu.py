@@ -25,7 +25,7 @@ from tidegate.cell import GRU, LSTM, RNN, beyond_torch, extensions
 from tidegate.storage import STORAGES
 
 _LIBRARY = "tidegate_cpu.so"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PER_CELL = 5  # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 
 # Of each cell and its options' values, csrc's number of the kind and its kept gates.
@@ -44,6 +44,11 @@ _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
 # B * hidden_size from which one step of _ROWS rows or more is quicker in torch's operators, by instruction set.
 _ROWS = 16
 _MANY = {"avx2": {"gru": 2**13, "rnn": 2**14, "lstm": 2**15}, "avx512": {"gru": 2**16, "rnn": 2**16, "lstm": 2**16}}
+
+# A sequence of 2 to _FEW_STEPS steps without gradients is quicker in torch's operators from _LARGE units on, where the
+# kernels have no AVX-512.
+_FEW_STEPS, _LARGE = 4, 512
+_LEAST_ROWS = {"gru": 1, "rnn": 1, "lstm": 16}
 
 _GATES = {
     kind[0]: len(cell.gates) for cell in (RNN, LSTM, GRU) for (name, _), kind in _KINDS.items() if name == cell.name
@@ -145,7 +150,9 @@ def _projects(call: Call) -> bool:
 def _reasons(call: Call) -> list[str]:
     reasons = [*availability(), *extensions(call.cell, call.options, call.weights), *_stack_reasons(call)]
     if call.input.dtype not in _DTYPES:
-        reasons.append(f"input is {str(call.input.dtype).removeprefix('torch.')}, not float32, float64 or bfloat16")
+        reasons.append(
+            f"input is {str(call.input.dtype).removeprefix('torch.')}, not float32, float64, bfloat16 or float16"
+        )
     if not call.input.is_cpu:
         reasons.append(f"input is on {call.input.device}")
     return reasons
@@ -181,6 +188,10 @@ def slower_reasons(call: Call) -> list[str]:
     0.97 of torch.nn's speed; below, 0.9 to 1.4 (Xeon, two threads, B 64 to 512, H 128 to 512, 2026-11-26, by
     `tidegate bench --mode cell`; with AVX2 all sides held to AVX2).
 
+    Few steps of a large layer without AVX-512: weights read and packed are all there is. 0.35 to 0.97 of torch.nn's
+    speed for GRU and RNN of 512 and 1024 units, B 1 to 16, and 0.7 for an LSTM of 512 at B = 16. At 1024 an LSTM's is
+    1.5 and more, and at ten steps, or with gradients, torch is no quicker (Xeon, all sides held to AVX2, 2026-11-26).
+
     Large products in bfloat16, where the processor multiplies matrices (AMX): torch's use that, the kernels its
     vectors. No such processor has timed them; from these sizes on torch was the quicker on Zen 4 while its products ran
     at twice the kernels' rate. On Zen 4 both use the same instructions now, and nothing is left to torch. Measured
@@ -201,12 +212,21 @@ def slower_reasons(call: Call) -> list[str]:
             if entries >= many:
                 return [f"one step, and B*hidden_size is {many} or more"]
         return []
+    if call.input.dtype is torch.float32 and 1 < call.steps <= _FEW_STEPS and call.hidden_size >= _LARGE:
+        return _few_steps_reasons(call)
     if call.input.dtype is not torch.bfloat16 or not dispatch.multiplies_matrices():
         return []
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
     if call.steps == 1 or call.batch * hidden_size * hidden_size < 2**least:
         return []
     return [f"torch's operators use AMX for bfloat16, and B*hidden_size**2 is 2**{least} or more"]
+
+
+def _few_steps_reasons(call: Call) -> list[str]:
+    is_quicker = call.batch >= _LEAST_ROWS[call.cell.name] and (call.cell is not LSTM or call.hidden_size < 2 * _LARGE)
+    if not is_quicker or layout().startswith("avx512") or call.records():
+        return []
+    return [f"2 to {_FEW_STEPS} steps, and hidden_size is {_LARGE} or more"]
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
@@ -386,7 +406,7 @@ def prepare(call: Call) -> Callable[[Layout], Callable[..., Tensor]]:
 def release_memory() -> int:
     """Give the working memory that calls on a CPU leave for the next ones back to the system.
 
-    Each thread keeps what its largest call took, up to 64 MB, until it ends; all together keep up to 256 MB.
+    Each thread keeps what its largest call took until it ends; all together keep up to 256 MB.
 
     Returns:
         bytes given back: of all threads, but for those that are in a call.
