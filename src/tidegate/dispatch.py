@@ -110,7 +110,7 @@ def asked_once(function: F) -> F:
 
 # Whether what is asked once may be given a module. The compilers of torch 2.10 and 2.11 fail at it: there a cell is
 # compiled step by step.
-asked_of_modules: bool = torch.__version__ >= (2, 12)
+asked_of_modules: bool = torch.__version__ >= "2.12"  # as versions: it is no plain text
 
 
 @functools.cache
