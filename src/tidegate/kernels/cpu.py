@@ -189,8 +189,9 @@ def slower_reasons(call: Call) -> list[str]:
     `tidegate bench --mode cell`; with AVX2 all sides held to AVX2).
 
     Few steps of a large layer without AVX-512: weights read and packed are all there is. 0.35 to 0.97 of torch.nn's
-    speed for GRU and RNN of 512 and 1024 units, B 1 to 16, and 0.7 for an LSTM of 512 at B = 16. At 1024 an LSTM's is
-    1.5 and more, and at ten steps, or with gradients, torch is no quicker (Xeon, all sides held to AVX2, 2026-11-26).
+    speed for GRU and RNN of 512 and 1024 units at B = 1 and 4, 0.74 to 1.0 at 16, and 0.90 to 0.95 for an LSTM of 512
+    at 16. An LSTM of 1024 is 1.5 times as fast and more; at ten steps, or with gradients, torch is the quicker by no
+    more than a fifth (Xeon, all sides held to AVX2, 2026-11-26).
 
     Large products in bfloat16, where the processor multiplies matrices (AMX): torch's use that, the kernels its
     vectors. No such processor has timed them; from these sizes on torch was the quicker on Zen 4 while its products ran
