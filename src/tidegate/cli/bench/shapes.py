@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GATES = {"gru": 3, "lstm": 4, "rnn": 1}
-BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
+BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
