@@ -12,7 +12,7 @@ from fusing import B, D, H, T
 from torch import Tensor, nn
 
 from tidegate.cells import LayerNormLSTMCell, SLSTMCell
-from tidegate.fusion import derive
+from tidegate.fusion import kept
 from tidegate.nn import over_time
 
 pytestmark = needs.compiled_operators
@@ -161,13 +161,13 @@ def test_a_backward_that_failed_in_the_middle_cannot_be_tried_again(monkeypatch)
 
 def test_it_does_write_over_what_was_kept(monkeypatch):
     seen: list[tuple[int, ...]] = []
-    known = derive.places_over
+    known = kept.places_over
 
     def watched(*given: Any) -> tuple[int, ...]:
         seen.append(known(*given))
         return seen[-1]
 
-    monkeypatch.setattr(derive, "places_over", watched)
+    monkeypatch.setattr(kept, "places_over", watched)
     run = Run(Plain(), True)
     assert max(seen[-1]) >= 0  # the gates, over what the input gives
     run.gradients()
