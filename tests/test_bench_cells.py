@@ -160,7 +160,7 @@ def test_the_plain_lstm_is_torchs() -> None:
 def test_a_fused_cell_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "fused", lambda *given: loop(*given) + 0.1)
     with CellBench(BRIEF, 1, False, None, False) as bench, pytest.raises(BenchError, match="away from the loop's"):
-        bench.measure(Case("MGU", "infer", Shape(2, 3, 4, 4), 1, False), lambda: None)
+        bench.measure(Case("MGU", "infer", Shape(2, 3, 4, 4), 1, False), lambda: None, print)
 
 
 def test_a_compiler_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_compiler_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch, "compile", refuses)
     with CellBench(BRIEF, 1, True, None, False) as bench:
-        result = bench.measure(Case("MGU", "infer", Shape(2, 3, 4, 4), 1, False), lambda: None)
+        result = bench.measure(Case("MGU", "infer", Shape(2, 3, 4, 4), 1, False), lambda: None, print)
     assert result.notes == ["MGU infer B2 T3 I4 H4: compiled loop: not timed: RuntimeError: no compiler"]
     assert "compiled loop" not in result.seconds
 
@@ -199,7 +199,7 @@ class FakeJax:
 def test_jax_takes_part_if_it_agrees(off: float, takes_part: bool) -> None:
     peer: Any = FakeJax(off)
     with CellBench(BRIEF, 1, False, peer, False) as bench:
-        result = bench.measure(Case("LSTM", "train", Shape(2, 3, 4, 5), 1, False), lambda: None)
+        result = bench.measure(Case("LSTM", "train", Shape(2, 3, 4, 5), 1, False), lambda: None, print)
     assert ("jax" in result.seconds) == takes_part
     assert bool(result.notes) != takes_part
     assert set(STEPS) <= {*READY, "LSTM"}
