@@ -13,7 +13,8 @@ from tidegate.fusion.program import Operand, Program
 def keeping(program: Program) -> Program:
     """The program with what its backward needs among its outputs: the entering states and the products' results.
 
-    Where a product is only added to something else of its size, the sum is kept in its place: so neither of the two is.
+    Where a product is only put into another order, and added to something else of its size, the sum is kept in its
+    place: so neither of the two is.
     """
     more = tuple(operand for operand in kept_by(program) if operand not in program.outputs)
     return replace(program, outputs=(*program.outputs, *more))
@@ -32,9 +33,10 @@ def kept_by(program: Program) -> dict[Operand, None]:
         by = readers.get(k, [])
         if len(by) != 1 or k in read_later:
             return k
-        sum_of = program.instructions[by[0]]
-        alike = sum_of.operation == "add" and sum_of.size == program.instructions[k].size
-        return kept(by[0]) if alike and program.whole("v", k) in sum_of.operands else k
+        reader, size = program.instructions[by[0]], program.instructions[k].size
+        reorders = reader.operation == "gather" and len(set(reader.indices)) == size
+        is_all = reader.size == size and program.whole("v", k) in reader.operands
+        return kept(by[0]) if is_all and (reorders or reader.operation == "add") else k
 
     operands = [program.whole("s", k) for k in range(len(program.states))]
     operands += [program.whole("v", kept(k)) for k, made in enumerate(program.instructions) if made.matrix >= 0]

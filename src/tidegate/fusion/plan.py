@@ -43,7 +43,7 @@ class Plan(torch.nn.Module):
 
     once: torch.nn.Module
     before: torch.nn.Module
-    after: torch.nn.Module
+    after: torch.nn.Module | None
 
     def __init__(self, lowered: Lowered | None, output: Any, reasons: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -102,28 +102,34 @@ class Plan(torch.nn.Module):
         if torch.is_grad_enabled() and dispatch.is_plain():
             # A graph keeps a leaf itself, whatever `.data` it is given before the backward; a view is what it was.
             tensors = [tensor.view_as(tensor) for tensor in tensors]
-        once = self.once(*(_computed(tensor) for tensor in tensors))
+        # Their forward itself: a module's call, which looks for hooks, is a tenth of a short sequence's time.
+        once = self.once.forward(*(_computed(tensor) for tensor in tensors))
         vectors, matrices, inputs_count = self.counts
         shared, rest = once[: vectors + matrices], once[vectors + matrices :]
         for_before, for_after = rest[: self.once_for_before], rest[self.once_for_before :]
         flat = [_computed(leaf).reshape(rows, *leaf.shape[2:]) for leaf in inputs]
-        before = self.before(rows, *flat, *for_before)
+        before = self.before.forward(rows, *flat, *for_before)
         sequences = [value.reshape(steps, batch, value.shape[1]) for value in before[:inputs_count]]
-        entering = [_as(state, dtype).reshape(batch, product(state.shape[1:])) for state in states]
+        entering = [_flat(_as(state, dtype), batch) for state in states]
         vectors_given = [_as(vector, dtype) for vector in shared[:vectors]]
         matrices_given = [_as(matrix, dtype) for matrix in shared[vectors:]]
         shared_by_rows = vectors_given, matrices_given
         given_to_loop = (sequences, entering, *shared_by_rows, lengths, resets, steps, batch, reverse)
         results = loop.run(self.program, *given_to_loop, fresh=self.fresh)
         count = len(results) - len(states)
-        made = [value.reshape(rows, value.shape[2]) for value in results[:count]]
-        outputs = self.after(rows, *made, *before[inputs_count:], *for_after)
+        outputs = results[:count]
+        if self.after is not None:
+            made = [value.reshape(rows, value.shape[2]) for value in outputs]
+            made = self.after.forward(rows, *made, *before[inputs_count:], *for_after)
+            outputs = [value.reshape(steps, batch, *value.shape[1:]) for value in made]
         given = states[0].dtype
         if dtypes is None:
             dtypes = [_returned(value.dtype, given) for value in outputs], [given] * len(states)
-        y = [_as(value, d).reshape(steps, batch, *value.shape[1:]) for value, d in zip(outputs, dtypes[0], strict=True)]
+        y = [_as(value, d) for value, d in zip(outputs, dtypes[0], strict=True)]
         leaving = zip(results[count:], states, dtypes[1], strict=True)
-        return y, [_as(value, d).reshape(state.shape) for value, state, d in leaving]
+        return y, [
+            _as(value, d) if state.dim() == 2 else _as(value, d).reshape(state.shape) for value, state, d in leaving
+        ]
 
 
 def _computed(tensor: Tensor) -> Tensor:
@@ -133,6 +139,10 @@ def _computed(tensor: Tensor) -> Tensor:
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # Quicker than to ask `to`, which has nothing to do nearly always.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _flat(state: Tensor, batch: int) -> Tensor:
+    return state if state.dim() == 2 else state.reshape(batch, product(state.shape[1:]))
 
 
 def _returned(dtype: torch.dtype, given: torch.dtype) -> torch.dtype:
@@ -219,14 +229,20 @@ def _made(step: Callable[..., Any], described: Described) -> Plan:
     from tidegate.fusion.lower import lower
     from tidegate.fusion.trace import Cell, NotTraceableError, trace
 
+    def made(with_lines: bool) -> Plan:
+        traced = trace(Cell(step, described.with_noise), *described.example(), with_lines)
+        return Plan(lower(traced), pytree.tree_unflatten(list(range(traced.outputs)), traced.output))
+
     def make() -> Plan:
         try:
-            traced = trace(Cell(step, described.with_noise), *described.example())
-            return Plan(lower(traced), pytree.tree_unflatten(list(range(traced.outputs)), traced.output))
+            try:
+                return made(with_lines=False)
+            except NotTraceableError:
+                return made(with_lines=True)  # for the reason, which is to name the line
         except NotTraceableError as error:
-            made = Plan.impossible(str(error))
-            made.is_final = error.whatever_the_sizes
-            return made
+            refused = Plan.impossible(str(error))
+            refused.is_final = error.whatever_the_sizes
+            return refused
         except Exception as error:
             # A cell can always be run step by step: whatever is not foreseen here must not keep it from that.
             return Plan.impossible(f"it could not be fused: {type(error).__name__}: {error}")
