@@ -168,16 +168,21 @@ class _Derivation:
         if not pieces:
             return None
         b, size = self.builder, self.program.size_of(bank, index)
-        parts = sorted((offset, k) for k, (offset, gradient) in enumerate(pieces) if gradient.size < size)
         whole = [gradient for _, gradient in pieces if gradient.size == size]
+        of_place: dict[tuple[int, int], Operand] = {}
+        for offset, gradient in pieces:
+            if gradient.size < size:
+                place = (offset, gradient.size)
+                of_place[place] = b.emit("add", of_place[place], gradient) if place in of_place else gradient
+        parts = sorted(of_place)
         # Layers of pieces that do not overlap, each in one row.
         while parts:
             layer: list[Operand] = []
             end, rest = 0, []
-            for offset, k in parts:
-                gradient = pieces[k][1]
+            for place in parts:
+                offset, gradient = place[0], of_place[place]
                 if offset < end:
-                    rest.append((offset, k))
+                    rest.append(place)
                     continue
                 if offset > end:
                     layer.append(self._zeros(offset - end))
@@ -226,6 +231,10 @@ class _Derivation:
         assert isinstance(operand, Operand)
         b, groups, size = self.builder, instruction.groups, operand.size
         if instruction.operation == "dot":
+            one, other = instruction.operands
+            if one == other:
+                self._give(one, b.emit("mul", self._value(one), b.emit("add", d, d), size=size, groups=groups))
+                return
             for one, other in (instruction.operands, instruction.operands[::-1]):
                 if isinstance(one, Operand) and self._is_live(one):
                     self._give(one, b.emit("mul", self._value(other), d, size=size, groups=groups))
