@@ -177,6 +177,22 @@ def test_a_compiler_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None
     assert "compiled loop" not in result.seconds
 
 
+def test_the_compiled_loop_has_one_kind_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[bool] = []
+
+    def compiled(cell: Any) -> Any:
+        def step(x: torch.Tensor, state: tuple[torch.Tensor, ...]) -> Any:
+            recorded.append(all(leaf.requires_grad for leaf in state))
+            return cell(x, state)
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for mode in ("infer", "train"):
+        build_contenders(load_cell("LSTM", 2, 5, 4, 6, torch.float32), mode, compiled=True)["compiled loop"]()
+    assert recorded == [False] * 5 + [True] * 5
+
+
 class FakeJax:
     """A peer whose arrays are what the loop gives, or not."""
 
