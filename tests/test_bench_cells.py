@@ -160,7 +160,7 @@ def test_the_plain_lstm_is_torchs() -> None:
 def test_a_fused_cell_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "fused", lambda *given: loop(*given) + 0.1)
     with CellBench(BRIEF, 1, False, None, False) as bench, pytest.raises(BenchError, match="away from the loop's"):
-        bench.measure(Case("MGU", "infer", Shape(2, 3, 4, 4), 1, False), lambda: None)
+        bench.measure(Case("MGU", "infer", Shape(2, 3, 4, 4), 1, False), lambda: None, print)
 
 
 def test_a_compiler_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +172,25 @@ def test_a_compiler_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch, "compile", refuses)
     with CellBench(BRIEF, 1, True, None, False) as bench:
-        result = bench.measure(Case("MGU", "infer", Shape(2, 3, 4, 4), 1, False), lambda: None)
+        result = bench.measure(Case("MGU", "infer", Shape(2, 3, 4, 4), 1, False), lambda: None, print)
     assert result.notes == ["MGU infer B2 T3 I4 H4: compiled loop: not timed: RuntimeError: no compiler"]
     assert "compiled loop" not in result.seconds
+
+
+def test_the_compiled_loop_has_one_kind_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[bool] = []
+
+    def compiled(cell: Any) -> Any:
+        def step(x: torch.Tensor, state: tuple[torch.Tensor, ...]) -> Any:
+            recorded.append(all(leaf.requires_grad for leaf in state))
+            return cell(x, state)
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for mode in ("infer", "train"):
+        build_contenders(load_cell("LSTM", 2, 5, 4, 6, torch.float32), mode, compiled=True)["compiled loop"]()
+    assert recorded == [False] * 5 + [True] * 5
 
 
 class FakeJax:
@@ -199,7 +215,7 @@ class FakeJax:
 def test_jax_takes_part_if_it_agrees(off: float, takes_part: bool) -> None:
     peer: Any = FakeJax(off)
     with CellBench(BRIEF, 1, False, peer, False) as bench:
-        result = bench.measure(Case("LSTM", "train", Shape(2, 3, 4, 5), 1, False), lambda: None)
+        result = bench.measure(Case("LSTM", "train", Shape(2, 3, 4, 5), 1, False), lambda: None, print)
     assert ("jax" in result.seconds) == takes_part
     assert bool(result.notes) != takes_part
     assert set(STEPS) <= {*READY, "LSTM"}

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import tidegate as tg
 from tidegate import dispatch
 from tidegate.cells import LayerNormLSTMCell, SLSTMCell
-from tidegate.fusion.program import Program
+from tidegate.fusion.builder import Builder
+from tidegate.fusion.program import Instruction, Program
 from tidegate.kernels import cpu
 from tidegate.nn import over_time
 
@@ -251,3 +252,17 @@ def test_numbers_that_are_no_program_are_refused():
             except (RuntimeError, ValueError):
                 refused += 1
     assert refused > len(code)
+
+
+def test_what_is_written_in_fewer_instructions():
+    b = Builder()
+    x = b.declare("i", 6)
+    means = b.reduce("mean", x, 2)
+    copies = b.emit("copy", means, size=6, groups=2)
+    assert b.emit("add", x, copies) == b.emit("add", x, means, size=6, groups=2)  # read where they are
+    assert b.reduce("sum", b.emit("neg", x), 2) == b.emit("neg", b.reduce("sum", x, 2))
+    assert b.reduce("sum", b.emit("mul", x, x), 1) == b.add(Instruction("dot", 1, (x, x)))
+    # A number for each of three pairs and one for each of two triples cannot be read at once.
+    pairs = b.emit("copy", b.reduce("max", x, 3), size=6, groups=3)
+    mixed = b.instructions[b.emit("mul", means, pairs, size=6, groups=2).number]
+    assert mixed.operands == (means, pairs)

@@ -11,8 +11,9 @@ import torch
 from fusing import B, D, H, T
 from torch import Tensor, nn
 
+import tidegate as tg
 from tidegate.cells import LayerNormLSTMCell, SLSTMCell
-from tidegate.fusion import derive
+from tidegate.fusion import kept
 from tidegate.nn import over_time
 
 pytestmark = needs.compiled_operators
@@ -143,6 +144,62 @@ def test_what_hooks_are_handed_stays_as_it_is():
     assert all(torch.equal(now, then) for now, then in handed)
 
 
+def kept_per_step_and_row(cell: nn.Module, n: int) -> float:
+    """Of a training step over an input and a state of n features, how many times n numbers are kept."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.dim() >= 2 and tensor.numel() >= 40 * 5 * n:  # no parameters
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(40, 5, n)
+    states = tuple([torch.rand(5, n) for _ in cell.state_size])  # pyright: ignore
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y, _ = over_time.run(cell, x, states, fuse=True)
+        assert y.requires_grad
+    return sum(saved.values()) / (4 * 40 * 5 * n)
+
+
+@pytest.mark.parametrize(
+    ("cell", "most"),
+    [
+        # The input, both products of four gates, h and c.
+        (LayerNormLSTMCell(16, 16), 1 + 4 + 4 + 2),
+        # The input, the sum of both products, h, c, n and m.
+        (SLSTMCell(16, 16, 2), 1 + 4 + 4),
+    ],
+    ids=["layer norm", "sLSTM"],
+)
+def test_what_can_be_computed_again_is_not_kept(cell, most):
+    assert kept_per_step_and_row(cell, 16) <= most
+
+
+class NormedForTwo(nn.Module):
+    """A norm of the input's product, which the output reads, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.from_x, self.from_h = nn.Linear(H, H, dtype=D), nn.Linear(H, H, dtype=D)
+        self.norm = nn.LayerNorm(H, dtype=D)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.norm(self.from_x(x))
+        return normed, torch.tanh(normed + self.from_h(h))
+
+
+def test_a_norm_that_others_read_too_stays_before_the_loop():
+    cell = NormedForTwo()
+    run, expected = Run(cell, True), Run(cell, False)
+    assert (
+        "mean i0"
+        not in tg.explain(tg.dynamic_rnn, cell, run.x.detach(), initial_state=torch.zeros(T, H, dtype=D))
+        .calls[0]
+        .program
+    )
+    assert_same(run.gradients(), expected.gradients())
+
+
 def test_a_backward_that_failed_in_the_middle_cannot_be_tried_again(monkeypatch):
     from tidegate.fusion import loop
 
@@ -161,13 +218,13 @@ def test_a_backward_that_failed_in_the_middle_cannot_be_tried_again(monkeypatch)
 
 def test_it_does_write_over_what_was_kept(monkeypatch):
     seen: list[tuple[int, ...]] = []
-    known = derive.places_over
+    known = kept.places_over
 
     def watched(*given: Any) -> tuple[int, ...]:
         seen.append(known(*given))
         return seen[-1]
 
-    monkeypatch.setattr(derive, "places_over", watched)
+    monkeypatch.setattr(kept, "places_over", watched)
     run = Run(Plain(), True)
     assert max(seen[-1]) >= 0  # the gates, over what the input gives
     run.gradients()

@@ -45,6 +45,7 @@ def results(
     st.booleans(),
     st.integers(0, 99),
     st.integers(1, 4),
+    st.sampled_from(needs.ISAS or ("",)),
 )
 def test_a_fused_cell_is_the_eager_loop(
     cell: RandomCell,
@@ -55,6 +56,7 @@ def test_a_fused_cell_is_the_eager_loop(
     reverse: bool,
     seed: int,
     threads: int,
+    isa: str,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"reverse": reverse}
@@ -64,10 +66,13 @@ def test_a_fused_cell_is_the_eager_loop(
         options["resets"] = torch.rand(steps, batch, generator=generator) < 0.3
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    operators: Any = torch.ops.tidegate_cpu
+    operators.use_isa(isa)
     try:
         fused = results(cell, True, seed, steps, batch, options)
     finally:
         torch.set_num_threads(before)
+        operators.use_isa("")
     eager = results(cell, False, seed, steps, batch, options)
     for a, b in zip([*fused[0], *fused[1]], [*eager[0], *eager[1]], strict=True):
         if a is None or b is None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from tidegate.call import Call, Layer
 from tidegate.cell import Cell, Options
 from tidegate.fusion.described import Described
-from tidegate.fusion.plan import DTYPES, Plan, planned
+from tidegate.fusion.plan import Plan
+from tidegate.fusion.planning import DTYPES, planned
 from tidegate.fusion.reading import read
 from tidegate.kernels import cpu
 

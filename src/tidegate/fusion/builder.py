@@ -38,17 +38,39 @@ class Builder:
         return found
 
     def emit(self, operation: str, *operands: Argument, size: int = 0, groups: int = 1) -> Operand:
-        """An elementwise instruction, of the size of its largest operand unless one is given."""
+        """An elementwise instruction, of the size of its largest operand unless one is given.
+
+        A number for a whole group is read where it is, not from its copies.
+        """
         size = size or max(operand.size if isinstance(operand, Operand) else 1 for operand in operands)
+        spread = [self._copied(operand, size) for operand in operands]
+        wider = max([groups, *(made.groups for made in spread if made is not None)])
+        read = tuple(made.operands[0] if made else operand for made, operand in zip(spread, operands, strict=True))
+        if operation != "copy" and all(not isinstance(o, Operand) or o.size in (1, wider, size) for o in read):
+            operands, groups = read, wider
         return self.add(Instruction(operation, size, operands, groups))
+
+    def _copied(self, operand: Argument, size: int) -> Instruction | None:
+        """What made an operand of this size, if it was a copy of one number for each group."""
+        if not isinstance(operand, Operand) or operand.bank != "v" or operand.size != size:
+            return None
+        made = self.instructions[operand.number]
+        source = made.operands[0] if made.operation == "copy" else None
+        is_spread = isinstance(source, Operand) and source.size == made.groups < made.size == size
+        return made if is_spread else None
 
     def reduce(self, operation: str, operand: Operand, groups: int) -> Operand:
         if operand.size == groups:
             return operand
         if operation == "sum" and operand.bank == "v":
             made = self.instructions[operand.number]
-            if made.operation == "mul" and operand == self.whole(operand.number) and self._are_whole(made):
-                return self.add(Instruction("dot", groups, made.operands, groups))
+            if operand == self.whole(operand.number) and self._are_whole(made):
+                if made.operation == "mul":
+                    return self.add(Instruction("dot", groups, made.operands, groups))
+                if made.operation == "neg":
+                    (negated,) = made.operands
+                    assert isinstance(negated, Operand)
+                    return self.emit("neg", self.reduce("sum", negated, groups))
         return self.add(Instruction(operation, groups, (operand,), groups))
 
     def whole(self, index: int) -> Operand:

@@ -9,10 +9,11 @@ the recurrence needs: the gradients of matrices are products over all steps afte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from tidegate.fusion.builder import Builder
+from tidegate.fusion.kept import kept_by
 from tidegate.fusion.program import REDUCTIONS, Argument, Instruction, Operand, Program
 from tidegate.fusion.rules import RULES, Through
 
@@ -49,6 +50,7 @@ class Backward:
     """Attributes:
     program: its states are the gradients of the forward's states, then a sum for each vector wanted; its inputs are
         those of `inputs`, then the kept outputs, then the gradients of the outputs that have one.
+    text: its readable form.
     inputs: which of the forward's inputs it reads.
     kept: which of the forward's outputs it reads.
     input_gradients: for each wanted input, its place among the outputs; -1 if it has none.
@@ -57,6 +59,7 @@ class Backward:
     """
 
     program: Program
+    text: str
     inputs: tuple[int, ...]
     kept: tuple[int, ...]
     input_gradients: tuple[int, ...]
@@ -65,59 +68,12 @@ class Backward:
 
 
 @cache
-def keeping(program: Program) -> Program:
-    """The program with what its backward needs among its outputs: the entering states and the products' results.
+def derive(text: str, wanted: Wanted) -> Backward:
+    """The backward of a program, given by its text, that keeps what it needs.
 
-    Where a product is only added to something else of its size, the sum is kept in its place: so neither of the two is.
+    By its text, because a string knows its hash: this is asked at each call.
     """
-    more = tuple(operand for operand in _kept(program) if operand not in program.outputs)
-    return replace(program, outputs=(*program.outputs, *more))
-
-
-def _kept(program: Program) -> dict[Operand, None]:
-    readers: dict[int, list[int]] = {}
-    for k, instruction in enumerate(program.instructions):
-        for operand in instruction.operands:
-            if isinstance(operand, Operand) and operand.bank == "v":
-                readers.setdefault(operand.number, []).append(k)
-    read_later = {operand.number for operand in (*program.next_states, *program.outputs) if operand.bank == "v"}
-
-    def kept(k: int) -> int:
-        by = readers.get(k, [])
-        if len(by) != 1 or k in read_later:
-            return k
-        sum_of = program.instructions[by[0]]
-        alike = sum_of.operation == "add" and sum_of.size == program.instructions[k].size
-        return kept(by[0]) if alike and program.whole("v", k) in sum_of.operands else k
-
-    operands = [program.whole("s", k) for k in range(len(program.states))]
-    operands += [program.whole("v", kept(k)) for k, made in enumerate(program.instructions) if made.matrix >= 0]
-    return dict.fromkeys(operands)
-
-
-@cache
-def derive(program: Program, wanted: Wanted) -> Backward:
-    """The backward of a program that keeps what it needs."""
-    return _Derivation(program, wanted).run()
-
-
-@cache
-def places_over(program: Program, is_free: tuple[bool, ...]) -> tuple[int, ...]:
-    """For each output, the input whose memory it may take; -1 for memory of its own.
-
-    Args:
-        is_free: of each input, whether nobody reads it after its step.
-    """
-    # An output is written when the others may not be yet.
-    written_out = {operand.number for operand in program.outputs if operand.bank == "i"}
-    left = [k for k, free in enumerate(is_free) if free and k not in written_out]
-    places: list[int] = []
-    for output in program.outputs:
-        found = next((k for k in left if program.inputs[k] == output.size), -1)
-        if found >= 0:
-            left.remove(found)
-        places.append(found)
-    return tuple(places)
+    return _Derivation(Program.parse(text), wanted).run()
 
 
 class _Derivation:
@@ -128,7 +84,7 @@ class _Derivation:
         self.gradients: dict[tuple[str, int], list[tuple[int, Operand]]] = {}
         self.inputs: dict[int, Operand] = {}
         self.kept: dict[int, Operand] = {}
-        self.keepable = _kept(program)
+        self.keepable = kept_by(program)
         self.again: dict[int, Operand] = {}
         self.products: list[tuple[Instruction, Operand]] = []
 
@@ -212,16 +168,21 @@ class _Derivation:
         if not pieces:
             return None
         b, size = self.builder, self.program.size_of(bank, index)
-        parts = sorted((offset, k) for k, (offset, gradient) in enumerate(pieces) if gradient.size < size)
         whole = [gradient for _, gradient in pieces if gradient.size == size]
+        of_place: dict[tuple[int, int], Operand] = {}
+        for offset, gradient in pieces:
+            if gradient.size < size:
+                place = (offset, gradient.size)
+                of_place[place] = b.emit("add", of_place[place], gradient) if place in of_place else gradient
+        parts = sorted(of_place)
         # Layers of pieces that do not overlap, each in one row.
         while parts:
             layer: list[Operand] = []
             end, rest = 0, []
-            for offset, k in parts:
-                gradient = pieces[k][1]
+            for place in parts:
+                offset, gradient = place[0], of_place[place]
                 if offset < end:
-                    rest.append((offset, k))
+                    rest.append(place)
                     continue
                 if offset > end:
                     layer.append(self._zeros(offset - end))
@@ -270,6 +231,10 @@ class _Derivation:
         assert isinstance(operand, Operand)
         b, groups, size = self.builder, instruction.groups, operand.size
         if instruction.operation == "dot":
+            one, other = instruction.operands
+            if one == other:
+                self._give(one, b.emit("mul", self._value(one), b.emit("add", d, d), size=size, groups=groups))
+                return
             for one, other in (instruction.operands, instruction.operands[::-1]):
                 if isinstance(one, Operand) and self._is_live(one):
                     self._give(one, b.emit("mul", self._value(other), d, size=size, groups=groups))
@@ -375,7 +340,7 @@ class _Derivation:
             [numbered_operand(operand) for operand in outputs],
             len(of_vectors) + self.program.through_resets,
         )
-        return Backward(program, tuple(read), tuple(self.kept), input_gradients, of_vectors, matrices)
+        return Backward(program, str(program), tuple(read), tuple(self.kept), input_gradients, of_vectors, matrices)
 
 
 def _placed(outputs: list[Operand], operand: Operand) -> int:

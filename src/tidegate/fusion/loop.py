@@ -41,6 +41,11 @@ class _Tensors:
         return list(tensors[:a]), list(tensors[a:b]), list(tensors[b:c]), list(tensors[c:d])
 
 
+@cache
+def _tensors_of(text: str) -> _Tensors:
+    return _Tensors(Program.parse(text))
+
+
 class Looped(NamedTuple):
     """A program as the operator takes it, and the same with what its backward needs among its outputs.
 
@@ -56,7 +61,7 @@ class Looped(NamedTuple):
 
     @staticmethod
     def of(program: Program) -> Looped:
-        from tidegate.fusion.derive import keeping
+        from tidegate.fusion.kept import keeping
 
         keeps = keeping(program)
         return Looped(str(program), str(keeps), len(program.outputs), len(keeps.outputs))
@@ -134,8 +139,8 @@ def evaluate(
 
 
 @cache
-def _looped(program: Program) -> Looped:
-    return Looped.of(program)
+def _looped(text: str) -> Looped:
+    return Looped.of(Program.parse(text))
 
 
 def _run(
@@ -162,9 +167,9 @@ def _run(
     lengths = None if lengths is None else lengths.cpu()
     over: tuple[int, ...] = ()
     if any(is_free):
-        from tidegate.fusion.derive import places_over
+        from tidegate.fusion.kept import places_over
 
-        over = places_over(Program.parse(program), tuple(map(_can_be_written, inputs, is_free)))
+        over = places_over(program, tuple(map(_can_be_written, inputs, is_free)))
     run = cpu.operators().run_program.default
     results = run(code, constants, inputs, states, vectors, matrices, lengths, resets, steps, batch, reverse, over)
     # To autograd an output is no input, though it has its memory.
@@ -207,10 +212,10 @@ class _Loop(torch.autograd.Function):
         from tidegate.fusion.derive import derive
 
         known = Program.parse(program)
-        kinds, ends = _Tensors(known).split(tensors), _Tensors(known).ends
+        kinds, ends = _tensors_of(program).split(tensors), _tensors_of(program).ends
         ctx.needs = ctx.needs_input_grad[3:]
         # Saved is only what the backward reads.
-        back = derive(known, _wanted(known, ctx.needs, (True,) * len(known.outputs)))
+        back = derive(program, _wanted(program, ctx.needs, (True,) * len(known.outputs)))
         if dispatch.is_plain():
             free = () if owned is None else tuple([f and k not in back.inputs for k, f in enumerate(owned.inputs)])
             results = _run(program, *kinds, *rest, is_free=free)
@@ -236,10 +241,10 @@ class _Loop(torch.autograd.Function):
         return (None, None, None, *found)
 
 
-def _wanted(program: Program, needs: Sequence[bool], of_outputs: tuple[bool, ...]) -> Wanted:
+def _wanted(program: str, needs: Sequence[bool], of_outputs: tuple[bool, ...]) -> Wanted:
     from tidegate.fusion.derive import Wanted
 
-    inputs, _, vectors, matrices = _Tensors(program).split(needs)
+    inputs, _, vectors, matrices = _tensors_of(program).split(needs)
     return Wanted(tuple(inputs), tuple(vectors), tuple(matrices), of_outputs)
 
 
@@ -258,12 +263,12 @@ def _gradients(
 
     program, needs, like = Program.parse(ctx.program), ctx.needs, ctx.like
     steps, batch, reverse = ctx.rest
-    split = _Tensors(program).split
+    split = _tensors_of(ctx.program).split
     inputs, _, vectors, matrices = split(tensors)
     need_inputs, need_states, need_vectors, need_matrices = split(needs)
     count = len(program.outputs)
     of_outputs = gradients[:count]
-    back = derive(program, _wanted(program, needs, tuple([gradient is not None for gradient in of_outputs])))
+    back = derive(ctx.program, _wanted(ctx.program, needs, tuple([gradient is not None for gradient in of_outputs])))
     final = [
         like.new_zeros((batch, size)) if gradient is None else gradient
         for size, gradient in zip(program.states, gradients[count:], strict=True)
@@ -279,10 +284,10 @@ def _gradients(
     if dispatch.is_batched():
         found = interpret(back.program, *given)
     elif ctx.owned is None or torch.is_grad_enabled() or dispatch.keeps_graph() or not dispatch.is_plain():
-        found = run(_looped(back.program), *given)
+        found = run(_looped(back.text), *given)
     else:
         ctx.is_used_up = True
-        found = _run(str(back.program), *given, _free(back, ctx.owned, len(read)))
+        found = _run(back.text, *given, _free(back, ctx.owned, len(read)))
     made, ended = found[: len(back.program.outputs)], found[len(back.program.outputs) :]
     of_states = ended[: len(program.states)]
     if resets is not None and not reverse:

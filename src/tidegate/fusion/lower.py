@@ -51,7 +51,8 @@ class Lowered:
         once: of the cell's tensors, the program's vectors, then its matrices, then what `before` and `after` need.
         before: `(rows, x leaves (rows, ...), what `once` gave it) -> the program's inputs (rows, n), then what `after`
             needs`.
-        after: `(rows, the program's outputs (rows, n), what the others gave it) -> y leaves (rows, ...)`.
+        after: `(rows, the program's outputs (rows, n), what the others gave it) -> y leaves (rows, ...)`; None where
+            the program's outputs are those.
         counts: of vectors, matrices, and inputs.
         fresh: of each input, whether it has memory of its own that nothing of `before` reads again, even in backward.
         once_for_before: how many of the further results of `once` go to `before`; the others go to `after`.
@@ -61,7 +62,7 @@ class Lowered:
     counts: tuple[int, int, int]
     once: fx.GraphModule
     before: fx.GraphModule
-    after: fx.GraphModule
+    after: fx.GraphModule | None
     fresh: tuple[bool, ...]
     once_for_before: int
 

@@ -121,7 +121,7 @@ class TorchParts(NamedTuple):
 
     once: fx.GraphModule
     before: fx.GraphModule
-    after: fx.GraphModule
+    after: fx.GraphModule | None
     fresh: tuple[bool, ...]
     once_for_before: int
 
@@ -190,6 +190,12 @@ def torch_parts(sorted_trace: Sorted, loop: LoopNeeds) -> TorchParts:
     made = before.results[: len(loop.inputs)]
     fresh = tuple([_is_fresh(result) and before.results.count(result.args[0]) == 0 for result in made])
 
+    def is_row(node: fx.Node) -> bool:
+        value = values_of(node)
+        return rows.layouts[node] == (0, 1) and value.dim() == 2 and value.dtype is not torch.bool
+
+    if outputs == loop.outputs and all(map(is_row, outputs)):
+        return TorchParts(once.module(), before.module(), None, fresh, len(once_for_before))
     rest = Part(rows.trace, "rows")
     for node in (*loop.outputs, *(node for node in handed if not is_once(node)), *once_for_after):
         rest.take(node)

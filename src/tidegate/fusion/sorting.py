@@ -13,7 +13,7 @@ from torch import fx
 
 from tidegate.fusion import vocabulary
 from tidegate.fusion.over_features import OVER_FEATURES
-from tidegate.fusion.rows import CONVERTING, MOVING, PRODUCTS, Rows, packet, values_of
+from tidegate.fusion.rows import CONVERTING, MOVING, PRODUCTS, Rows, aten, packet, values_of
 from tidegate.fusion.trace import NotTraceableError, where
 
 
@@ -35,7 +35,9 @@ class Sorted:
         self.outputs: list[Any] = list(results[: self.trace.outputs])  # pyright: ignore
         self.leaving: list[Any] = list(results[self.trace.outputs :])  # pyright: ignore
         self._check_results()
-        core = self._ancestors(self.leaving) & self.rows.reads_state
+        needed = self._ancestors(self.leaving)
+        self.rows.reads_state |= self._norms_for_the_loop(needed)
+        core = needed & self.rows.reads_state
         self.after: set[fx.Node] = set() if whole else self._after(core)
 
     def in_loop(self) -> list[fx.Node]:
@@ -69,6 +71,22 @@ class Sorted:
             if node not in found:
                 found.add(node)
                 waiting += node.all_input_nodes
+        return found
+
+    def _norms_for_the_loop(self, needed: set[fx.Node]) -> set[fx.Node]:
+        """Layer norms of a product with the input, where nobody but the loop reads either.
+
+        Before the loop they would double what a training step keeps: both what is normed and what comes of it.
+        """
+        found: set[fx.Node] = set()
+        for norm in self.graph.nodes:
+            if packet(norm) is not aten.native_layer_norm or norm in self.rows.reads_state:
+                continue
+            source, results = norm.args[0], list(norm.users)
+            is_product = packet(source) in (aten.mm, aten.addmm) and len(source.users) == 1
+            readers = [reader for result in results for reader in result.users]
+            if is_product and all(reader in needed and reader in self.rows.reads_state for reader in readers):
+                found |= {norm, *results}
         return found
 
     def _after(self, core: set[fx.Node]) -> set[fx.Node]:

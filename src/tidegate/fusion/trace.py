@@ -112,11 +112,12 @@ class Cell:
         return torch.func.functional_call(self.holder, named, given)
 
 
-def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
+def trace(cell: Cell, inputs: Any, state: Any, with_lines: bool = True) -> Trace:
     """The step over x_t and a state like these.
 
     Args:
         inputs, state: nests of tensors (B, ...): their sizes and dtypes matter.
+        with_lines: note of each operation the line that it comes from, which takes torch most of the time.
 
     Raises:
         NotTraceableError: says why there is no graph.
@@ -129,9 +130,9 @@ def trace(cell: Cell, inputs: Any, state: Any) -> Trace:
         raise NotTraceableError(f"a size of {max(sizes)} is beyond what is traced")
     before, restore = read(cell.step).settings, _restorer(cell)
     try:
-        first = _trace_with(cell, tensors, inputs, state, rows)
+        first = _trace_with(cell, tensors, inputs, state, rows, with_lines)
         between = read(cell.step).settings
-        second = _trace_with(cell, tensors, inputs, state, _OTHER_ROWS)
+        second = _trace_with(cell, tensors, inputs, state, _OTHER_ROWS, with_lines=False)
         # One that is set once and for all, such as Keras' `_called`, does no harm if the step then does the same.
         if read(cell.step).settings != between:
             raise NotTraceableError("the step sets attributes of its own", whatever_the_sizes=True)
@@ -162,7 +163,7 @@ def _restorer(cell: Cell) -> Callable[[], None]:
     return restore
 
 
-def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, rows: int) -> Trace:
+def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, rows: int, with_lines: bool) -> Trace:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -193,12 +194,12 @@ def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, 
     decomposed, scope.decomposes = scope.decomposes, True
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            graph = _graph(step, values)
+            graph = _graph(step, values, with_lines)
             if any(is_in_place(node.target) for node in graph.nodes):
                 # torch's own cells change their intermediate results in place, where `functionalize` does not look.
                 again = fx.Interpreter(fx.GraphModule(graph.owning_module or {}, graph))
                 with preserve_node_meta():  # the lines that operations come from
-                    graph = _graph(again.run, values)
+                    graph = _graph(again.run, values, with_lines)
     except NotTraceableError:
         raise
     except Exception as error:
@@ -209,12 +210,12 @@ def _trace_with(cell: Cell, tensors: Sequence[Tensor], inputs: Any, state: Any, 
     return Trace(graph, mode, rows, counts, *structure)
 
 
-def _graph(step: Callable[..., Any], values: Sequence[Tensor]) -> fx.Graph:
+def _graph(step: Callable[..., Any], values: Sequence[Tensor], with_lines: bool) -> fx.Graph:
     # Imported where it is used: it takes longer than all the rest.
     from torch.fx.experimental.proxy_tensor import make_fx
 
     functional: Any = torch.func.functionalize(step, remove="mutations")
-    tracer = make_fx(functional, decompositions(), _allow_non_fake_inputs=True, record_stack_traces=True)
+    tracer = make_fx(functional, decompositions(), _allow_non_fake_inputs=True, record_stack_traces=with_lines)
     return tracer(*values).graph
 
 

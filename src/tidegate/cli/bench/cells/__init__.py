@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidegate.cli.bench.cells.load import short_name
-from tidegate.cli.bench.cells.measure import CellBench, CellResult
+from tidegate.cli.bench.cells.measure import CellBench
 from tidegate.cli.bench.cells.picture import draw_cells
 from tidegate.cli.bench.cells.report import print_cells, write_cells_json
 from tidegate.cli.bench.model.load import importing_from_here
@@ -74,15 +75,16 @@ def run_cell_bench(plan: CellPlan, out: Path) -> None:
         with_peers = plan.peers and not plan.quick
         jax = next((PeerProcess(peer) for peer in installed_peers() if with_peers and peer.name == "jax"), None)
         columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
-        results: list[CellResult] = []
         with (
             CellBench(effort, threads, with_peers, jax, "train" in plan.modes) as bench,
             Progress(*columns, console=console) as progress,
         ):
             task = progress.add_task("", total=len(cases) * effort.rounds)
-            for case in cases:
-                progress.update(task, description=str(case))
-                results.append(bench.measure(case, lambda: progress.advance(task)))
+
+            def say(doing: str) -> None:
+                progress.update(task, description=doing)
+
+            results = [bench.measure(case, partial(progress.advance, task), say) for case in cases]
             progress.update(task, description="done")
         print_cells(console, results)
         print_notes(console, [note for result in results for note in result.notes], load)

@@ -74,8 +74,8 @@ class CellBench:
         for process in self._memory.values():
             process.shutdown(cancel_futures=True)
 
-    def measure(self, case: Case, advance: Callable[[], None]) -> CellResult:
-        """Check, then time. `advance` is called after each round.
+    def measure(self, case: Case, advance: Callable[[], None], say: Callable[[str], None]) -> CellResult:
+        """Check, then time. `advance` is called after each round, `say` with what begins.
 
         Raises:
             BenchError: the cell cannot run fused, or its fused results are not the loop's.
@@ -99,6 +99,7 @@ class CellBench:
             raise BenchError(f"{case}: fused: {fault}")
         notes: list[str] = []
         if "compiled loop" in calls:
+            say(f"{case}: torch.compile is at work")
             try:
                 fault = find_difference(expected, calls["compiled loop"](), dtype, "the loop")
             except Exception as error:  # the compiler's, of any type: named to the user, the contender left out
@@ -108,8 +109,12 @@ class CellBench:
                 notes.append(f"{case}: compiled loop: not timed: {fault}")
         calls[YARDSTICK] = build_yardstick(subject, case.shape.hidden_size, case.mode)
         slices: dict[str, TimeSlice] = {name: local_slice(call) for name, call in calls.items()}
+        if self._jax is not None:
+            say(f"{case}: jax is at work")
         notes += self._add_jax(case, subject, expected, slices)
+        say(f"{case}: timing")
         seconds = interleave(slices, self._effort, advance)
+        say(f"{case}: peak memory")
         return CellResult(case, seconds, first_seconds, self._peak_bytes(case), notes)
 
     def _add_jax(
