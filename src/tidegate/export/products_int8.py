@@ -247,8 +247,9 @@ static inline ivec paired(ivec a, ivec b)
 
 static inline void scaled(ivec sums, const float *scales, float scale, const float *from, float *y, int left)
 {
-    const vec product = CONVERTED(sums) * (load(scales, left) * scale);
-    store(y, from ? product + load(from, left) : product, left);
+    /* Always a sum, so that it is one rounding whether or not the compiler knows `from`. */
+    const vec begin = from ? load(from, left) : SPLAT(0.0f);
+    store(y, CONVERTED(sums) * (load(scales, left) * scale) + begin, left);
 }
 #endif"""
 
