@@ -16,11 +16,11 @@ PIP := $(BIN)/python -m pip install --quiet
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/* third_party/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-slow test-fuzz test-native test-other-systems test-peers test-recipes \
+.PHONY: help install demo test test-quick test-slow test-fuzz test-native test-peers test-recipes \
 	test-clients test-install test-versions test-all sanitize lint bench docs wheel sdist clean
 
 help:  ## List the targets.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## Make .venv ready for development.
 
@@ -92,18 +92,13 @@ test-native:  ## Build the kernels without torch and run their own test; CXX=cla
 	cmake --build $(NATIVE) --parallel $(JOBS)
 	cd $(NATIVE) && ctest --output-on-failure
 
-# Races and memory, on every instruction set of this machine; ISAS=native for its best alone, which takes a fifth.
+# Races and memory: these builds take long. ISAS=all, or a list, for more than this machine's best instruction set.
 sanitize:  ## Run the kernels' own test under the thread and the address sanitizer.
 	for sanitizer in thread address; do \
 		cmake -S . -B build/$$sanitizer -DTIDEGATE_NATIVE_TEST=ON -DTIDEGATE_SANITIZE=$$sanitizer \
-			-DTIDEGATE_ISAS='$(or $(ISAS),all)' -DCMAKE_CXX_COMPILER=$(CXX) \
+			-DTIDEGATE_ISAS='$(or $(ISAS),native)' -DCMAKE_CXX_COMPILER=$(CXX) \
 		&& cmake --build build/$$sanitizer --parallel $(JOBS) && build/$$sanitizer/kernels_test || exit 1; \
 	done
-
-# zig's wheel is a clang with the headers of both systems.
-test-other-systems: install  ## Compile the kernels for macOS on arm64 and for Windows, as far as another system can.
-	$(PIP) 'ziglang>=0.14'
-	tests/native/other_systems.sh $(BIN)/python -m ziglang c++
 
 # Of the last four only cells are used: not what the packages around them depend on.
 test-peers: install  ## Run the tests against Keras, Flax, ONNX runtimes and others' cells; installs them into .venv.

@@ -42,11 +42,9 @@ class Batch(NamedTuple):
     unbatched: bool = False
     order: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    @property
     def steps(self) -> int:
         return pytree.tree_leaves(self.data)[0].shape[0]
 
-    @property
     def rows(self) -> int:
         return pytree.tree_leaves(self.data)[0].shape[1]
 

@@ -122,7 +122,7 @@ class Recurrent(torch.nn.Module):
             return uncompiled(input, hx, lengths=lengths, resets=resets, **named)
         batch = read_batch(self._joined(input, named), lengths, resets, self.batch_first)
         if dispatch.is_plain():
-            check_lengths(batch.lengths, batch.steps)
+            check_lengths(batch.lengths, batch.steps())
         data, named = batch.data if named else (batch.data, {})
         finals: list[Nest] = []
         added = False
@@ -247,7 +247,7 @@ def _run(
     cell, inputs = give(cell, inputs, named)
     name = f"hx{place}"
     state = over_time.zero_state(cell, inputs, name) if state is None else batch.read_state(state, name)
-    over_time.check_state(cell, state, batch.rows, name)
+    over_time.check_state(cell, state, batch.rows(), name)
     output, final = over_time.run(cell, inputs, state, batch.lengths, batch.resets, reverse, every=every)
     return output, batch.restore_state(final)
 
