@@ -200,10 +200,12 @@ def select(call: Call, name: str) -> Backend:
         if chosen.unsupported_reasons(call):
             raise UnsupportedError(_refusal(call, name))
         return chosen
+    # By sizes that are not known nothing is chosen: a graph would hold for the sizes alone for which the choice does.
+    is_known = type(call.input) is Tensor or call.has_known_sizes()
     for candidate in _ON_CPU if call.input.is_cpu else _AUTOMATIC:
         if candidate.unsupported_reasons(call):
             continue
-        if candidate.slower_reasons(call) and not BY_NAME[candidate.leaves_to].unsupported_reasons(call):
+        if is_known and candidate.slower_reasons(call) and not BY_NAME[candidate.leaves_to].unsupported_reasons(call):
             return BY_NAME[candidate.leaves_to]
         if candidate is CPU:
             return candidate

@@ -116,6 +116,10 @@ class Call(NamedTuple):
             return 1
         return self.input.shape[1 if self.layout is TIME_MAJOR else 0]
 
+    def has_known_sizes(self) -> bool:
+        """Whether steps and rows are numbers, and not what a compiler or exporter traces with in their place."""
+        return all(type(size) is int for size in self.input.shape)
+
     def weights_of(self, k: int) -> Weights:
         """The parameters of layer k // D in direction k % D, by name."""
         count = len(self.cell.parameters)

@@ -220,10 +220,11 @@ class _OneStateCell(RecurrentCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
-        if self._is_recorded_by_torch():
-            return self._recorded_by.forward(self, input, hx)
         if dispatch.is_symbolic(input):
             return dispatch.leaf(self, input, hx)
+        if self._is_recorded_by_torch():
+            self._states(hx)
+            return self._recorded_by.forward(self, input, hx)
         return self._step(input, hx)[0]
 
     if TYPE_CHECKING:
@@ -348,10 +349,11 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: as torch.nn raises them, in its words.
         """
-        if self._is_recorded_by_torch():
-            return self._recorded_by.forward(self, input, hx)
         if dispatch.is_symbolic(input):
             return dispatch.leaf(self, input, hx)
+        if self._is_recorded_by_torch():
+            self._states(hx)
+            return self._recorded_by.forward(self, input, hx)
         h, c = self._step(input, hx)
         return h, c
 
