@@ -115,9 +115,14 @@ inline Lanes<float>::Half round_to_bf16(Vec<float> value) {
 // f16 of the widest kind that the processor converts, to nearest even; else by hand, where denormals take a detour through
 // a sum, so that they need no denormal float32.
 #if defined(__AVX512F__)
-inline Vec<float> widen_f16(Lanes<float>::Half half) { return (Vec<float>)_mm512_cvtph_ps((__m256i)half); }
+// With a mask of all lanes: without one GCC 12 warns of the undefined vector that its own header passes on.
+constexpr uint16_t all_lanes = 0xffff;
+inline Vec<float> widen_f16(Lanes<float>::Half half) {
+    return (Vec<float>)_mm512_maskz_cvtph_ps(all_lanes, (__m256i)half);
+}
 inline Lanes<float>::Half round_to_f16(Vec<float> value) {
-    return (Lanes<float>::Half)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    constexpr int to_nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return (Lanes<float>::Half)_mm512_maskz_cvtps_ph(all_lanes, (__m512)value, to_nearest);
 }
 #elif defined(__F16C__)
 inline Vec<float> widen_f16(Lanes<float>::Half half) { return (Vec<float>)_mm256_cvtph_ps((__m128i)half); }
