@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -28,6 +30,16 @@ def library(folder: Path, flags: Sequence[str] = ("-O2", "-march=native"), compi
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(made))
+
+
+# A second opinion on the same C: `.ci/run` installs it, and a machine with GCC alone is none the less tested with that.
+needs_clang = pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
+
+
+def skip_what_cannot_run(flags: Sequence[str]) -> None:
+    """Code for AVX2 ends with an illegal instruction on a processor without; the other flags' code runs on any."""
+    if "-mavx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX2")
 
 
 def run(*command: object) -> str:

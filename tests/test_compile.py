@@ -139,8 +139,9 @@ def test_no_rule_of_speed_bounds_an_exported_size(kind: str, dtype: torch.dtype)
     for leading in [(2,), (70,)] if is_cell else [(3, 2), (2, 70)]:
         x = torch.randn(*leading, 8, dtype=dtype)
         for found, expected in zip(tensors_in(module(x)), tensors_in(made(x)), strict=True):
-            # In bfloat16 another backend may round each step's h to the other side.
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype is torch.float32 else 2e-2)
+            # Another backend may have run it: 6e-8 and 2e-3 were seen, allowed are three times as much and one unit of
+            # bfloat16 in numbers up to 1.
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-7 if dtype is torch.float32 else 4e-3)
 
 
 def test_export_survives_saving(tmp_path: Any) -> None:

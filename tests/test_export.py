@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from exported import WARNINGS, Drawn, Exported, Function, Recurrent, compiled, error, models, run
+from exported import (
+    WARNINGS,
+    Drawn,
+    Exported,
+    Function,
+    Recurrent,
+    compiled,
+    error,
+    models,
+    needs_clang,
+    run,
+    skip_what_cannot_run,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,8 +32,6 @@ import tidegate as tg
 
 FILES = ["CMakeLists.txt", "README.md", "export.json", "model.c", "model.h", "model_test.c"]
 TOLERANCE = 1e-5  # of the output's scale
-
-needs_clang = pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
 
 
 class Amplifier(nn.Module):
@@ -239,8 +249,7 @@ def test_the_same_bytes_every_time(folder: Path, tmp_path: Path) -> None:
 def test_it_compiles_without_a_warning_and_its_test_passes(
     folder: Path, tmp_path: Path, compiler: list[str], flags: list[str]
 ) -> None:
-    if "-mavx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no AVX2")
+    skip_what_cannot_run(flags)
     program = tmp_path / "test"
     run(*compiler, *WARNINGS, *flags, folder / "model.c", folder / "model_test.c", "-o", program)
     assert "largest difference" in run(program)

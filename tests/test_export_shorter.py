@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exported import WARNINGS, Drawn, Recurrent, compiled, error, models, run
+from exported import WARNINGS, Drawn, Recurrent, compiled, error, models, needs_clang, run, skip_what_cannot_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,8 +19,6 @@ import tidegate.cells
 from tidegate.quantization import product, quantize_rows
 
 TOLERANCE = 1e-5  # of the output's scale
-
-needs_clang = pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -99,8 +96,7 @@ def test_shorter_weights(tmp_path: Path, kind: Any, weights: str, apart: float) 
 @pytest.mark.parametrize("compiler", ["gcc", "g++", pytest.param("clang", marks=needs_clang)])
 def test_shorter_weights_everywhere(tmp_path: Path, compiler: str, weights: str, flags: list[str]) -> None:
     """The self-test's numbers are what the arithmetic gives in Python."""
-    if "-mavx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no AVX2")
+    skip_what_cannot_run(flags)
     torch.manual_seed(0)
     blocks = tg.Recurrent(tg.cells.LayerNormGRUCell(19, 35), batch_first=True)
     folder = tg.export_c(
