@@ -137,6 +137,27 @@ def test_a_running_sum_sees_nothing_of_what_comes_later() -> None:
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
+def test_random_numbers_that_meet_a_pole_are_no_other_computation() -> None:
+    """Next to a pole roundings decide: a plan that is tried there is tried on other numbers, too."""
+
+    size = 130
+
+    class Pole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            _input, state = (torch.randn(3, size, generator=generator) for _ in range(2))
+            self.register_buffer("pole", state[0].double().exp() * (1 + 2.5e-7))
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return torch.tanh(x) * 1e-6 / (torch.exp(h) - self.pole.float())
+
+    cell, x, h = Pole(), torch.randn(B, T, size), torch.zeros(B, size)
+    found, expected = (tg.dynamic_rnn(cell, x, initial_state=h, fuse=fuse) for fuse in (True, False))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     "measure",
     [
