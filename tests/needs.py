@@ -11,6 +11,7 @@ import platform
 import sys
 
 import pytest
+import torch
 
 from tidegate.kernels import cpu, triton
 
@@ -31,3 +32,13 @@ def instruction_sets(*names: str) -> pytest.MarkDecorator:
     """A processor has those that it has; the best of them runs in every other test."""
     lacking = [name for name in names if name not in ISAS]
     return pytest.mark.skipif(bool(lacking), reason=f"this processor, or this build, has no {', '.join(lacking)}")
+
+
+# torch's compiler follows its own function, alone in a function of the user's, from 2.13 on.
+compiled_unpacking = pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="torch before 2.13 cannot compile its own pad_packed_sequence"
+)
+# 2.12's fails in `PackedSequence.__getattribute__`: "tuple index out of range".
+strict_export_of_packed = pytest.mark.skipif(
+    "2.12" <= torch.__version__ < "2.13", reason="torch 2.12 cannot export, strictly, what makes a PackedSequence"
+)

@@ -183,7 +183,7 @@ def test_few_steps_of_large_layers_are_left_to_torch(monkeypatch: pytest.MonkeyP
     """Without AVX-512 and without gradients, and where the user does not decide."""
     sizes: dict[str, Any] = {"steps": 2, "batch": 1, "input_size": 3, "hidden_size": 512, "dtype": torch.float32}
     few = make_call("gru", **sizes).call()
-    monkeypatch.setattr(cpu, "layout", lambda: "avx2")
+    monkeypatch.setattr(cpu, "_has_avx512", lambda: False)
     with torch.no_grad():
         assert backends.select(few, "").name == "aten"
         assert backends.select(few, "cpu").name == "cpu"
@@ -195,9 +195,9 @@ def test_few_steps_of_large_layers_are_left_to_torch(monkeypatch: pytest.MonkeyP
             ("lstm", {}),
         ):
             assert backends.select(make_call(variant, **sizes | other).call(), "").name == "cpu"
-        monkeypatch.setattr(cpu, "layout", lambda: "avx512")
+        monkeypatch.setattr(cpu, "_has_avx512", lambda: True)
         assert backends.select(few, "").name == "cpu"
-    monkeypatch.setattr(cpu, "layout", lambda: "avx2")
+    monkeypatch.setattr(cpu, "_has_avx512", lambda: False)
     recorded = few._replace(input=few.input.requires_grad_())
     assert backends.select(recorded, "").name == "cpu"
 

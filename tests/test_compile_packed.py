@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import needs
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ class Tacotron(torch.nn.Module):
         return pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0] * 2
 
 
+@needs.compiled_unpacking
 @pytest.mark.parametrize("is_sorted", [False, True])
 def test_only_torchs_own_functions_break_a_graph(is_sorted: bool) -> None:
     torch.manual_seed(0)
@@ -103,7 +105,7 @@ def test_rows_counted_by_a_value_run_as_with_torch_outside_of_the_graph(kind: st
     torch.testing.assert_close(torch.compile(model, backend="eager")(packed), model(packed))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=needs.strict_export_of_packed)])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_export_takes_the_number_of_rows_from_the_values(kind: str, strict: bool) -> None:
     class Packed(torch.nn.Module):

@@ -217,6 +217,11 @@ def select(call: Call, name: str) -> Backend:
     raise UnsupportedError("; ".join(call.inference_reasons()) or _refusal(call, name))
 
 
+def leaves_step(cell: str, rows: int, hidden_size: int) -> bool:
+    """Whether `select` would leave a float32 step on the CPU to torch, for who asks before there is a call."""
+    return not CPU.availability() and bool(cpu.many_rows_reasons(cell, rows, hidden_size))
+
+
 def _reasons_to_leave(candidate: Backend, call: Call) -> list[str]:
     slower = candidate.slower_reasons(call)
     return slower if slower and not BY_NAME[candidate.leaves_to].unsupported_reasons(call) else []
@@ -254,7 +259,7 @@ def describe(call: Unit) -> str:
     """A call in one line: gru(T=50, B=8, I=64, H=256, float32, cpu)."""
     call = call.call() if isinstance(call, Layer) else call
     sizes = call.sizes()
-    words = [f"T={call.steps}", f"B={call.batch}", f"I={call.input.shape[-1]}", f"H={sizes['H']}"]
+    words = [f"T={call.steps}", f"B={call.batch()}", f"I={call.input.shape[-1]}", f"H={sizes['H']}"]
     words += [f"layers={call.layers}"] * (call.layers > 1)
     words += [str(call.input.dtype).removeprefix("torch."), str(call.input.device)]
     options = call.named_options()

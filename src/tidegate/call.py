@@ -98,7 +98,6 @@ class Call(NamedTuple):
         """The same call computed in `dtype`."""
         return self.with_tensors([None if tensor is None else tensor.to(dtype) for tensor in self.tensors])
 
-    @property
     def directions(self) -> int:
         return count(self.direction)
 
@@ -110,7 +109,6 @@ class Call(NamedTuple):
     def steps(self) -> int:
         return 1 if self.is_step else self.input.shape[1 if self.layout is BATCH_FIRST else 0]
 
-    @property
     def batch(self) -> int:
         if self.layout in (UNBATCHED, UNBATCHED_STEP):
             return 1

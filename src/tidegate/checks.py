@@ -36,7 +36,7 @@ def check(call: Call) -> None:
     if call.input.dim() != layout.count(",") + (not layout.endswith(",)")):
         raise ValueError(f"input: expected {layout}, got {call.input.dim()} dimensions")
     faults: list[str] = []
-    directions = call.directions
+    directions = call.directions()
     sizes = _sizes(call.cell, call.weights_of(0))
     width = directions * sizes[call.cell.states["h"]]
     for k in range(call.layers * directions):
@@ -44,12 +44,12 @@ def check(call: Call) -> None:
         faults += _weight_faults(call.cell, call.weights_of(k), sizes, call.input, _place(call, k))
     leading = () if call.is_step else (call.layers * directions,)
     batched = call.layout not in (UNBATCHED, UNBATCHED_STEP)
-    leading, words = (*leading, *(call.batch,) * batched), "L*D, " * (not call.is_step) + "B, " * batched
+    leading, words = (*leading, *(call.batch(),) * batched), "L*D, " * (not call.is_step) + "B, " * batched
     for (name, letter), state in zip(call.cell.states.items(), call.states, strict=True):
         if state is not None:
             expected = (*leading, sizes[letter])
             faults += _tensor_faults(f"{name}_0", state, expected, f"({words}{_LETTERS[letter]})", call.input)
-    faults += _sequence_faults(call.steps, call.batch, call.lengths, call.resets, call.input)
+    faults += _sequence_faults(call.steps, call.batch(), call.lengths, call.resets, call.input)
     faults += _option_faults(call.cell, call.named_options())
     if faults:
         raise ValueError("\n".join(faults))
@@ -73,14 +73,14 @@ def refuse_sparse(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
 def _named_tensors(call: Call) -> list[tuple[str, Tensor | None]]:
     found: list[tuple[str, Tensor | None]] = [("input", call.input)]
     found += zip((f"{state}_0" for state in call.cell.states), call.states, strict=True)
-    for k in range(call.layers * call.directions):
+    for k in range(call.layers * call.directions()):
         found += [(name + _place(call, k), weight) for name, weight in call.weights_of(k).items()]
     return found
 
 
 def _place(call: Call, k: int) -> str:
     """What follows the names of cell k's weights, where there are several cells."""
-    directions = call.directions
+    directions = call.directions()
     return "" if call.layers * directions == 1 else f"_l{k // directions}" + "_reverse" * (k % directions)
 
 

@@ -49,6 +49,12 @@ _dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
 _has_transforms: Callable[[], bool] = _C._are_functorch_transforms_active
 
 
+def is_exporting() -> bool:
+    """Inside torch.export. As `torch.compiler.is_exporting`, which the compiler of torch before 2.12 takes for true."""
+    compiler: Any = torch.compiler
+    return compiler._is_exporting_flag
+
+
 def is_traced() -> bool:
     """A compiler, exporter, tracer or dispatch mode is looking: it must see one operator, not what is inside."""
     return is_compiling() or _is_tracing() or _dispatch_modes() > 0

@@ -152,5 +152,5 @@ def _zeros(call: Call) -> tuple[Any, ...]:
     """The results of a call, zeros."""
     whole = call.time_major()
     states = [state for state in whole.states if state is not None]
-    output = call.input.new_zeros((call.steps, call.batch, call.directions * states[0].shape[-1]))
+    output = call.input.new_zeros((call.steps, call.batch(), call.directions() * states[0].shape[-1]))
     return call.restored(output, [state.new_zeros(state.shape) for state in states])

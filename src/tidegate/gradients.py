@@ -158,7 +158,7 @@ def _places_read(states: int, count: int, directions: int, needs: tuple[bool, ..
 
 
 def _places(unit: Unit, needs: tuple[bool, ...]) -> tuple[int, ...]:
-    directions = unit.directions if isinstance(unit, Call) else 0
+    directions = unit.directions() if isinstance(unit, Call) else 0
     return _places_read(len(unit.cell.states), len(unit.cell.parameters), directions, needs)
 
 

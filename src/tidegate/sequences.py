@@ -55,7 +55,7 @@ def is_opaque(input: object) -> bool:
     """
     if not isinstance(input, PackedSequence) or input.sorted_indices is not None:
         return False
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not dispatch.is_exporting()
 
 
 def from_packed(input: PackedSequence) -> Sequences:

@@ -124,9 +124,9 @@ class Sites:
             raise self.refuse(_TOO_MANY_STEPS)
         if call.lengths is not None or call.resets is not None:
             raise self.refuse(_MARKS)
-        whole, count = call.time_major(), call.layers * call.directions
-        backward = [call.direction is REVERSE or k % call.directions == 1 for k in range(count)]
-        ends = [f"_l{k // call.directions}{'_reverse' * backward[k]}" for k in range(count)]
+        whole, count = call.time_major(), call.layers * call.directions()
+        backward = [call.direction is REVERSE or k % call.directions() == 1 for k in range(count)]
+        ends = [f"_l{k // call.directions()}{'_reverse' * backward[k]}" for k in range(count)]
         letters = tuple(call.cell.states)
         names = [letter if call.is_step else letter + end for letter in letters for end in ends]
         columns = [state[k] for state in whole.states if state is not None for k in range(count)]
@@ -135,13 +135,13 @@ class Sites:
         leaving: list[Sequence[Tensor]] = []
         for layer in range(call.layers):
             outputs: list[Tensor] = []
-            for k in range(layer * call.directions, (layer + 1) * call.directions):
+            for k in range(layer * call.directions(), (layer + 1) * call.directions()):
                 states = tuple(entering[k::count])
                 one = Layer(call.cell, output, states, call.weights_of(k), None, None, False, options)
                 result, *left = reference.forward(one)
                 outputs.append(result)
                 leaving.append(left)
-            output = outputs[0] if call.directions == 1 else torch.cat(outputs, -1)
+            output = outputs[0] if call.directions() == 1 else torch.cat(outputs, -1)
         by_letter = list(zip(*leaving, strict=True))
         self.leaving += [state for column in by_letter for state in column]
         # Rows first, as long as they are moved: the tracer follows them there.

@@ -57,11 +57,11 @@ def inspect(module: Callable[..., Any], *args: object, directions: int = 64, **k
             scope.observer = note
 
     def _call(call: Call) -> tuple[torch.Tensor, ...]:
-        count, places = len(found), call.layers * call.directions
+        count, places = len(found), call.layers * call.directions()
 
         def look(layer: Layer) -> tuple[torch.Tensor, ...]:
             k = len(found) - count
-            name = f"{call.cell.name}, layer {k // call.directions}" if places > 1 else call.cell.name
+            name = f"{call.cell.name}, layer {k // call.directions()}" if places > 1 else call.cell.name
             results, seen = look_at_layer(layer, name + ", reverse" * layer.reverse, directions)
             found.append(seen)
             return results

@@ -110,7 +110,7 @@ def _packed(call: Call, lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     if live == 0:
         # They still depend on every tensor, so that its gradient is zero and not absent.
         nothing = sum(tensor.flatten()[:0].sum() for tensor in call.tensors if tensor is not None)
-        width = call.directions * _given(call)[0].shape[-1]
+        width = call.directions() * _given(call)[0].shape[-1]
         return call.input.new_zeros((steps, batch, width)) + nothing, tuple(s + nothing for s in _given(call))
     data = call.input.flatten(0, 1).index_select(0, position)
     batch_sizes = torch.bincount(step)

@@ -44,6 +44,7 @@ _KINDS: dict[tuple[str, tuple[Any, ...]], tuple[int, int]] = {
 # B * hidden_size from which one step of _ROWS rows or more is quicker in torch's operators, by instruction set.
 _ROWS = 16
 _MANY = {"avx2": {"gru": 2**13, "rnn": 2**14, "lstm": 2**15}, "avx512": {"gru": 2**16, "rnn": 2**16, "lstm": 2**16}}
+_LEAST_MANY = min(min(of_cell.values()) for of_cell in _MANY.values())
 
 # A sequence of 2 to _FEW_STEPS steps without gradients is quicker in torch's operators from _LARGE units on, where the
 # kernels have no AVX-512.
@@ -132,7 +133,7 @@ def _stored_reasons(call: Call) -> list[str]:
     if not call.input.is_cpu:
         reasons.append(f"input is on {call.input.device}")
     sizes = call.sizes()
-    if call.cell.storage == "int8" and max(sizes["I"], call.directions * sizes["H"]) > _MOST_INT8_COLUMNS:
+    if call.cell.storage == "int8" and max(sizes["I"], call.directions() * sizes["H"]) > _MOST_INT8_COLUMNS:
         reasons.append(f"a row of weights has more than {_MOST_INT8_COLUMNS} numbers")
     return reasons
 
@@ -204,28 +205,37 @@ def slower_reasons(call: Call) -> list[str]:
     if call.cell is not GRU and call.layout >= STEP and call.records():
         return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
     if call.layout == STEP and call.input.dtype is torch.float32:
-        rows = call.input.size(0)
-        if rows < _ROWS:
-            return []
-        entries = rows * call.hidden_size
-        if entries >= min(_MANY["avx2"].values()):
-            many = _MANY["avx512" if layout().startswith("avx512") else "avx2"][call.cell.name]
-            if entries >= many:
-                return [f"one step, and B*hidden_size is {many} or more"]
-        return []
+        return many_rows_reasons(call.cell.name, call.input.size(0), call.hidden_size)
     if call.input.dtype is torch.float32 and 1 < call.steps <= _FEW_STEPS and call.hidden_size >= _LARGE:
         return _few_steps_reasons(call)
     if call.input.dtype is not torch.bfloat16 or not dispatch.multiplies_matrices():
         return []
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
-    if call.steps == 1 or call.batch * hidden_size * hidden_size < 2**least:
+    if call.steps == 1 or call.batch() * hidden_size * hidden_size < 2**least:
         return []
     return [f"torch's operators use AMX for bfloat16, and B*hidden_size**2 is 2**{least} or more"]
 
 
+def many_rows_reasons(cell: str, rows: int, hidden_size: int) -> list[str]:
+    """Of one step in float32: `slower_reasons`."""
+    entries = rows * hidden_size
+    if rows < _ROWS or entries < _LEAST_MANY:
+        return []
+    many = _MANY["avx512" if _has_avx512() else "avx2"][cell]
+    return [f"one step, and B*hidden_size is {many} or more"] if entries >= many else []
+
+
+@cache
+def _has_avx512() -> bool:
+    """Of the instruction set that the process began with."""
+    return layout().startswith("avx512")
+
+
 def _few_steps_reasons(call: Call) -> list[str]:
-    is_quicker = call.batch >= _LEAST_ROWS[call.cell.name] and (call.cell is not LSTM or call.hidden_size < 2 * _LARGE)
-    if not is_quicker or layout().startswith("avx512") or call.records():
+    is_quicker = call.batch() >= _LEAST_ROWS[call.cell.name] and (
+        call.cell is not LSTM or call.hidden_size < 2 * _LARGE
+    )
+    if not is_quicker or _has_avx512() or call.records():
         return []
     return [f"2 to {_FEW_STEPS} steps, and hidden_size is {_LARGE} or more"]
 
@@ -233,8 +243,8 @@ def _few_steps_reasons(call: Call) -> list[str]:
 def saved_shape(call: Call) -> tuple[int, ...]:
     """The shape of what `forward(call, save=True)` keeps for each layer: csrc/torch/saved.h."""
     gates = _KINDS[(call.cell.name, call.options)][1]
-    sizes, directions, rows = call.sizes(), call.directions, call.steps * call.batch
-    states = call.batch * sum(sizes[letter] for letter in call.cell.states.values())
+    sizes, directions, rows = call.sizes(), call.directions(), call.steps * call.batch()
+    states = call.batch() * sum(sizes[letter] for letter in call.cell.states.values())
     return (directions * (states + rows * (gates * sizes["H"] + sizes[call.cell.states["h"]])),)
 
 
@@ -334,7 +344,7 @@ def _packed(call: Call) -> Tensor:
     if any(weight is not None and weight.is_inference() for weight in call.weights):
         return _pack(call)  # they do not say when they change
     versions = tuple([weight._version for weight in call.weights if weight is not None])
-    key, isa = (id(first), len(others), call.directions), layout()
+    key, isa = (id(first), len(others), call.directions()), layout()
     kept = _packed_weights.get(key)
     if (
         kept is not None

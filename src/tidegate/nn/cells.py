@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tidegate import backends, dispatch, ops
 from tidegate import cell as kinds
-from tidegate import dispatch, ops
 from tidegate.call import FORWARD, STEP, UNBATCHED_STEP, Call, Layer, new_call
 from tidegate.checks import check_layer
 from tidegate.nn import autocast, initialization
@@ -37,8 +37,8 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
     proj_size: int = 0
     peepholes: bool = False
     _is_declared: bool = False
-    # Whose own forward is to run a step that autograd records, where there is nothing that it would not know.
-    _recorded_by: Any = None
+    # torch.nn's cell, whose own forward runs a step that is left to torch's operators anyway.
+    _torchs: Any
     _plan: Plan  # of a module that is torch.nn's own, if it has none itself
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -121,18 +121,31 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
         states = self._step(input, hx)
         return states[0] if len(states) == 1 else tuple(states)
 
-    def _is_recorded_by_torch(self) -> bool:
-        """Whether to leave a step to torch.nn's own forward, to which `ops.run` could only come by a longer way."""
-        if self._recorded_by is None or dispatch.is_compiling() or not torch.is_grad_enabled():
-            return False
-        weight = self._parameters.get("weight_ih")
+    def _is_left_to_torch(self, input: Tensor) -> bool:
+        """Whether to call torch.nn's own forward, to which `ops.run` would only come by a longer way.
+
+        After a large product that way is in no cache of the processor, and takes 0.1 ms.
+        """
         return (
-            weight is not None
-            and weight.requires_grad
+            not dispatch.is_compiling()
+            and self._is_quicker_in_torch(input)
             and (ACCELERATED in self.__dict__ or self._has_torchs_equations())
             and scope.is_clear()
             and dispatch.is_bare()
             and not dispatch.is_autocast()
+        )
+
+    def _is_quicker_in_torch(self, input: Tensor) -> bool:
+        weight = self._parameters.get("weight_ih")
+        if weight is None:
+            return False
+        if self.cell is not kinds.GRU and weight.requires_grad and torch.is_grad_enabled():
+            return True
+        return (
+            input.dim() == 2
+            and input.dtype is torch.float32
+            and input.is_cpu
+            and backends.leaves_step(self.cell.name, input.size(0), self.hidden_size)
         )
 
     def _has_torchs_equations(self) -> bool:
@@ -222,9 +235,9 @@ class _OneStateCell(RecurrentCell):
         """
         if dispatch.is_symbolic(input):
             return dispatch.leaf(self, input, hx)
-        if self._is_recorded_by_torch():
+        if self._is_left_to_torch(input):
             self._states(hx)
-            return self._recorded_by.forward(self, input, hx)
+            return self._torchs.forward(self, input, hx)
         return self._step(input, hx)[0]
 
     if TYPE_CHECKING:
@@ -237,7 +250,7 @@ class RNNCell(_OneStateCell, torch.nn.RNNCell):
     `activations`, `clip`, `init` as in RNN."""
 
     cell = kinds.RNN
-    _recorded_by = torch.nn.RNNCell
+    _torchs = torch.nn.RNNCell
     clip: float = 0.0
 
     # What `activations` gave; torch.nn's cell takes any nonlinearity and refuses an unknown one when it runs.
@@ -273,6 +286,7 @@ class GRUCell(_OneStateCell, torch.nn.GRUCell):
     `activations`, `clip`, `update_bias`, `init` as in GRU."""
 
     cell = kinds.GRU
+    _torchs = torch.nn.GRUCell
     reset_after: bool = True
     activations: str = kinds.GRU.options["activations"][1]
     clip: float = 0.0
@@ -304,7 +318,7 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
     in LSTM."""
 
     cell = kinds.LSTM
-    _recorded_by = torch.nn.LSTMCell
+    _torchs = torch.nn.LSTMCell
     activations: str = kinds.LSTM.options["activations"][1]
     clip: float = 0.0
     forget_bias: float | None = None
@@ -351,9 +365,9 @@ class LSTMCell(RecurrentCell, torch.nn.LSTMCell):
         """
         if dispatch.is_symbolic(input):
             return dispatch.leaf(self, input, hx)
-        if self._is_recorded_by_torch():
+        if self._is_left_to_torch(input):
             self._states(hx)
-            return self._recorded_by.forward(self, input, hx)
+            return self._torchs.forward(self, input, hx)
         h, c = self._step(input, hx)
         return h, c
 

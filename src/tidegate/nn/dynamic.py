@@ -15,7 +15,7 @@ from tidegate import dispatch, sequences
 from tidegate.checks import check_lengths
 from tidegate.nn import over_time
 from tidegate.nn.named import check as check_names
-from tidegate.nn.named import give
+from tidegate.nn.named import give, outside_of_graph
 from tidegate.nn.over_time import AnyCell, Nest
 from tidegate.sequences import Lengths
 
@@ -57,6 +57,9 @@ def dynamic_rnn(
             sequence_length of the wrong count, dtype or value, a cell whose result is neither (y_t, state) nor state.
         UnsupportedError: `fuse` is True, and the cell can't run fused.
     """
+    uncompiled = outside_of_graph(dynamic_rnn, named)
+    if uncompiled is not None:
+        return uncompiled(cell, inputs, sequence_length, initial_state, time_major, fuse=fuse, **named)
     check_names([cell], named)
     joined = (inputs, named) if named else inputs
     steps, batch = _sizes(joined, time_major)

@@ -342,7 +342,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
     def _state_sizes(self, call: Call, data: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int, int]]:
         if batch_sizes is not None and "get_expected_hidden_size" not in self._overridden:
             # torch.nn's reads a value of batch_sizes, which a compiler cannot.
-            h = (call.layers * call.directions, call.batch, self.proj_size or self.hidden_size)
+            h = (call.layers * call.directions(), call.batch(), self.proj_size or self.hidden_size)
         else:
             h = self.get_expected_hidden_size(data, batch_sizes)
         return [h, *[(h[0], h[1], self.hidden_size)] * (len(self.cell.states) - 1)]

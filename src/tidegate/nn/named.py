@@ -56,6 +56,14 @@ def _name_in_graphs(cell: Callable[..., Any]) -> str:
     return name
 
 
+def outside_of_graph(function: Callable[..., Any], named: Mapping[str, Nest]) -> Callable[..., Any] | None:
+    """What takes inputs by name, outside of the graph that torch.compile is making; None if it may be inside."""
+    if dispatch.asked_of_modules or not named or not torch.compiler.is_compiling() or dispatch.is_exporting():
+        return None
+    reason = "tidegate: the compiler of torch before 2.12 cannot ask a cell for the names of its inputs"
+    return torch.compiler.disable(function, reason=reason)
+
+
 def give(cell: Callable[..., Any], x: Nest, named: Mapping[str, Nest]) -> tuple[Any, Nest]:
     """What runs over time, and on what inputs: of `named` what the cell takes beside x."""
     taken = names_of(cell) if named else ()
@@ -65,13 +73,13 @@ def give(cell: Callable[..., Any], x: Nest, named: Mapping[str, Nest]) -> tuple[
     return getattr(_in_graphs, _name_in_graphs(cell)) if torch.compiler.is_compiling() else Named(cell), (x, own)
 
 
-def check(cells: Iterable[Any], named: Iterable[str]) -> None:
+def check(cells: Iterable[Any], named: Mapping[str, Nest]) -> None:
     """Every name is an input of some cell.
 
     Raises:
         TypeError: one is not.
     """
-    taken = [name for cell in cells for name in names_of(cell)]
+    taken = [name for cell in cells for name in names_of(cell)] if named else []
     for name in named:
         if name not in taken and _EVERY not in taken:
             what = f"they take {', '.join(dict.fromkeys(taken))}" if taken else "they take x_t and the state alone"

@@ -20,7 +20,7 @@ from tidegate.checks import check_lengths
 from tidegate.nn import over_time, segments
 from tidegate.nn.batch import Batch, read_batch
 from tidegate.nn.named import check as check_names
-from tidegate.nn.named import give
+from tidegate.nn.named import give, outside_of_graph
 from tidegate.nn.options import read_flag, refuse_scripting
 from tidegate.nn.over_time import AnyCell, Nest, mapped
 from tidegate.nn.recurrent_stream import RecurrentStream, add_where_alike
@@ -117,7 +117,7 @@ class Recurrent(torch.nn.Module):
         Raises:
             ValueError, TypeError: names the argument, what was expected and what came.
         """
-        uncompiled = segments.uncompiled(self.forward, self.checkpoint_every)
+        uncompiled = segments.uncompiled(self.forward, self.checkpoint_every) or outside_of_graph(self.forward, named)
         if uncompiled is not None:
             return uncompiled(input, hx, lengths=lengths, resets=resets, **named)
         batch = read_batch(self._joined(input, named), lengths, resets, self.batch_first)

@@ -57,7 +57,7 @@ def run(call: Call, find_faults: Callable[[Call], None] = ops.no_faults, *, ever
     find_faults(call)
     find_our_faults(call)
     refuse_transforms()
-    if call.directions == 1 and call.between is None:
+    if call.directions() == 1 and call.between is None:
         output, *finals = _recorded(call.time_major(), every)
         return call.restored(output, tuple(finals))
 
@@ -70,7 +70,7 @@ def run(call: Call, find_faults: Callable[[Call], None] = ops.no_faults, *, ever
 
 def applies(steps: int, every: int) -> bool:
     """Whether a sequence falls into segments, if it is recorded. An exported graph is of any T, and keeps nothing."""
-    return bool(every) and not torch.compiler.is_exporting() and torch.is_grad_enabled() and steps > every
+    return bool(every) and not dispatch.is_exporting() and torch.is_grad_enabled() and steps > every
 
 
 def uncompiled(forward: Callable[..., Any], every: int) -> Callable[..., Any] | None:
@@ -80,7 +80,7 @@ def uncompiled(forward: Callable[..., Any], every: int) -> Callable[..., Any] | 
     gradient: no memory would be saved.
     """
     read_every(every)  # an attribute, which may have been set to anything
-    if not (every and torch.is_grad_enabled() and torch.compiler.is_compiling()) or torch.compiler.is_exporting():
+    if not (every and torch.is_grad_enabled() and torch.compiler.is_compiling()) or dispatch.is_exporting():
         return None
     return torch.compiler.disable(forward, reason="tidegate: checkpoint_every runs outside of the graph")
 

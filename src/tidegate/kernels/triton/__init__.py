@@ -84,7 +84,7 @@ def unsupported_reasons(call: Call) -> list[str]:
     if dtype is torch.bfloat16 and input.is_cuda and torch.cuda.get_device_capability(input.device) < (8, 0):
         reasons.append("bfloat16 needs compute capability 8.0")
     names = ("input", *(f"{state}_0" for state in call.cell.states))
-    weights = (*call.cell.parameters,) * (call.layers * call.directions)
+    weights = (*call.cell.parameters,) * (call.layers * call.directions())
     for name, tensor in zip((*names, *weights), call.tensors, strict=True):
         if tensor is None or (call.cell.storage and name in call.cell.parameters):
             continue
@@ -94,7 +94,7 @@ def unsupported_reasons(call: Call) -> list[str]:
             reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, unlike input")
     # Offsets within a step and within a weight are 32-bit.
     hidden_size = call.hidden_size
-    if max(2, call.steps) * call.batch * hidden_size >= 2**31:
+    if max(2, call.steps) * call.batch() * hidden_size >= 2**31:
         reasons.append("T*B*hidden_size is 2**31 or more")
     if len(call.cell.gates) * hidden_size**2 >= 2**31:
         reasons.append("weight_hh has 2**31 entries or more")
@@ -107,7 +107,7 @@ def slower_reasons(call: Call) -> list[str]:
     if call.is_step:
         return ["one step is two products and a pointwise kernel, in torch, too"]
     device = plan.device_on(call.input.device)
-    return [*plan.slower_reasons(plan.size_of(call), call.layers * call.directions, device)]
+    return [*plan.slower_reasons(plan.size_of(call), call.layers * call.directions(), device)]
 
 
 def saved_shape(call: Layer) -> tuple[int, ...]:

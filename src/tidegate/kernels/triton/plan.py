@@ -163,7 +163,7 @@ def _kind(cell: Cell, options: Options) -> str:
 
 def size_of(call: Layer | Call) -> Size:
     if isinstance(call, Call):
-        options, steps, batch = call.named_options(), call.steps, call.batch
+        options, steps, batch = call.named_options(), call.steps, call.batch()
     else:
         options, (steps, batch) = call.options, call.input.shape[:2]
     plain = call.lengths is None and call.resets is None
