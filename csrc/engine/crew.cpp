@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
+#include <memory>
 #include <thread>
 
 #include "engine/cost.h"
@@ -68,10 +70,19 @@ struct Enrolment {
     int64_t patience;
     Work work;
     void* context;
-    Post crew_posts[max_crew];
-    Post team_posts[max_crew];
 
     static constexpr int closed = 1 << 16;
+
+    Enrolment(int wanted, int64_t patience, Work work, void* context)
+        : wanted(wanted), patience(patience), work(work), context(context) {
+        std::uninitialized_value_construct_n(crew_posts(), wanted);
+        std::uninitialized_value_construct_n(team_posts(), wanted);
+    }
+    Post* crew_posts() { return reinterpret_cast<Post*>(memory); }
+    Post* team_posts() { return crew_posts() + max_crew; }
+
+private:
+    alignas(Post) std::byte memory[2 * max_crew * sizeof(Post)];   // of which no more is touched than the members need
 };
 
 void raise(std::atomic<int64_t>& most, int64_t value) {
@@ -87,7 +98,7 @@ void note_lateness(int64_t time) {
     if (before && time - before < lately) note_crowding(time);
 }
 
-// The first member closes the enrolment: when all have come, or when its patience ends.
+// The first to join closes the enrolment: when all have come, or when its patience ends.
 int close_enrolment(Enrolment& enrolment) {
     const int64_t deadline = now() + enrolment.patience;
     for (int spins = 0; enrolment.joined.load(std::memory_order_acquire) < enrolment.wanted; ++spins) {
@@ -95,6 +106,8 @@ int close_enrolment(Enrolment& enrolment) {
         if (spins % 16 == 0 && now() > deadline) break;
     }
     const int size = enrolment.joined.fetch_add(Enrolment::closed, std::memory_order_acq_rel);
+    for (int member = 0; member < size; ++member)
+        while (enrolment.crew_posts()[member].place.load(std::memory_order_acquire) == 0) pause();
     enrolment.size.store(size, std::memory_order_release);
     return size;
 }
@@ -107,15 +120,25 @@ int await_size(const Enrolment& enrolment) {
     }
 }
 
+// The members in the order of their places in the host's pool, where a thread keeps its own: from call to call it has the
+// same part of the work, and that part of the weights in its own cache.
+int rank_of(Enrolment& enrolment, int size, int64_t place) {
+    int rank = 0;
+    for (int member = 0; member < size; ++member)
+        rank += enrolment.crew_posts()[member].place.load(std::memory_order_relaxed) < place;
+    return rank;
+}
+
 // A range of several indices is one thread, not several: it enrols once.
-void enrol(int64_t, int64_t, void* context) {
+void enrol(int64_t begin, int64_t, void* context) {
     Enrolment& enrolment = *static_cast<Enrolment*>(context);
-    const int rank = enrolment.joined.fetch_add(1, std::memory_order_acq_rel);
-    if (rank >= Enrolment::closed) return;   // too late: the others have shared the work out
-    const int size = rank == 0 ? close_enrolment(enrolment) : await_size(enrolment);
-    Crew crew(enrolment.crew_posts, rank, size);
+    const int arrival = enrolment.joined.fetch_add(1, std::memory_order_acq_rel);
+    if (arrival >= Enrolment::closed) return;   // too late: the others have shared the work out
+    enrolment.crew_posts()[arrival].place.store(begin + 1, std::memory_order_release);
+    const int size = arrival == 0 ? close_enrolment(enrolment) : await_size(enrolment);
+    Crew crew(enrolment.crew_posts(), rank_of(enrolment, size, begin + 1), size);
     const int64_t began_at = now(), own_before = own_time();
-    enrolment.work(enrolment.context, crew, enrolment.team_posts);
+    enrolment.work(enrolment.context, crew, enrolment.team_posts());
     const int64_t own = own_time() - own_before, done_at = now();
     raise(enrolment.done_at, done_at);
     if (own_before) raise(enrolment.lost, done_at - began_at - own);
@@ -189,11 +212,7 @@ void run_crew(int wanted, int64_t patience, Work work, void* context) {
         work(context, crew, &post);
         return;
     }
-    Enrolment enrolment;
-    enrolment.wanted = wanted;
-    enrolment.patience = patience;
-    enrolment.work = work;
-    enrolment.context = context;
+    Enrolment enrolment(wanted, patience, work, context);
     pool_runs.store(true, std::memory_order_relaxed);
     const int64_t began_at = now();
     parallel_for(wanted, enrol, &enrolment);

@@ -13,6 +13,7 @@ namespace tidegate {
 constexpr int max_crew = 128;
 
 struct alignas(64) Post {
+    std::atomic<int64_t> place{0};         // of the member that came as this one: its index in the host's pool, plus one
     std::atomic<uint32_t> epoch{0};        // barriers reached
     std::atomic<uint32_t> last_epoch{0};   // of the first member: the barrier after which it goes on alone, if not 0
 };
