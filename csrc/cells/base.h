@@ -127,7 +127,7 @@ protected:
     template <class W>
     void multiply_gathered(const Team& team, int64_t count, const W& weights, int64_t first_panel = 0) const {
         const int64_t first = first_slot(team);
-        weights.multiply(team.crew, x_ + first * x_stride_, x_stride_, count,
+        weights.multiply(team.crew, x_ + first * x_stride_, x_stride_, count, 0,
                          [&](int64_t slot, int64_t panel, const A* sums) {
                              A* to = x_gates_at(first + slot, first_panel + panel);
                              for (int c = 0; c < W::vectors; ++c) store(to + c * lanes, load(sums + c * lanes));
@@ -243,7 +243,7 @@ protected:
     template <class Point>
     static void flow_back(const Crew& crew, const Share& share, int64_t step, const F* flow, int64_t stride,
                           const Columns& columns, int64_t with_product, Point&& point) {
-        columns.multiply(crew, flow + share.first() * stride, share.stride() * stride, with_product, share.live(step),
+        columns.multiply(crew, flow + share.first() * stride, share.stride() * stride, with_product, share.live(step), step,
                          [&](int64_t i, int64_t unit, int64_t valid, V sum) { point(share[i], unit, valid, sum); });
     }
 

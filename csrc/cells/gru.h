@@ -57,7 +57,7 @@ public:
     void step(Crew& crew, const Share& share, int64_t step) const {
         this->make_h_factors(crew, share, step);
         weights_.multiply(crew, this->h_factors(step, share.first()), share.stride() * this->factor_stride_,
-                          share.live(step), [&](int64_t i, int64_t panel, const A* sums) {
+                          share.live(step), step, [&](int64_t i, int64_t panel, const A* sums) {
                               point(share[i], step, panel * lanes, x_gates(share[i], panel), sums);
                           });
         crew.wait();

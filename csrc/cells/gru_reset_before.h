@@ -55,11 +55,11 @@ public:
         const int64_t count = share.live(step);
         this->make_h_factors(crew, share, step);
         weights_rz_.multiply(crew, this->h_factors(step, share.first()), share.stride() * this->factor_stride_, count,
-                             [&](int64_t i, int64_t panel, const A* sums) {
+                             step, [&](int64_t i, int64_t panel, const A* sums) {
                                  reset(share[i], step, panel * lanes, x_gates(share[i], panel), sums);
                              });
         reset_h_.finish(crew, share, step);
-        weights_n_.multiply(crew, reset_h_.at(share.first()), share.stride() * reset_h_.stride, count,
+        weights_n_.multiply(crew, reset_h_.at(share.first()), share.stride() * reset_h_.stride, count, step,
                             [&](int64_t i, int64_t panel, const A* sums) {
                                 const A* x = x_gates(share[i], input_rz_.count + panel);
                                 for (int c = 0; c < wide; ++c)

@@ -74,13 +74,13 @@ public:
     void step(Crew& crew, const Share& share, int64_t step) const {
         this->make_h_factors(crew, share, step);
         weights_.multiply(crew, this->h_factors(step, share.first()), share.stride() * factor_stride_, share.live(step),
-                          [&](int64_t i, int64_t panel, const A* sums) {
+                          step, [&](int64_t i, int64_t panel, const A* sums) {
                               point(share[i], step, panel, x_gates(share[i], panel), sums);
                           });
         if (!p_.weight_hr) return crew.wait();
         m_.finish(crew, share, step);
         projection_.multiply(crew, m_.at(share.first()), share.stride() * m_.stride, share.live(step),
-                             [&](int64_t i, int64_t panel, const A* sums) {
+                             step, [&](int64_t i, int64_t panel, const A* sums) {
                                  for (int c = 0; c < wide; ++c) {
                                      const int64_t unit = (panel * wide + c) * lanes;
                                      if (unit < projected_)

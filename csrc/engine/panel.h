@@ -267,19 +267,23 @@ template <class F, int C>
 }
 
 // Calls each(row, panel, sums) with sums[C][lane] = bias + rows[row] . panel, for all rows and panels begin .. end - 1.
-// A panel stays in the nearest cache while the rows pass over it.
+// A panel stays in the nearest cache while the rows pass over it. Of passes that follow one another every second goes from
+// the last panel to the first: so it begins with those that the caches still hold, however many they cannot.
 template <class F, int C, class Each>
 inline void multiply(const element<F>* rows, int64_t row_stride, int64_t count, const Panels<F, C>& panels, int64_t begin,
-                     int64_t end, Each&& each) {
+                     int64_t end, int64_t pass, Each&& each) {
     using A = computed<F>;
     using T = Tiles<F, C>;
     if (count == 0 || begin >= end) return;
     alignas(64) A sums[T::budget * width<A>];
     const int64_t tiles = ceil_div(count, T::max_rows);
     const int most_panels = T::panels_for(static_cast<int>(ceil_div(count, tiles)));
-    for (int64_t panel = begin; panel < end;) {
-        const int group = static_cast<int>(ceil_div(end - panel, ceil_div(end - panel, most_panels)));   // even groups
-        const int64_t next = panel + group < end ? panel + group : begin;   // of the next call, most likely
+    const bool falls = pass & 1;
+    for (int64_t left = end - begin; left > 0;) {
+        const int group = static_cast<int>(ceil_div(left, ceil_div(left, most_panels)));   // even groups
+        left -= group;
+        const int64_t panel = falls ? begin + left : end - left - group;
+        const int64_t next = left == 0 ? panel : falls ? panel - group : panel + group;   // the next pass begins here
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t first = count * i / tiles;
             const int size = static_cast<int>(count * (i + 1) / tiles - first);
@@ -296,7 +300,6 @@ inline void multiply(const element<F>* rows, int64_t row_stride, int64_t count, 
             for (int r = 0; r < size; ++r)
                 for (int m = 0; m < group; ++m) each(first + r, panel + m, sums + (r * group + m) * panels.columns);
         }
-        panel += group;
     }
 }
 
@@ -313,7 +316,7 @@ inline void multiply_packing(const element<F>* rows, int64_t row_stride, int64_t
     for (int64_t panel = begin; panel < end; panel += most) {
         const int64_t size = end - panel < most ? end - panel : most;
         for (int64_t i = 0; i < size; ++i) pack(some, i, panel + i);
-        multiply(rows, row_stride, count, some, 0, size,
+        multiply(rows, row_stride, count, some, 0, size, 0,
                  [&](int64_t row, int64_t i, const computed<F>* sums) { each(row, panel + i, sums); });
     }
 }

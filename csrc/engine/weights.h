@@ -44,9 +44,10 @@ public:
 
     // Calls each(row, panel, sums) as `multiply` for this thread's panels.
     template <class Each>
-    void multiply(const Crew& crew, const element<F>* rows, int64_t row_stride, int64_t row_count, Each&& each) const {
+    void multiply(const Crew& crew, const element<F>* rows, int64_t row_stride, int64_t row_count, int64_t pass,
+                  Each&& each) const {
         const int64_t begin = crew.begin(count), end = crew.end(count);
-        if (packs_) return tidegate::TIDEGATE_ISA::multiply(rows, row_stride, row_count, panels_, begin, end, each);
+        if (packs_) return tidegate::TIDEGATE_ISA::multiply(rows, row_stride, row_count, panels_, begin, end, pass, each);
         multiply_packing<F, C>(
             rows, row_stride, row_count, panels_.depth, begin, end,
             [&](const Panels<F, C>& to, int64_t place, int64_t panel) { pack_panel(to, place, panel); }, each);
