@@ -145,6 +145,18 @@ def test_short_sequences_have_the_bits_of_long_ones(variant, dtype):
     assert_right(long._replace(input=long.input[:2].contiguous()))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_turns_have_the_same_bits(kind: str, batch: int) -> None:
+    """Every second step of a cell, or of its streams, reads the weights from the last to the first."""
+    cell, x = getattr(tidegate, f"{kind}Cell")(7, 131), torch.randn(3, batch, 7)
+    with torch.no_grad():
+        steps = [cell(x[0]) for _ in range(3)]
+    runs = [[stream.step(step) for step in x] for stream in (cell.stream(batch), cell.stream(batch))]
+    for a, b in (*zip(steps, steps[1:], strict=False), *zip(*runs, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_one_cpu_and_two_threads_do_not_hang():
     code = """
 import os, sys, time, torch

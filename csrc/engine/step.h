@@ -6,6 +6,7 @@
 #include "cells/elman.h"
 #include "cells/gru.h"
 #include "cells/lstm.h"
+#include "engine/panel.h"
 
 namespace tidegate::TIDEGATE_ISA {
 
@@ -110,15 +111,19 @@ public:
     void run(Point&& point) const {
         const int64_t vectors = ceil_div(p_.hidden, lanes);
         const int64_t bytes = gates * p_.hidden * (p_.hidden + p_.input_size) * static_cast<int64_t>(sizeof(S));
+        const bool falls = turn_of(p_.weight_hh);
         auto body = [&](Crew& crew, Team&) {
             alignas(64) V sums[block][gates + own_n];
-            for (int64_t i = crew.begin(vectors); i < crew.end(vectors); ++i)
+            const int64_t begin = crew.begin(vectors), end = crew.end(vectors);
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t unit = (falls ? end - 1 - (i - begin) : i) * lanes;
                 for (int64_t first = 0; first < p_.batch; first += block) {
                     const int64_t count = p_.batch - first < block ? p_.batch - first : block;
                     for (int gate = 0; gate < gates; ++gate)
-                        add_up(gate, i * lanes, first, count, own_n && gate == gates - 1, sums);
-                    for (int64_t row = 0; row < count; ++row) point(first + row, i * lanes, sums[row]);
+                        add_up(gate, unit, first, count, own_n && gate == gates - 1, sums);
+                    for (int64_t row = 0; row < count; ++row) point(first + row, unit, sums[row]);
                 }
+            }
         };
         run_shared(share_step(bytes, p_.batch, p_.threads), body);
     }

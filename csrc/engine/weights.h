@@ -34,7 +34,8 @@ public:
           first_(first),
           units_(units),
           packs_(packed || is_worth_packing(uses, size(units, depth) * static_cast<int64_t>(sizeof(A)))),
-          panels_(packs_ ? count : 0, depth, poison, packed) {}
+          panels_(packs_ ? count : 0, depth, poison, packed),
+          turn_(packed ? turn_of(packed) : 0) {}
 
     // Before the first product; the crew meets afterwards.
     void pack(const Crew& all) const {
@@ -47,7 +48,7 @@ public:
     void multiply(const Crew& crew, const element<F>* rows, int64_t row_stride, int64_t row_count, int64_t pass,
                   Each&& each) const {
         const int64_t begin = crew.begin(count), end = crew.end(count);
-        if (packs_) return tidegate::TIDEGATE_ISA::multiply(rows, row_stride, row_count, panels_, begin, end, pass, each);
+        if (packs_) return tidegate::TIDEGATE_ISA::multiply(rows, row_stride, row_count, panels_, begin, end, pass + turn_, each);
         multiply_packing<F, C>(
             rows, row_stride, row_count, panels_.depth, begin, end,
             [&](const Panels<F, C>& to, int64_t place, int64_t panel) { pack_panel(to, place, panel); }, each);
@@ -69,6 +70,7 @@ private:
     const int64_t first_, units_;
     const bool packs_;
     const Panels<F, C> panels_;
+    const int64_t turn_;   // of the first pass: weights that are packed once serve many calls, of a step each
 };
 
 }  // namespace tidegate::TIDEGATE_ISA
