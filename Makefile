@@ -16,11 +16,11 @@ PIP := $(BIN)/python -m pip install --quiet
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/* third_party/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-slow test-fuzz test-native test-peers test-recipes \
-	test-clients test-install test-versions test-all sanitize lint bench docs wheel sdist clean
+.PHONY: help install demo test test-quick test-slow test-fuzz test-native test-other-systems \
+	test-peers test-recipes test-clients test-install test-versions test-all sanitize lint bench docs wheel sdist clean
 
 help:  ## List the targets.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## Make .venv ready for development.
 
@@ -91,6 +91,22 @@ test-native:  ## Build the kernels without torch and run their own test; CXX=cla
 	cmake -S . -B $(NATIVE) -DTIDEGATE_NATIVE_TEST=ON $(if $(CROSS),$(CROSS) $(EMULATED),-DCMAKE_CXX_COMPILER=$(CXX))
 	cmake --build $(NATIVE) --parallel $(JOBS)
 	cd $(NATIVE) && ctest --output-on-failure
+
+# zig's wheel is a clang with the headers and libraries of both systems. Of macOS the objects alone are made: its linker
+# cannot make that library.
+zig = CC='$(abspath $(BIN)/python-zig) cc -target $(1)' CXX='$(abspath $(BIN)/python-zig) c++ -target $(1)' \
+	cmake -S . -B build/$(1)
+
+test-other-systems: install  ## Compile for macOS, build for Windows and run the kernels' own test in Wine; needs wine.
+	$(PIP) 'ziglang>=0.15'
+	$(call zig,aarch64-macos) -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=arm64 -DCMAKE_CXX_LINKER_LAUNCHER=true
+	$(call zig,x86_64-windows-gnu) -DCMAKE_SYSTEM_NAME=Windows -DCMAKE_SYSTEM_PROCESSOR=AMD64
+	$(call zig,x86_64-windows-gnu)/test -DCMAKE_SYSTEM_NAME=Windows -DCMAKE_SYSTEM_PROCESSOR=AMD64 \
+		-DTIDEGATE_NATIVE_TEST=ON -DCMAKE_CROSSCOMPILING_EMULATOR=wine
+	for folder in aarch64-macos x86_64-windows-gnu x86_64-windows-gnu/test; do \
+		cmake --build build/$$folder --parallel $(JOBS) || exit 1; \
+	done
+	cd build/x86_64-windows-gnu/test && WINEDEBUG=-all ctest --output-on-failure --tests-regex kernels
 
 # Races and memory: these builds take long. ISAS=all, or a list, for more than this machine's best instruction set.
 sanitize:  ## Run the kernels' own test under the thread and the address sanitizer.
