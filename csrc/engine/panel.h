@@ -62,10 +62,10 @@ public:
         : count(count),
           depth(depth),
           stride(ceil_div(depth, in_word) * columns),
+          fits_cache(static_cast<int64_t>(sizeof(A)) * size(count, depth) <= bytes_not_worth_fetching),
           own_(memory ? 0 : size(count, depth), poison),
           weights_(memory ? memory : own_ + 0),
-          tails_(weights_ + count * stride),
-          fits_cache_(static_cast<int64_t>(sizeof(A)) * size(count, depth) <= bytes_not_worth_fetching) {}
+          tails_(weights_ + count * stride) {}
 
     static constexpr int64_t size(int64_t count, int64_t depth) {
         return count * (ceil_div(depth, in_word) + Arithmetic<F>::tail) * columns;
@@ -79,7 +79,7 @@ public:
         constexpr int64_t line = Ahead<A>::line;
         const int64_t lines = ceil_div(group * columns, line);   // at a word of depth
         const int64_t share = tiles < lines ? 2 : 1;
-        if (fits_cache_ || tiles == 1 || i * share >= lines) return {nullptr, 0};
+        if (fits_cache || tiles == 1 || i * share >= lines) return {nullptr, 0};
         return {at(panel) + i * share * line * ceil_div(depth, in_word), share};
     }
 
@@ -151,12 +151,12 @@ public:
     }
 
     const int64_t count, depth, stride;   // stride: from a panel to the next
+    const bool fits_cache;
 
 private:
     const Buffer<A> own_;
     A* const weights_;
     A* const tails_;
-    const bool fits_cache_;
 };
 
 // sums[r][m][c] = bias + rows[r] . panel m's vector c, for R rows and M panels, whose tails are one behind the other.
@@ -276,8 +276,8 @@ template <class F, int C>
 }
 
 // Calls each(row, panel, sums) with sums[C][lane] = bias + rows[row] . panel, for all rows and panels begin .. end - 1.
-// A panel stays in the nearest cache while the rows pass over it. Of passes that follow one another every second goes from
-// the last panel to the first: so it begins with those that the caches still hold, however many they cannot.
+// A panel stays in the nearest cache while the rows pass over it. Where all of them do not stay in the second, every second
+// pass goes from the last panel to the first: so it begins with those that are still there.
 template <class F, int C, class Each>
 inline void multiply(const element<F>* rows, int64_t row_stride, int64_t count, const Panels<F, C>& panels, int64_t begin,
                      int64_t end, int64_t pass, Each&& each) {
@@ -287,7 +287,7 @@ inline void multiply(const element<F>* rows, int64_t row_stride, int64_t count, 
     alignas(64) A sums[T::budget * width<A>];
     const int64_t tiles = ceil_div(count, T::max_rows);
     const int most_panels = T::panels_for(static_cast<int>(ceil_div(count, tiles)));
-    const bool falls = pass & 1;
+    const bool falls = (pass & 1) && !panels.fits_cache;
     for (int64_t left = end - begin; left > 0;) {
         const int group = static_cast<int>(ceil_div(left, ceil_div(left, most_panels)));   // even groups
         left -= group;

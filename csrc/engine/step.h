@@ -111,7 +111,7 @@ public:
     void run(Point&& point) const {
         const int64_t vectors = ceil_div(p_.hidden, lanes);
         const int64_t bytes = gates * p_.hidden * (p_.hidden + p_.input_size) * static_cast<int64_t>(sizeof(S));
-        const bool falls = turn_of(p_.weight_hh);
+        const bool falls = bytes > bytes_not_worth_fetching && turn_of(p_.weight_hh);
         auto body = [&](Crew& crew, Team&) {
             alignas(64) V sums[block][gates + own_n];
             const int64_t begin = crew.begin(vectors), end = crew.end(vectors);
