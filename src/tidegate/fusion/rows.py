@@ -38,6 +38,8 @@ REDUCING = {
     for name in ("sum", "mean", "amax", "amin", "prod", "max", "min", "any", "all", "argmax", "argmin", "cumsum")
 } | {aten._softmax, aten._log_softmax, aten.logsumexp, aten.var, aten.var_mean, aten.std, aten.sort, aten.topk}
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+# Number by number, though torch's tag does not say so: leaky_relu's in torch 2.10 alone.
+UNTAGGED = {aten.hardswish, aten.leaky_relu}
 CONVERTING = {aten._to_copy, aten.to, aten.type_as}
 RANDOM = (
     *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout", "dropout"),
@@ -158,7 +160,7 @@ class Rows:
             raise NotTraceableError(f"{short} changes a tensor that the cell keeps{_where_made(node)}")
         if node.target is operator.getitem or not self._with_rows(node):
             return
-        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or kind is aten.hardswish  # has no tag
+        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or kind in UNTAGGED
         result_has_rows = isinstance(values_of(node), (list, tuple)) or self.layouts.get(node) is not None
         pointwise = pointwise and kind not in MOVING
         if result_has_rows and (pointwise or kind in CONVERTING or self._keeps_apart(node, kind)):
