@@ -157,7 +157,7 @@ bench: install  ## Time this machine against torch.nn, quickly; `tidegate bench 
 BUILD_WHEEL := $(if $(CROSS),_PYTHON_HOST_PLATFORM=linux-$(ARCH) CMAKE_ARGS="$(CROSS)") TIDEGATE_ISAS=all \
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps
 WHEEL = dist/*_$(ARCH).whl
-REPAIR = PATH=$(abspath $(BIN)):$$PATH auditwheel repair --plat manylinux_2_28_$(ARCH) --only-plat \
+REPAIR = PATH=$(abspath $(BIN)):$$PATH auditwheel repair --zip-compression-level 9 --plat manylinux_2_28_$(ARCH) --only-plat \
 	--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl && $(BIN)/auditwheel show $(WHEEL)
 # auditwheel judges this machine's wheels alone; what it would look for is compared by hand.
 RENAME = $(BIN)/python tests/install/newest_symbols.py build/wheel/*.whl && mkdir -p dist && \

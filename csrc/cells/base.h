@@ -243,7 +243,7 @@ protected:
     template <class Point>
     static void flow_back(const Crew& crew, const Share& share, int64_t step, const F* flow, int64_t stride,
                           const Columns& columns, int64_t with_product, Point&& point) {
-        columns.multiply(crew, flow + share.first() * stride, share.stride() * stride, with_product, share.live(step), step,
+        columns.multiply(crew, flow + share.first() * stride, share.stride() * stride, with_product, share.live(step),
                          [&](int64_t i, int64_t unit, int64_t valid, V sum) { point(share[i], unit, valid, sum); });
     }
 

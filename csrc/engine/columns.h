@@ -85,7 +85,7 @@ public:
     // Calls each(row, column, valid columns, sum) for this thread's columns, a vector at a time, of `count` rows; those
     // after the first `with_product` have sums of zero.
     template <class Each>
-    void multiply(const Crew& crew, const F* rows, int64_t row_stride, int64_t with_product, int64_t count, int64_t pass,
+    void multiply(const Crew& crew, const F* rows, int64_t row_stride, int64_t with_product, int64_t count,
                   Each&& each) const {
         const int64_t begin = crew.begin(panels_of(columns)), end = crew.end(panels_of(columns));
         const auto by_vector = [&](int64_t row, int64_t panel, const A* sums) {
@@ -99,8 +99,7 @@ public:
                 multiply_unpacked<A, wide>(rows, row_stride, with_product, matrix_, panels_.depth, columns, begin, end,
                                            by_vector);
         }
-        if (packs_)
-            tidegate::TIDEGATE_ISA::multiply(rows, row_stride, with_product, panels_, begin, end, pass, by_vector);
+        if (packs_) tidegate::TIDEGATE_ISA::multiply(rows, row_stride, with_product, panels_, begin, end, 0, by_vector);
         else if (!reads_)
             multiply_packing<F, wide>(
                 rows, row_stride, with_product, panels_.depth, begin, end,

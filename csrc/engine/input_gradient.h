@@ -48,7 +48,7 @@ private:
         for (int64_t row = 0; row < count; ++row, from += p_.dgates_stride)
             copy_factors<F>(rows + row * stride_, from, columns_.depth());
         S* const to = static_cast<S*>(p_.dinput);
-        columns_.multiply(crew, rows, stride_, count, count, 0, [&](int64_t row, int64_t column, int64_t valid, Vec<A> sum) {
+        columns_.multiply(crew, rows, stride_, count, count, [&](int64_t row, int64_t column, int64_t valid, Vec<A> sum) {
             S* at = to + places[row] * columns_.columns + column;
             store(at, p_.adds_to_dinput ? load(at, valid) + sum : sum, valid);
         });

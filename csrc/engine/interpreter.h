@@ -484,7 +484,7 @@ private:
             const int64_t first = begin > before ? begin - before : 0;
             const int64_t last = end - before < panels_of_block ? end - before : panels_of_block;
             const Panel& panels = panels_[product.first_panels + (m.blocks == 1 ? 0 : group)];
-            multiply(rows + group * in, stride, count, panels, first, last, step, [&](int64_t row, int64_t panel, const A* sums) {
+            multiply(rows + group * in, stride, count, panels, first, last, 0, [&](int64_t row, int64_t panel, const A* sums) {
                 A* const to = results + row * program_.products_size + group * out;
                 for (int c = 0; c < wide; ++c) {
                     const int64_t unit = (panel * wide + c) * lanes;

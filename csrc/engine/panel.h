@@ -275,6 +275,21 @@ template <class F, int C>
     }
 }
 
+// Panels that a tile takes at once, and the first of the group after them.
+struct Group {
+    int64_t first, next;
+    int size;
+};
+
+// The next group of begin .. end - 1, of which `left` are not taken yet: of at most `most`, evenly, from the first on or,
+// falling, from the last. Not inlined: it would be in every product.
+[[gnu::noinline]] inline Group next_group(int64_t begin, int64_t end, int64_t left, int most, bool falls) {
+    const int size = static_cast<int>(ceil_div(left, ceil_div(left, most)));
+    const int64_t first = falls ? begin + left - size : end - left;
+    const bool is_last = left == size;   // the next pass begins there
+    return {first, is_last ? first : falls ? first - size : first + size, size};
+}
+
 // Calls each(row, panel, sums) with sums[C][lane] = bias + rows[row] . panel, for all rows and panels begin .. end - 1.
 // A panel stays in the nearest cache while the rows pass over it. Where all of them do not stay in the second, every second
 // pass goes from the last panel to the first: so it begins with those that are still there.
@@ -289,10 +304,8 @@ inline void multiply(const element<F>* rows, int64_t row_stride, int64_t count, 
     const int most_panels = T::panels_for(static_cast<int>(ceil_div(count, tiles)));
     const bool falls = (pass & 1) && !panels.fits_cache;
     for (int64_t left = end - begin; left > 0;) {
-        const int group = static_cast<int>(ceil_div(left, ceil_div(left, most_panels)));   // even groups
+        const auto [panel, next, group] = next_group(begin, end, left, most_panels, falls);
         left -= group;
-        const int64_t panel = falls ? begin + left : end - left - group;
-        const int64_t next = left == 0 ? panel : falls ? panel - group : panel + group;   // the next pass begins here
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t first = count * i / tiles;
             const int size = static_cast<int>(count * (i + 1) / tiles - first);
