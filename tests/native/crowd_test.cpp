@@ -116,7 +116,8 @@ void check_late_threads(Kind kind, const Shape& shape) {
         forget();
         compare_same(name_of(kind, Type::f32, shape) + " late " + std::to_string(late_thread), run(layer, 3), alone);
         run(layer, 3);
-        expect("late threads are a crowd", is_crowded());
+        // Under an emulator or a sanitizer a late call takes so long that it is forgotten before the next.
+        if (late_by < std::chrono::milliseconds(50)) expect("late threads are a crowd", is_crowded());
     }
     set_parallel_for(parallel_for);
 }
