@@ -61,8 +61,9 @@ SHAPES = [
     # Where cuDNN keeps weights, too; short sequences; stacks.
     *(Shape(cell, dtype, 16, 128) for cell in ("GRU", "LSTM", "RNN") for dtype in ("tf32", "float16")),
     *(Shape("GRU", "tf32", 16, size) for size in (64, 192)),
-    *(Shape("GRU", "bfloat16", 16, 256, steps=steps) for steps in (8, 32, 1024)),
+    *(Shape("GRU", "bfloat16", 16, 256, steps=steps) for steps in (1, 8, 16, 32, 1024)),
     *(Shape("LSTM", "bfloat16", 16, 256, steps=steps) for steps in (8, 32)),
+    *(Shape("GRU", "tf32", 16, 256, steps=steps) for steps in (8, 16, 32)),
     Shape("GRU", "bfloat16", 16, 256, layers=4),
     Shape("LSTM", "bfloat16", 64, 512, layers=2),
     Shape("LSTM", "float16", 16, 512, layers=2),

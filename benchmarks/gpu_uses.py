@@ -37,7 +37,9 @@ def _uses(device: torch.device) -> Iterator[tuple[str, Callable[[], str | None]]
     yield "PackedSequence", lambda: _packed(device)
     yield "lengths and resets, on the device", lambda: _marked(device)
     yield "autocast", lambda: _autocast(device)
-    yield "a gradient of a gradient", lambda: _twice(device)
+    for cell in ("GRU", "LSTM", "RNN"):
+        yield f"{cell}, a gradient of a gradient", lambda c=cell: _twice(device, c)
+        yield f"{cell}, a gradient of a gradient of packed rows", lambda c=cell: _twice(device, c, packed=True)
     yield "torch.compile, training", lambda: _compiled(device)
     yield "two streams at once", lambda: _streams(device)
     yield "a stream, step by step", lambda: _stepped(device)
@@ -56,7 +58,7 @@ def _apart(ours: Any, theirs: Any, dtype: torch.dtype) -> str | None:
     """Where two lists of tensors differ by more than their dtype explains."""
     for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         scale = b.float().abs().max().clamp(min=1)
-        worst = float((a.float() - b.float()).abs().max() / scale)
+        worst = float((a.detach().float() - b.detach().float()).abs().max() / scale)
         if not worst < CLOSE[dtype]:
             return f"result {k} differs by {worst:.1e}"
     return None
@@ -111,15 +113,22 @@ def _autocast(device: torch.device) -> str | None:
     return _apart([a], [b], torch.bfloat16)  # torch's comes in float16, whatever autocast asks for
 
 
-def _twice(device: torch.device) -> str | None:
-    _, ours = _pair("GRU", 8, 64, device=device, dtype=torch.float32)
+def _twice(device: torch.device, cell: str, packed: bool = False) -> str | None:
+    """A gradient of a gradient, which cuDNN has not, and gradients that come batched."""
+    _, ours = _pair(cell, 8, 64, 2, device=device, dtype=torch.float32, bidirectional=True)
+    lengths = torch.tensor([20, 3, 20, 7]) if packed else None
     x = torch.randn(20, 4, 8, device=device, requires_grad=True)
-    found = []
+    wanted = [x, *ours.parameters()]
+    found: list[list[torch.Tensor]] = []
     for name in (None, "reference"):
         with tg.backend(name):
-            (grad,) = torch.autograd.grad(ours(x)[0].square().sum(), x, create_graph=True)
-            found.append(torch.autograd.grad(grad.square().sum(), x)[0])
-    return _apart([found[0]], [found[1]], torch.float32)
+            grads = torch.autograd.grad(ours(x, lengths=lengths)[0].square().sum(), wanted, create_graph=True)
+            second = torch.autograd.grad(sum(grad.square().sum() for grad in grads), wanted)
+            output = ours(x, lengths=lengths)[0]
+            seeds = torch.stack([torch.zeros_like(output), torch.ones_like(output)])
+            batched = torch.autograd.grad(output, wanted, seeds, is_grads_batched=True)
+            found.append([grad.detach() for grad in (*grads, *second, *batched)])
+    return _apart(*found, torch.float32)
 
 
 def _compiled(device: torch.device) -> str | None:

@@ -1,39 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that torch's operators run and record: their own nodes, and one more where torch's gradient is the last.
+"""Calls that torch's operators run and record, by their own nodes; and which calls are left to torch.nn's own forward.
 
-cuDNN's operators cannot be differentiated twice, nor batched. A composite backend that refuses both stands for them.
+cuDNN's gradient cannot be differentiated, nor batched. A node that refuses both stands for its own.
 All is float64; 1e-13 is the rounding of its sums, of tens of terms near 1.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from comparing import LAYERS, tensors_in
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import tidegate as tg
-from tidegate import backends, dispatch, gradients
 from tidegate.call import Call
-from tidegate.kernels import aten
+from tidegate.kernels import aten, triton
+from tidegate.kernels.triton import plan
+from tidegate.nn.layers import RecurrentLayer
 
 
-class Once(torch.autograd.Function):
-    """torch's operator with a gradient that can neither be differentiated nor batched, and that passes on undefined
-    gradients as cuDNN's does."""
+class Settings(NamedTuple):
+    batch_sizes: Tensor | None  # of packed input
+    batch_first: bool
+    rest: tuple[Any, ...]
+
+
+class CudnnRnn(torch.autograd.Function):
+    """`apply(operator, settings, input, *weights, h, c or None)`: torch's operator as one node like cuDNN's.
+
+    Its gradient can neither be differentiated nor batched, passes on undefined gradients, and says what it kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, operator: Any, settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.settings = settings
         with torch.enable_grad():
             ctx.leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-            ctx.results = aten.forward(call.with_tensors(ctx.leaves))
+            input, *weights, h, c = ctx.leaves
+            data = (input,) if settings.batch_sizes is None else (input, settings.batch_sizes)
+            ctx.results = operator(*data, h if c is None else [h, c], weights, *settings.rest)
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
         return tuple(result.detach() for result in ctx.results)
 
     @staticmethod
@@ -41,23 +56,34 @@ class Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         pairs = [pair for pair in zip(ctx.results, grads, strict=True) if pair[1] is not None]
         if not pairs:
-            return (None,) * (1 + len(ctx.leaves))
-        assert not dispatch.is_batched()
+            return (None,) * (2 + len(ctx.leaves))
         wanted = [leaf for leaf in ctx.leaves if leaf is not None]
         roots, cotangents = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(roots, wanted, cotangents))
-        return (None, *(None if leaf is None else next(found) for leaf in ctx.leaves))
+        assert not any("Batched" in str(torch._C._dispatch_keys(each)) for each in cotangents)
+        found = iter(torch.autograd.grad(roots, wanted, cotangents, retain_graph=True))
+        return (None, None, *(None if leaf is None else next(found) for leaf in ctx.leaves))
 
 
-def run_once(call: Call) -> Any:
-    return Once.apply(call, *call.tensors)
+NODE: Any = CudnnRnn._backward_cls
+NODE._saved_input = property(lambda node: node.saved_tensors[0])
+NODE._saved_weight = property(lambda node: node.saved_tensors[1:-2])
+NODE._saved_hx = property(lambda node: node.saved_tensors[-2])
+NODE._saved_cx = property(lambda node: node.saved_tensors[-1])
+NODE._saved_batch_first = property(lambda node: node.settings.batch_first)
+NODE._saved_batch_sizes = property(
+    lambda node: () if node.settings.batch_sizes is None else tuple(node.settings.batch_sizes.tolist())
+)
 
 
-def never(call: Any) -> bool:
-    return False
+def through_one_node(operator: Any, *arguments: Any) -> Any:
+    """torch's operator, called as `aten` calls it: (input, hx, weights, ...), or packed data and batch sizes first."""
+    input, *rest = arguments
+    batch_sizes = rest.pop(0) if isinstance(rest[1], (Tensor, tuple, list)) and isinstance(rest[2], list) else None
+    hx, weights, *rest = rest
+    h, c = hx if isinstance(hx, (tuple, list)) else (hx, None)
+    settings = Settings(batch_sizes, batch_sizes is None and rest[-1], tuple(rest))
+    return CudnnRnn.apply(operator, settings, input, *weights, h, c)
 
-
-LIKE_CUDNN = dataclasses.replace(backends.ATEN, composite=run_once, any_order=never)
 
 FORMS = [{}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True}, {"bias": False}]
 
@@ -76,14 +102,16 @@ def loss_of(result: Any) -> Tensor:
 
 @pytest.fixture
 def like_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backends.BY_NAME, "aten", LIKE_CUDNN)
+    for name, operator in aten._OPERATORS.items():
+        monkeypatch.setitem(aten._OPERATORS, name, partial(through_one_node, operator))
 
 
-def first_and_second(module: Any, x: Tensor, then: Callable[[Any], None] = lambda module: None) -> list[Tensor]:
-    """First and second derivatives; `then` happens between the forward and the first backward."""
-    wanted = [x, *module.parameters()]
-    loss = loss_of(module(x))
-    then(module)
+def first_and_second(
+    run: Callable[[Tensor], Any], wanted: list[Tensor], then: Callable[[], object] = int
+) -> list[Tensor]:
+    """First and second derivatives of what runs on the first of `wanted`; `then` happens before the first backward."""
+    loss = loss_of(run(wanted[0]))
+    then()
     first = torch.autograd.grad(loss, wanted, create_graph=True)
     second = torch.autograd.grad(torch.stack([grad.square().sum() for grad in first]).sum(), wanted)
     return [*first, *second]
@@ -111,7 +139,19 @@ def test_a_gradient_of_a_gradient_where_torch_has_none(kind: str, options: dict[
     theirs, ours = pair(kind, **options)
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     with tg.backend("aten"):
-        assert_same(first_and_second(ours, x), first_and_second(theirs, x))
+        found = first_and_second(ours, [x, *ours.parameters()])
+    assert_same(found, first_and_second(theirs, [x, *theirs.parameters()]))
+
+
+@pytest.mark.parametrize("options", [form for form in FORMS if "batch_first" not in form], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_gradient_of_a_gradient_of_packed_rows(kind: str, options: dict[str, Any], like_cudnn: None) -> None:
+    theirs, ours = pair(kind, **options)
+    x = torch.randn(5, 3, 3, dtype=torch.float64, requires_grad=True)
+    packed = partial(pack_padded_sequence, lengths=torch.tensor([4, 5, 1]), enforce_sorted=False)
+    with tg.backend("aten"):
+        found = first_and_second(lambda x: ours(packed(x)), [x, *ours.parameters()])
+    assert_same(found, first_and_second(lambda x: theirs(packed(x)), [x, *theirs.parameters()]))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -149,7 +189,8 @@ def test_parameters_replaced_behind_autograds_back(kind: str, like_cudnn: None) 
     theirs, ours = pair(kind)
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     with tg.backend("aten"):
-        assert_same(first_and_second(ours, x, double_data), first_and_second(theirs, x, double_data))
+        found = first_and_second(ours, [x, *ours.parameters()], partial(double_data, ours))
+    assert_same(found, first_and_second(theirs, [x, *theirs.parameters()], partial(double_data, theirs)))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -159,7 +200,6 @@ def test_on_a_cpu_the_nodes_are_torchs_own(kind: str) -> None:
     with tg.backend("aten"):
         output = ours(x)[0]
     assert type(output.grad_fn) is type(theirs(x)[0].grad_fn)
-    assert gradients.HigherOrder.__name__ not in str(output.grad_fn)
 
 
 def changed(cell: Any, **attributes: Any) -> Any:
@@ -205,3 +245,97 @@ def test_a_recorded_step_is_torchs_as_a_trace_says(kind: str, options: dict[str,
     with tg.trace() as ran:
         ours(x)
     assert [each.backend for each in ran] == ["cpu"]
+
+
+def plain(kind: str, **options: Any) -> Any:
+    return getattr(tg, kind)(3, 4, dtype=torch.float64, **options)
+
+
+def parametrized() -> Any:
+    layer = plain("GRU")
+    torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    return layer
+
+
+class Overridden(tg.GRU):
+    def permute_hidden(self, hx: Any, permutation: Any) -> Any:
+        return hx
+
+
+LEFT = {
+    "gru": lambda: plain("GRU"),
+    "batch first, both directions": lambda: plain("LSTM", batch_first=True, bidirectional=True, num_layers=2),
+    "relu": lambda: plain("RNN", nonlinearity="relu"),
+    "no biases": lambda: plain("LSTM", bias=False),
+    "projection": lambda: plain("LSTM", proj_size=2),
+    "dropout, not in training": lambda: plain("GRU", dropout=0.5, num_layers=2).eval().requires_grad_(False),
+    "accelerated": lambda: tg.accelerate(torch.nn.GRU(3, 4, dtype=torch.float64)),
+}
+KEPT = {
+    "dropout": lambda: plain("GRU", dropout=0.5, num_layers=2),
+    "reverse": lambda: plain("GRU", reverse=True),
+    "checkpoint_every": lambda: plain("GRU", checkpoint_every=2),
+    "reset_after": lambda: plain("GRU", reset_after=False),
+    "clip": lambda: changed(plain("GRU"), clip=0.5),
+    "peepholes": lambda: plain("LSTM", peepholes=True),
+    "parametrized": parametrized,
+    "overridden": lambda: Overridden(3, 4, dtype=torch.float64),
+}
+
+
+@pytest.fixture
+def quicker_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RecurrentLayer, "_is_quicker_in_torch", lambda self, input: True)
+
+
+@pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)
+def test_a_sequence_on_a_gpu_may_be_left_to_torch(make: Callable[[], Any], quicker_in_torch: None) -> None:
+    layer, x = make(), torch.randn(5, 2, 3, dtype=torch.float64)
+    with torch.no_grad() if not layer.training else contextlib.nullcontext():
+        assert layer._is_left_to_torch(x, None, None, False)
+        with tg.trace() as ran:
+            assert not layer._is_left_to_torch(x, None, None, False)
+            expected = tensors_in(layer(x))
+        found = tensors_in(layer._run_torchs(x, None))
+    assert ran
+    for our, their in zip(found, expected, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("make", KEPT.values(), ids=KEPT)
+def test_a_sequence_that_is_not_torchs_is_not_left_to_it(make: Callable[[], Any], quicker_in_torch: None) -> None:
+    layer, x = make(), torch.randn(5, 2, 3, dtype=torch.float64)
+    assert not layer._is_left_to_torch(x, None, None, False)
+
+
+def test_a_call_that_is_not_torchs_is_not_left_to_it(quicker_in_torch: None) -> None:
+    layer, x = plain("GRU"), torch.randn(5, 2, 3, dtype=torch.float64)
+    assert layer._is_left_to_torch(x, None, None, False)
+    assert not layer._is_left_to_torch(x, torch.tensor([5, 3]), None, False)
+    assert not layer._is_left_to_torch(x, None, torch.zeros(5, 2, dtype=torch.bool), False)
+    assert not layer._is_left_to_torch(x, None, None, True)
+    assert not layer._is_left_to_torch(x[0], None, None, False)
+    assert not layer.eval()._is_left_to_torch(x, None, None, False)  # with gradients, which cuDNN refuses then
+    with torch.autocast("cpu"):
+        assert not layer._is_left_to_torch(x, None, None, False)
+    with tg.backend("reference"), torch.no_grad():
+        assert not layer._is_left_to_torch(x, None, None, False)
+
+
+def test_what_is_left_to_torch_on_a_gpu_is_what_would_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = plan.Device(False, True, 132, (9, 0))
+    monkeypatch.setattr(plan, "device_on", lambda device: gpu)
+    monkeypatch.setattr(plan, "_has_bindings", lambda: True)
+    monkeypatch.setattr(triton, "availability", list)
+    triton._leaves.cache_clear()
+    for layer, steps, rows, hidden_size in itertools.product(
+        (tg.RNN, tg.LSTM, tg.GRU), (1, 15, 16, 300), (1, 16, 300), (8, 64, 100, 256, 1024)
+    ):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            input = torch.empty(steps, rows, 3, dtype=dtype, device="meta")
+            ours = layer(3, hidden_size, 2, device="meta", dtype=dtype)
+            states = (None,) * len(ours.cell.states)
+            call = Call(ours.cell, ours._option_values(), input, states, ours._weights(), layers=2)
+            reasons = dtype is torch.float64 or triton.slower_reasons(call)
+            assert ours._is_quicker_in_torch(input) == bool(reasons)
+    triton._leaves.cache_clear()

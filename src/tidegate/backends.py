@@ -15,13 +15,14 @@ from torch import Tensor
 
 from tidegate import dispatch, reference
 from tidegate.call import Call, Layer, Layout, Unit, layer_by_layer
+from tidegate.cell import Cell
 from tidegate.checks import check, check_lengths, refuse_sparse
 from tidegate.errors import UnsupportedError
 from tidegate.fusion import backend as fused
+from tidegate.higher_order import Gradients, detached, graph_gradients
 from tidegate.kernels import aten, cpu, triton
 from tidegate.scope import Ran, scope
 
-Gradients = tuple["Tensor | None", ...]
 T = TypeVar("T", Tensor, "Tensor | None")
 U = TypeVar("U", bound=Unit)
 
@@ -32,10 +33,6 @@ def _nothing(call: Unit) -> tuple[int, ...]:
 
 def _no_reasons(call: Call) -> list[str]:
     return []
-
-
-def _always(call: Unit) -> bool:
-    return True
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,6 @@ class Backend:
         availability: reasons why this machine cannot run it at all; empty when it can.
         takes_stacks: it takes a whole `Call`; else it is given a `Layer` at a time.
         composite: `call -> (output, *final states)` in torch's operations, recording autograd.
-        any_order: of a composite one, whether the gradient of a call or layer that autograd recorded can be
-            differentiated in turn.
         forward: `(call, save) -> (output, *final states[, saved])`, not recording autograd. One that takes stacks gives
             no output of a step, and may give more of it before `saved`, for `gradients` to put together; it saves a
             tensor for each layer.
@@ -75,7 +70,6 @@ class Backend:
     availability: Callable[[], Sequence[str]] = tuple
     takes_stacks: bool = False
     composite: Callable[..., tuple[Tensor, ...]] | None = None
-    any_order: Callable[[Unit], bool] = _always
     forward: Callable[..., Sequence[Tensor]] | None = None
     backward: Callable[..., Gradients] | None = None
     saved_shape: Callable[..., tuple[int, ...]] = _nothing
@@ -117,7 +111,6 @@ ATEN = Backend(
     aten.unsupported_reasons,
     takes_stacks=True,
     composite=aten.forward,
-    any_order=aten.any_order,
     checks="steps",
 )
 FUSED = Backend(
@@ -222,6 +215,18 @@ def leaves_step(cell: str, rows: int, hidden_size: int) -> bool:
     return not CPU.availability() and bool(cpu.many_rows_reasons(cell, rows, hidden_size))
 
 
+def leaves_sequence(
+    cell: Cell, options: tuple[Any, ...], steps: int, rows: int, hidden_size: int, cells: int, input: Tensor
+) -> bool:
+    """The same of a sequence on a GPU, by torch.nn's equations, without lengths, resets, projections and dropout.
+
+    Args:
+        cells: layers times directions.
+        input: of which dtype and device are read.
+    """
+    return triton.leaves(cell, options, steps, rows, hidden_size, cells, input)
+
+
 def _reasons_to_leave(candidate: Backend, call: Call) -> list[str]:
     slower = candidate.slower_reasons(call)
     return slower if slower and not BY_NAME[candidate.leaves_to].unsupported_reasons(call) else []
@@ -312,14 +317,26 @@ def run_composite(chosen: Backend, call: Unit) -> tuple[Tensor, ...]:
     return chosen.composite(call)
 
 
+def run_composite_layer(chosen: Backend, layer: Layer) -> tuple[Tensor, ...]:
+    """`run_composite` of one layer: output and final states (B, .)."""
+    _note(chosen, "forward", layer)
+    return _composite_layer(chosen, layer)
+
+
+def _composite_layer(chosen: Backend, layer: Layer) -> tuple[Tensor, ...]:
+    assert chosen.composite is not None
+    if not chosen.takes_stacks:
+        return chosen.composite(layer)
+    output, *finals = chosen.composite(layer.call())
+    return (output, *(final.squeeze(0) for final in finals))
+
+
 def run_layer(chosen: Backend, layer: Layer, save: bool) -> tuple[Tensor, ...]:
     """One layer on any backend, nothing recorded, nothing aliased: output, final states, saved."""
     _note(chosen, "forward", layer)
     if chosen.composite is not None:
         with torch.no_grad():
-            outputs = chosen.composite(layer.call() if chosen.takes_stacks else layer)
-        if chosen.takes_stacks:
-            outputs = (outputs[0], *(final.squeeze(0) for final in outputs[1:]))
+            outputs = _composite_layer(chosen, layer)
         return (*_owned(outputs, layer.tensors), layer.input.new_empty(0))
     assert chosen.forward is not None
     if not chosen.takes_stacks:
@@ -347,10 +364,7 @@ def run_layer_backward(
     if chosen.composite is not None:
         with dispatch.recording():
             recorded, wanted = detached(layer, needs)
-            outputs = chosen.composite(recorded.call() if chosen.takes_stacks else recorded)
-            if chosen.takes_stacks:
-                outputs = (outputs[0], *(final.squeeze(0) for final in outputs[1:]))
-            found = graph_gradients(outputs, wanted, gradients, needs)
+            found = graph_gradients(_composite_layer(chosen, recorded), wanted, gradients, needs)
         return _owned(found, (*layer.tensors, *gradients))
     assert chosen.backward is not None
     if not chosen.takes_stacks:
@@ -405,27 +419,3 @@ def _owned(results: Sequence[T], arguments: Sequence[Tensor | None]) -> tuple[T,
             taken.add(result.untyped_storage().data_ptr())
         owned.append(result)
     return tuple(owned)
-
-
-def detached(layer: U, needs: tuple[bool, ...]) -> tuple[U, list[Tensor]]:
-    """A call or a layer on leaves of a graph of its own, and those of them that a gradient is needed of."""
-    leaves = [
-        None if tensor is None else tensor.detach().requires_grad_(need)
-        for tensor, need in zip(layer.tensors, needs, strict=True)
-    ]
-    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if leaf is not None and need]
-    return layer.with_tensors(leaves), wanted
-
-
-def graph_gradients(
-    outputs: Sequence[Tensor], wanted: list[Tensor], gradients: Gradients, needs: tuple[bool, ...]
-) -> Gradients:
-    """Gradients of the recorded `outputs` for the leaves in `wanted`, spread over the places that `needs` marks."""
-    pairs = [
-        (out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None and out.requires_grad
-    ]
-    if not pairs or not wanted:
-        return (None,) * len(needs)
-    roots, cotangents = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(roots, wanted, cotangents, allow_unused=True))
-    return tuple(next(found) if need else None for need in needs)

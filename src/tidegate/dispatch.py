@@ -11,7 +11,7 @@ import functools
 import random
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -197,6 +197,11 @@ def keeps_graph() -> bool:
     return _autograd._get_current_graph_task_keep_graph()
 
 
+def current_node() -> Any:
+    """Inside a backward: the node whose turn it is."""
+    return _C._current_autograd_node()
+
+
 def has_saved_tensor_hooks() -> bool:
     """Someone is handed what autograd saves, and may look at it at any time."""
     return _autograd._top_saved_tensors_default_hooks(False) is not None
@@ -268,6 +273,24 @@ def same_data(a: Tensor, b: Tensor) -> bool:
     if (a.shape, a.stride(), a.storage_offset()) != (b.shape, b.stride(), b.storage_offset()):
         return False
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def flatten_for_cudnn(weights: Sequence[Tensor], count: int, input_size: int, mode: str, *sizes: int) -> None:
+    """Move weights on a GPU into one piece of its memory, unless two of them share theirs.
+
+    Args:
+        count: of a layer in one direction.
+        mode: torch.nn's.
+        sizes: hidden_size, proj_size, layers, batch_first, bidirectional.
+    """
+    flatten: Any = torch._cudnn_rnn_flatten_weight  # type: ignore[attr-defined]
+    is_apart = len({weight.data_ptr() for weight in weights}) == len(weights)
+    if is_apart and torch.backends.cudnn.enabled and torch._use_cudnn_rnn_flatten_weight():  # type: ignore[attr-defined]
+        import torch.backends.cudnn.rnn as rnn
+
+        get_mode: Any = rnn.get_cudnn_mode
+        with torch.cuda.device_of(weights[0]), torch.no_grad():
+            flatten(list(weights), count, input_size, get_mode(mode), *sizes)
 
 
 def assert_later(condition: Tensor) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of recurrent calls: the first by the backend that ran the forward, higher ones by the reference.
+"""The gradients of recurrent calls: the first by the backend that ran the forward, others by `higher_order`.
 
 What a call keeps for its backward belongs to its node alone and is not among autograd's saved tensors, so that nobody
 sees it change when the backward writes over it. Only where saved-tensor hooks must see everything, for activation
@@ -9,16 +9,16 @@ written over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tidegate import backends, dispatch, reference, signature
-from tidegate.backends import Backend, Gradients
-from tidegate.call import Call, Layer, Unit, layer_by_layer
+from tidegate import backends, dispatch, signature
+from tidegate.backends import Backend
+from tidegate.call import Call, Layer, Unit
+from tidegate.higher_order import Gradient, Gradients, aliases, as_they_were, opens_gate, recorded_again
 
 _CHANGED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: {name} of "
@@ -29,26 +29,13 @@ _CHANGED = (
 def record(call: Call, chosen: Backend) -> tuple[Tensor, ...]:
     """Run a call on a backend that takes stacks: as one autograd node, or as torch's operators record themselves."""
     if chosen.composite is not None:
-        return record_composite(chosen, call)
+        return backends.run_composite(chosen, call)
     results = dispatch.apply_plain(Recurrence, call, chosen, False, *call.tensors)
-    if _opens_gate(call):
+    if opens_gate(call):
         # h' depends on c', as a hook on c' must see: h' = o tanh(c').
         c, o = results
         return o * c.tanh(), c
     return results
-
-
-def record_composite(chosen: Backend, unit: Unit) -> tuple[Tensor, ...]:
-    """A composite backend's results of a call, or of a layer as a layer has them, as torch records them."""
-    results = backends.run_composite(chosen, unit) if isinstance(unit, Call) else _composite_layer(chosen, unit)
-    if chosen.any_order(unit) or (isinstance(unit, Call) and not unit.records()):
-        return results
-    return dispatch.apply_plain(HigherOrder, unit, len(results), *results, *unit.tensors)
-
-
-def _opens_gate(unit: Unit) -> bool:
-    """An LSTM's step, (h', c', o): the node returns c' and o, from which h' is put together."""
-    return isinstance(unit, Call) and unit.is_step and unit.cell.name == "lstm"
 
 
 class _Kept(NamedTuple):
@@ -81,7 +68,7 @@ class Recurrence(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.needs = ctx.needs_input_grad[3:]
         ctx.chosen, ctx.as_operator, ctx.kept = chosen, as_operator, None
-        ctx.opens_gate = _opens_gate(unit)
+        ctx.opens_gate = opens_gate(unit)
         ctx.set_materialize_grads(False)
         if not dispatch.is_plain():
             assert isinstance(unit, Layer)
@@ -135,7 +122,7 @@ class Recurrence(torch.autograd.Function):
             if is_first_order:
                 found = first_order()
             else:
-                then = _as_they_were(unit.tensors, read.tensors)
+                then = as_they_were(unit.tensors, read.tensors)
                 found = dispatch.apply_plain(Gradient, unit, first_order, ctx.needs, *then, *gradients)
         return (None, None, None, *found)
 
@@ -162,15 +149,10 @@ def _places(unit: Unit, needs: tuple[bool, ...]) -> tuple[int, ...]:
     return _places_read(len(unit.cell.states), len(unit.cell.parameters), directions, needs)
 
 
-def _aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The data that the tensors have now, whatever they are given as their `.data` later."""
-    return [None if tensor is None else tensor.detach() for tensor in tensors]
-
-
 def _keep(unit: Unit, needs: tuple[bool, ...], output: Tensor, saved: tuple[Tensor, ...]) -> _Kept:
     tensors = unit.tensors
     versions = [version_of(tensors[k]) for k in _places(unit, needs)]
-    read = unit.with_tensors(_aliases(tensors))
+    read = unit.with_tensors(aliases(tensors))
     # Of the output an alias: whoever holds the output holds this node.
     return _Kept(unit, read, versions, output.detach() if isinstance(unit, Layer) else None, saved)
 
@@ -178,33 +160,6 @@ def _keep(unit: Unit, needs: tuple[bool, ...], output: Tensor, saved: tuple[Tens
 def version_of(tensor: Tensor | None) -> int:
     """Of its data; one made in inference mode has none."""
     return -1 if tensor is None or tensor.is_inference() else tensor._version
-
-
-class _AsItWas(torch.autograd.Function):
-    """`apply(tensor, then)`: the numbers of `then`, whose gradient is the tensor's."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, then: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return then.view_as(then)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient, None
-
-
-def as_it_was(tensor: Tensor, then: Tensor) -> Tensor:
-    """A tensor with the data that it had when `then` was made its alias, whatever its `.data` is now."""
-    if tensor is then or dispatch.same_data(tensor, then):
-        return tensor
-    found: Any = _AsItWas.apply(tensor, then)
-    return found
-
-
-def _as_they_were(tensors: Sequence[Tensor | None], then: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [
-        None if tensor is None or held is None else as_it_was(tensor, held)
-        for tensor, held in zip(tensors, then, strict=True)
-    ]
 
 
 def _check_versions(kept: _Kept, needs: tuple[bool, ...]) -> None:
@@ -231,14 +186,6 @@ def _unpacked(ctx: Any) -> tuple[Unit, Tensor, tuple[Tensor, ...]]:
     return unit, output, everything[len(everything) - ctx.count :]
 
 
-def _composite_layer(chosen: Backend, layer: Layer) -> tuple[Tensor, ...]:
-    if not chosen.takes_stacks:
-        assert chosen.composite is not None
-        return chosen.composite(layer)
-    output, *finals = backends.run_composite(chosen, layer.call())
-    return (output, *(final.squeeze(0) for final in finals))
-
-
 def _first_order(
     chosen: Backend,
     unit: Unit,
@@ -250,124 +197,8 @@ def _first_order(
 ) -> Gradients:
     """The gradients of `unit.tensors`, None where not needed."""
     if dispatch.is_batched():
-        return _recorded_again(unit, gradients, needs)
+        return recorded_again(unit, gradients, needs)
     if isinstance(unit, Layer):
         assert output is not None
         return backends.run_layer_backward(chosen, unit, output, saved[0], gradients, needs)
     return backends.run_backward(chosen, unit, saved, gradients, needs, overwrite)
-
-
-def _recorded_again(unit: Unit, gradients: Gradients, needs: tuple[bool, ...]) -> Gradients:
-    """As `_first_order`: the forward again, by the reference, in operations that torch can batch and differentiate."""
-    with dispatch.recording():
-        recorded, wanted = backends.detached(unit, needs)
-        return backends.graph_gradients(_by_reference(recorded), wanted, gradients, needs)
-
-
-def _by_reference(unit: Unit) -> tuple[Tensor, ...]:
-    """The reference's results, in the form that the unit's node returns them."""
-    if isinstance(unit, Layer):
-        return reference.forward(unit)
-    results = layer_by_layer(unit, reference.forward)
-    if _opens_gate(unit):
-        return (*results, reference.output_gate(unit))
-    return results
-
-
-class HigherOrder(torch.autograd.Function):
-    """`apply(call or layer, how many results, *results, *its tensors) -> results`, as torch's operator recorded them.
-
-    A gradient passes through to torch's own nodes. One that is to be differentiated, which cuDNN's cannot be, or that
-    comes batched goes to the tensors instead, through the reference.
-    """
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, unit: Unit, count: int, *results_and_tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        tensors = results_and_tensors[count:]
-        ctx.save_for_backward(*tensors, unit.lengths, unit.resets)
-        ctx.unit, ctx.count = unit.with_tensors([None] * len(tensors))._replace(lengths=None, resets=None), count
-        ctx.then = None if dispatch.has_saved_tensor_hooks() else _aliases(tensors)
-        ctx.set_materialize_grads(False)
-        return tuple(result.detach() for result in results_and_tensors[:count] if result is not None)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        is_first_order = not torch.is_grad_enabled()
-        if is_first_order and not dispatch.is_batched():
-            return (None, None, *gradients, *(None for _ in ctx.unit.tensors))
-        *tensors, lengths, resets = ctx.saved_tensors
-        if ctx.then is not None:
-            tensors = _as_they_were(tensors, ctx.then)
-        unit = ctx.unit.with_tensors(tensors)._replace(lengths=lengths, resets=resets)
-        needs = ctx.needs_input_grad[2 + ctx.count :]
-        first_order = partial(_recorded_again, unit, gradients, needs)
-        if is_first_order:
-            found = first_order()
-        else:
-            found = dispatch.apply_plain(Gradient, unit, first_order, needs, *tensors, *gradients)
-        return (None, None, *(None for _ in gradients), *found)
-
-
-class Gradient(torch.autograd.Function):
-    """`apply(call or layer, first order, needs, *its tensors, *cotangents) -> gradients`, differentiable to any order.
-
-    Where a gradient is not needed it returns None, or what `first order` gives there.
-    """
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, unit: Unit, first_order: Callable[[], Gradients], needs: Sequence[bool], *inputs: Tensor | None
-    ) -> Gradients:
-        ctx.save_for_backward(*inputs, unit.lengths, unit.resets)
-        ctx.unit, ctx.wanted = unit.with_tensors([None] * len(unit.tensors)), needs
-        ctx.set_materialize_grads(False)
-        return tuple(first_order())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *inputs, lengths, resets = ctx.saved_tensors
-        count = len(ctx.unit.tensors)
-        unit = ctx.unit._replace(lengths=lengths, resets=resets)
-        wanted = [k for k, need in enumerate(ctx.wanted) if need and gradients[k] is not None]
-
-        def differentiated(values: Sequence[Any]) -> tuple[Tensor, ...]:
-            found = of_reference(unit.with_tensors(values[:count]), values[count:])
-            return tuple(found[k] for k in wanted)
-
-        found: list[Any] = [None] * len(inputs)
-        if wanted:
-            found = pullback(differentiated, inputs, lambda _: tuple(gradients[k] for k in wanted))
-        return (None, None, None, *found)
-
-
-def of_reference(unit: Unit, cotangents: Sequence[Tensor | None]) -> list[Any]:
-    """Gradients of `unit.tensors` through the reference, in torch.func's terms: they can be differentiated again."""
-
-    def seeds(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outputs, cotangents, strict=True))
-
-    return pullback(lambda tensors: _by_reference(unit.with_tensors(tensors)), unit.tensors, seeds)
-
-
-def pullback(
-    function: Callable[[Sequence[Any]], tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    cotangents: Callable[[tuple[Tensor, ...]], tuple[Any, ...]],
-) -> list[Any]:
-    """The gradients of `function(inputs)`, seeded by `cotangents(outputs)`, for every input that is not None."""
-    places = [k for k, tensor in enumerate(inputs) if tensor is not None]
-
-    def spread(values: Sequence[Any]) -> list[Any]:
-        full: list[Any] = [None] * len(inputs)
-        for k, value in zip(places, values, strict=True):
-            full[k] = value
-        return full
-
-    def of_present(*primals: Tensor) -> tuple[Tensor, ...]:
-        return function(spread(primals))
-
-    vjp: Any = torch.func.vjp
-    outputs, pull = vjp(of_present, *(inputs[k] for k in places))
-    return spread(pull(cotangents(outputs)))

@@ -20,6 +20,7 @@ from tidegate.call import Call, Layer, layer_by_layer
 from tidegate.cell import CELLS, Cell
 from tidegate.checks import check_layer, check_lengths
 from tidegate.errors import UnsupportedError
+from tidegate.higher_order import Gradient, of_reference
 from tidegate.scope import scope
 
 _LIBRARY = torch.library.Library("tidegate", "DEF")
@@ -178,7 +179,7 @@ class _Operators:
             # The backward must be the same backend's: a graph that has one fixes the backend when it is traced.
             chosen = backends.select(layer.call(), backends.demanded(name))
             if chosen.composite is not None and dispatch.is_plain():
-                return (*gradients.record_composite(chosen, layer), layer.input.new_empty(0))
+                return (*backends.run_composite_layer(chosen, layer), layer.input.new_empty(0))
             return dispatch.apply(gradients.Recurrence, layer, chosen, True, *layer.tensors)
         if dispatch.is_plain():
             return self.forward(*arguments)
@@ -199,14 +200,14 @@ class _Operators:
         layer, (_, _, _, *cotangents, needs) = signature.read(self.cell, arguments)
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         if dispatch.any_tangent(tensors):
-            return self._every_gradient(layer, gradients.of_reference(layer, cotangents), needs)
+            return self._every_gradient(layer, of_reference(layer, cotangents), needs)
         operator = signature.backward_operator(self.cell)
 
         def first_order() -> tuple[Tensor, ...]:
             return self.backward(*arguments) if dispatch.is_plain() else dispatch.below_autograd(operator, *arguments)
 
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return dispatch.apply(gradients.Gradient, layer, first_order, needs, *layer.tensors, *cotangents)
+            return dispatch.apply(Gradient, layer, first_order, needs, *layer.tensors, *cotangents)
         return first_order()
 
     def _every_gradient(self, layer: Layer, found: Any, needs: Any) -> tuple[Tensor, ...]:

@@ -8,8 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tidegate.call import BATCH_FIRST, BOTH, REVERSE, STEP, UNBATCHED_STEP, Call, Unit
+from tidegate import torchs_nodes
+from tidegate.call import BATCH_FIRST, BOTH, REVERSE, STEP, UNBATCHED_STEP, Call
 from tidegate.cell import LSTM, TORCHS_STEPS, extensions
+
+_OPERATORS: dict[str, Any] = {
+    "gru": torch.gru, "lstm": torch.lstm, "tanh": torch.rnn_tanh, "relu": torch.rnn_relu,
+}  # fmt: skip
 
 
 def unsupported_reasons(call: Call) -> list[str]:
@@ -33,11 +38,6 @@ def unsupported_reasons(call: Call) -> list[str]:
     if (first.get("bias_ih") is None) != (first.get("bias_hh") is None):
         reasons.append("torch's operators take both biases or none")
     return reasons
-
-
-def any_order(call: Unit) -> bool:
-    """Whether the gradient that torch's operators record can be differentiated in turn: cuDNN's and others' cannot."""
-    return call.input.is_cpu or (isinstance(call, Call) and call.is_step)
 
 
 def forward(call: Call) -> tuple[Tensor, ...]:
@@ -66,11 +66,11 @@ def _run(
     """torch's operator on all layers. data is (input,), or (packed data, batch sizes) with no layout."""
     weights = [weight for weight in call.weights if weight is not None]
     has_biases = call.weights_of(0)["bias_ih"] is not None
-    operators: dict[str, Any] = {"gru": torch.gru, "lstm": torch.lstm, "tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
-    operator = operators[call.named_options().get("nonlinearity", call.cell.name)]
+    operator = _OPERATORS[call.named_options().get("nonlinearity", call.cell.name)]
     # cuDNN computes gradients in training mode alone; without dropout the results are the same.
     settings = (has_biases, call.layers, 0.0, torch.is_grad_enabled(), call.direction is BOTH, *layout)
     output, *finals = operator(*data, states if call.cell is LSTM else states[0], weights, *settings)
+    torchs_nodes.complete(finals[0], call.cell, call.options, call.weights, call.layers, call.direction is BOTH)
     return output, tuple(finals)
 
 

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from tidegate import backends, dispatch, ops, sequences, torchs_nodes
 from tidegate import cell as kinds
-from tidegate import dispatch, ops, sequences
 from tidegate.call import BATCH_FIRST, BOTH, FORWARD, REVERSE, TIME_MAJOR, UNBATCHED, Call, Layout
 from tidegate.nn import autocast, every_state, initialization, segments
 from tidegate.nn.likeness import StandsFor
-from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, read_flag
+from tidegate.nn.options import ACCELERATED, Device, Extended, Plan, make_plan, own_attribute, read_flag
+from tidegate.scope import scope
 from tidegate.sequences import Lengths, Resets, Sequences
 from tidegate.streaming import Source, Stream
 
@@ -95,6 +96,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             raise ValueError("reverse: a bidirectional layer runs both ways already")
         self._declare(device, dtype)
         self._is_declared = True
+        self.flatten_parameters()
         self.reset_parameters()
 
     def _declare(self, device: Device, dtype: torch.dtype | None) -> None:
@@ -162,8 +164,15 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         Do nothing elsewhere, as for parametrized weights and for those that torch.nn does not know, peepholes.
         """
         weights = [self._parameters.get(name) for name in self._flat_weights_names]
-        on_gpu = bool(weights) and all(weight is not None and weight.is_cuda for weight in weights)
-        if on_gpu and self.mode in _MODES and {_plain_name(name) for name in self._flat_weights_names} <= _WEIGHTS:
+        on_gpu = [weight for weight in weights if weight is not None and weight.is_cuda]
+        if not on_gpu or len(on_gpu) < len(weights) or self.mode not in _MODES:
+            return
+        if not {_plain_name(name) for name in self._flat_weights_names} <= _WEIGHTS:
+            return
+        if all(weight.dtype is torch.bfloat16 for weight in on_gpu):  # torch.nn leaves these, and copies at each call
+            sizes = (self.hidden_size, self.proj_size, self.num_layers, self.batch_first, self.bidirectional)
+            dispatch.flatten_for_cudnn(on_gpu, len(self._all_weights[0]), self.input_size, self.mode, *sizes)
+        else:
             super().flatten_parameters()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -208,6 +217,12 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         uncompiled = segments.uncompiled(self.forward, every) if every else None
         if uncompiled is not None:
             return uncompiled(input, hx, lengths=lengths, resets=resets, return_states=return_states)
+        if (
+            isinstance(input, Tensor)
+            and input.is_cuda
+            and self._is_left_to_torch(input, lengths, resets, return_states)
+        ):
+            return self._run_torchs(input, hx)
         if isinstance(input, Tensor) and not input.is_nested:
             batch, layout, lengths, resets = None, self._layout(input), *self._rows(input, lengths, resets)
             data = input
@@ -257,6 +272,40 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             finals = self._permuted(tuple(finals), packed and packed.unsorted_indices)
         last: Any = finals[0] if len(finals) == 1 else tuple(finals)
         return (output if batch is None else batch.restore(output)), last
+
+    def _is_left_to_torch(self, input: Tensor, lengths: Lengths, resets: Resets, return_states: bool) -> bool:
+        """Whether to call torch.nn's own forward on a GPU, to which `ops.run` would only come by a longer way.
+
+        A short call of cuDNN's takes less time than that way.
+        """
+        return (
+            (lengths is None and resets is None and not return_states and input.dim() == 3)
+            and not (dispatch.is_compiling() or dispatch.is_autocast())
+            and not (self._overridden or self._checkpoint_every() or self._is_reverse())
+            # cuDNN computes gradients in training mode alone; dropout is ours.
+            and (not self.dropout if self.training else not torch.is_grad_enabled())
+            and not own_attribute(self, "peepholes", False)
+            and (self.cell.name, self._option_values()) in kinds.TORCHS_STEPS
+            and self._parameters.keys() >= set(self._flat_weights_names)  # none is computed
+            and scope.is_clear()
+            and dispatch.is_bare()
+            and (self.proj_size > 0 or self._is_quicker_in_torch(input))
+        )
+
+    def _is_quicker_in_torch(self, input: Tensor) -> bool:
+        rows, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
+        cells = self.num_layers * (1 + self.bidirectional)
+        return backends.leaves_sequence(self.cell, self._option_values(), steps, rows, self.hidden_size, cells, input)
+
+    def _run_torchs(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        self._states(hx)
+        torchs: Any = self._stands_for
+        output, last = torchs.forward(self, input, hx)
+        if output.requires_grad:
+            final = last if isinstance(last, Tensor) else last[0]
+            weights, is_both = self._weights(), self.bidirectional
+            torchs_nodes.complete(final, self.cell, self._option_values(), weights, self.num_layers, is_both)
+        return output, last
 
     def _layout(self, input: Tensor) -> Layout:
         dims = input.dim()

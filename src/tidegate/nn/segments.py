@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from tidegate import dispatch, ops
-from tidegate.backends import Gradients, backend, detached, graph_gradients
+from tidegate.backends import backend
 from tidegate.backends import find_faults as find_our_faults
 from tidegate.call import REVERSE, Call, Layer, layer_by_layer
 from tidegate.errors import UnsupportedError
-from tidegate.gradients import as_it_was
+from tidegate.higher_order import Gradients, as_it_was, detached, graph_gradients
 from tidegate.nn.unchanged import Before, Unchanged
 from tidegate.scope import scope
 

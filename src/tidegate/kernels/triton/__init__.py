@@ -12,15 +12,16 @@ Letters as in cell.py and common.py.
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from tidegate.call import Call, Layer
-from tidegate.cell import extensions
+from tidegate.cell import Cell, extensions
 from tidegate.kernels.triton import plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,17 +82,13 @@ def unsupported_reasons(call: Call) -> list[str]:
             reasons.append("float64 runs under Triton's interpreter alone")
     elif dtype not in _DTYPES:
         reasons.append(f"input is {str(dtype).removeprefix('torch.')}, not float32, bfloat16 or float16")
-    if dtype is torch.bfloat16 and input.is_cuda and torch.cuda.get_device_capability(input.device) < (8, 0):
+    if dtype is torch.bfloat16 and input.is_cuda and _has_cuda() and plan.device_on(input.device).capability < (8, 0):
         reasons.append("bfloat16 needs compute capability 8.0")
-    names = ("input", *(f"{state}_0" for state in call.cell.states))
-    weights = (*call.cell.parameters,) * (call.layers * call.directions())
-    for name, tensor in zip((*names, *weights), call.tensors, strict=True):
-        if tensor is None or (call.cell.storage and name in call.cell.parameters):
+    device, tensors = input.device, call.tensors if not call.cell.storage else (input, *call.states)
+    for place, tensor in enumerate(tensors):
+        if tensor is None or (tensor.dtype is dtype and tensor.layout is torch.strided and tensor.device == device):
             continue
-        if tensor.layout is not torch.strided:
-            reasons.append(f"{name} is {tensor.layout}")
-        elif tensor.dtype is not dtype or tensor.device != input.device:
-            reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, unlike input")
+        reasons.append(_unlike_input(call, place, tensor))
     # Offsets within a step and within a weight are 32-bit.
     hidden_size = call.hidden_size
     if max(2, call.steps) * call.batch() * hidden_size >= 2**31:
@@ -101,6 +98,15 @@ def unsupported_reasons(call: Call) -> list[str]:
     return reasons
 
 
+def _unlike_input(call: Call, place: int, tensor: Tensor) -> str:
+    names = ("input", *(f"{state}_0" for state in call.cell.states), *call.cell.parameters)
+    first = 1 + len(call.states)
+    name = names[place if place < first else first + (place - first) % len(call.cell.parameters)]
+    if tensor.layout is not torch.strided:
+        return f"{name} is {tensor.layout}"
+    return f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, unlike input"
+
+
 def slower_reasons(call: Call) -> list[str]:
     """Why torch's operators, cuDNN's among them, run a call faster; empty if they do not. Measured on an H200, against
     what a user calls, host and all: benchmarks/results. Never raises."""
@@ -108,6 +114,24 @@ def slower_reasons(call: Call) -> list[str]:
         return ["one step is two products and a pointwise kernel, in torch, too"]
     device = plan.device_on(call.input.device)
     return [*plan.slower_reasons(plan.size_of(call), call.layers * call.directions(), device)]
+
+
+def leaves(
+    cell: Cell, options: tuple[Any, ...], steps: int, batch: int, hidden_size: int, cells: int, input: Tensor
+) -> bool:
+    """Whether there is a reason of either kind against a plain call of torch.nn's equations."""
+    if input.dtype not in _DTYPES or steps * batch * hidden_size >= 2**31:
+        return True
+    kind = f"rnn_{options[0]}" if cell.name == "rnn" else cell.name
+    sizes = (kind, len(cell.gates), steps, batch, hidden_size, input.dtype, plan.precision(input.dtype), True)
+    return _leaves(sizes, cells, input.device)
+
+
+@lru_cache(maxsize=1024)
+def _leaves(sizes: tuple[Any, ...], cells: int, device: torch.device) -> bool:
+    if availability():
+        return True
+    return bool(plan.slower_reasons(plan.Size(*sizes), cells, plan.device_on(device)))
 
 
 def saved_shape(call: Layer) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ class Config:
 
 
 _HELD_REGISTERS = 192  # a thread, for weights and the exchange
-_WORTH_STEPS = 16
+_WORTH_STEPS = 24
 _CUDNN_HOLDS = {True: 256, False: 128}  # the largest hidden_size of its kernel of this kind, of an RNN and else
 _HELD_SMALL = 128  # hidden_size; above it a program has twice the units
 
