@@ -54,6 +54,9 @@ SHAPES = [
         Shape("GRU", "bfloat16", batch, size)
         for batch, size in ((1, 256), (16, 64), (16, 128), (256, 512), (256, 1024))
     ),
+    *(Shape(cell, "bfloat16", 512, 512) for cell in ("GRU", "LSTM")),
+    *(Shape(cell, "bfloat16", 256, 1024) for cell in ("LSTM", "RNN")),
+    Shape("GRU", "float16", 256, 1024),
     Shape("GRU", "float32", 16, 128),
     Shape("GRU", "float32", 64, 512),
     Shape("RNN", "bfloat16", 16, 256),

@@ -232,7 +232,14 @@ H200 = plan.Device(False, False, 132, (9, 0))
 
 def size(batch: int, hidden_size: int, dtype: torch.dtype = torch.bfloat16, kind: str = "gru") -> plan.Size:
     return plan.Size(
-        kind, {"gru": 3, "lstm": 4, "gru_reset_before": 3}[kind], 100, batch, hidden_size, dtype, "ieee", False
+        kind,
+        {"rnn_tanh": 1, "gru": 3, "lstm": 4, "gru_reset_before": 3}[kind],
+        100,
+        batch,
+        hidden_size,
+        dtype,
+        "ieee",
+        False,
     )
 
 
@@ -257,11 +264,29 @@ def test_which_kernel_is_planned():
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_a_held_plan_fits_the_device(batch, hidden_size, kind):
     """Its programs wait for each other: all must run at once."""
-    held = plan.choose(size(batch, hidden_size, kind=kind), H200)
-    assert held.kernel == "held" or held.reasons["held"]
-    if held.kernel == "held":
-        assert -(-batch // held.config.block_b) * held.config.programs <= H200.processors
-        assert held.config.programs * held.config.block_n >= hidden_size
+    sizes = size(batch, hidden_size, kind=kind)
+    reasons = plan.reasons("held", sizes, H200)
+    if reasons:
+        assert reasons == ["the weights do not fit into the registers of the device's multiprocessors"]
+        return
+    with plan.using("held"):
+        config = plan.choose(sizes, H200).config
+    assert -(-batch // config.block_b) * config.programs <= H200.processors
+    assert config.programs * config.block_n >= hidden_size
+
+
+def test_crowded_programs_leave_a_call_to_the_persistent_kernel_or_to_cudnn():
+    for kind, dtype, batch, hidden_size, kernel, is_cudnns in [
+        ("gru", torch.bfloat16, 256, 512, "held", False),
+        ("gru", torch.bfloat16, 256, 1024, "persistent", False),
+        ("lstm", torch.bfloat16, 512, 512, "persistent", False),
+        ("rnn_tanh", torch.float16, 256, 1024, "persistent", False),
+        ("lstm", torch.bfloat16, 256, 1024, "held", True),
+        ("gru", torch.float16, 256, 1024, "held", True),
+    ]:
+        sizes = size(batch, hidden_size, dtype, kind=kind)
+        assert plan.choose(sizes, H200).kernel == kernel
+        assert bool(plan.slower_reasons(sizes, 1, H200)) == is_cudnns
 
 
 def test_what_is_not_held_has_a_reason():

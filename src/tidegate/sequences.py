@@ -68,13 +68,14 @@ def from_packed(input: PackedSequence) -> Sequences:
     step = torch.repeat_interleave(sizes, output_size=total)  # (N,)
     row = torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[step]
     rows = (step * batch + row).to(input.data.device)
+    # Neither `flatten` nor `unflatten`, which torch does not batch for gradients that come many at once.
     padded = input.data.new_zeros((steps * batch, *input.data.shape[1:])).index_copy(0, rows, input.data)
 
     def restore(output: Tensor) -> PackedSequence:
-        data = output.flatten(0, 1).index_select(0, rows)
+        data = output.reshape((steps * batch, *output.shape[2:])).index_select(0, rows)
         return PackedSequence(data, sizes, input.sorted_indices, input.unsorted_indices)
 
-    return Sequences(padded.unflatten(0, (steps, batch)), lengths, None, restore, rows)
+    return Sequences(padded.view((steps, batch, *padded.shape[1:])), lengths, None, restore, rows)
 
 
 def from_list(input: list[Tensor], resets: object, any_features: bool = False) -> Sequences:

@@ -50,6 +50,8 @@ class Config:
 
 
 _HELD_REGISTERS = 192  # a thread, for weights and the exchange
+_HELD_ROWS = 64  # a program; with more of them it is behind the persistent kernel
+_PERSISTENT_COLUMNS = 3072  # of all gates, up to which that one is ahead of cuDNN
 _WORTH_STEPS = 24
 _CUDNN_HOLDS = {True: 256, False: 128}  # the largest hidden_size of its kernel of this kind, of an RNN and else
 _HELD_SMALL = 128  # hidden_size; above it a program has twice the units
@@ -222,7 +224,8 @@ def _chosen(size: Size, device: Device, backward: bool, settings: Settings) -> P
         kernel = "" if kernel == "step" else kernel
     if not kernel:
         large = size.hidden_size > _STREAMED
-        order = ("step", "held", "resident", *(("persistent", "streamed") if large else ("streamed",)))
+        first = ("persistent",) if not why["held"] and _is_crowded(size, device) and _is_persistents(size) else ()
+        order = ("step", *first, "held", "resident", *(("persistent", "streamed") if large else ("streamed",)))
         kernel = next(name for name in order if not why[name])
     elif why[kernel]:
         raise ValueError(f"kernel {kernel!r} cannot run {size}: {'; '.join(why[kernel])}")
@@ -317,10 +320,20 @@ def slower_reasons(size: Size, cells: int, device: Device) -> tuple[str, ...]:
     whole = size.hidden_size % 128 == 0 and cells == 1 and size.plain
     if size.dtype is torch.float16 and (size.kind == "lstm" or is_rnn) and few and whole:
         found.append("cuDNN holds the weights, too, in one float16 LSTM or RNN with a batch of 8 to 32")
-    config = _held(size, device)
-    if config is not None and config.block_b > 64:
-        found.append("more than 64 rows share a program")
+    if _is_crowded(size, device) and not _is_persistents(size):
+        found.append(f"more than {_HELD_ROWS} rows share a program")
     return tuple(found)
+
+
+def _is_crowded(size: Size, device: Device) -> bool:
+    config = _held(size, device)
+    return config is not None and config.block_b > _HELD_ROWS
+
+
+def _is_persistents(size: Size) -> bool:
+    """Whether the persistent kernel is ahead of cuDNN, and of the held one, where that one's programs are crowded."""
+    is_narrow = size.dtype is torch.bfloat16 or (size.gates == 1 and size.dtype is torch.float16)
+    return is_narrow and size.gates * size.hidden_size <= _PERSISTENT_COLUMNS
 
 
 def _shared_out(size: Size, device: Device) -> tuple[int, int] | None:
