@@ -237,6 +237,7 @@ def picture(lines: list[dict[str, Any]], path: Path) -> bool:
     for shift, how in ((0.2, "forward"), (-0.2, "training")):
         axes.barh([-k + shift for k in range(len(lines))], [x[how]["ratio"] for x in lines], 0.4, label=how)
     axes.set_yticks([-k for k in range(len(lines))], [x["name"] for x in lines])
+    axes.margins(y=0.01)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("times as fast as torch.nn")
     axes.legend()
