@@ -214,12 +214,7 @@ def test_reasons(monkeypatch):
     [("3.5.1", "triton 3.5.1 is too old: 3.6 or later"), (None, "triton is not installed: torch's builds for CUDA")],
 )
 def test_versions(monkeypatch, found, reason):
-    def version(_):
-        if found is None:
-            raise kernels.PackageNotFoundError
-        return found
-
-    monkeypatch.setattr(kernels, "version", version)
+    monkeypatch.setattr(kernels, "_version", lambda: found)
     kernels._missing.cache_clear()
     try:
         assert kernels.availability()[0].startswith(reason)
@@ -349,4 +344,4 @@ def test_without_triton_nothing_imports_it():
         "layer(x)[0].sum().backward(); print(tg.explain(layer, x).calls[0].reasons['triton'])"
     )
     done = run_python(code, TRITON_INTERPRET="0")
-    assert done.stdout.startswith("['no CUDA device', 'input is on cpu'"), done.stderr
+    assert "'no CUDA device', 'input is on cpu'" in done.stdout, done.stderr

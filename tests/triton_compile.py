@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -100,7 +99,7 @@ def compiled(case: Case) -> Iterator[dict[str, Any]]:
         binary = triton.compile(source(function, dtype, hidden_size, constants), GPUTarget("cuda", 90, 32), options)
         yield {
             "kernel": kernel, "kind": name, "dtype": str(dtype).removeprefix("torch."), "precision": precision,
-            "hidden_size": hidden_size, "batch": batch, "direction": direction, **asdict(config), **usage(binary),
+            "hidden_size": hidden_size, "batch": batch, "direction": direction, **config._asdict(), **usage(binary),
         }  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Generator
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +36,7 @@ _INTERPRETED_PROCESSORS = 1 << 30
 SPINS = 1 << 24  # looks at the flags, half a microsecond each: then something is wrong
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """How a kernel cuts up its work. block_k is of the product's inner dimension, programs those that share a tile."""
 
     block_b: int
@@ -60,8 +58,7 @@ _HELD_SMALL = 128  # hidden_size; above it a program has twice the units
 STEP = Config(4, 256, 1, 4, 1)  # of one step's pointwise kernel, for any number of rows
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What a plan has to know of where it runs."""
 
     interpreted: bool
@@ -70,8 +67,7 @@ class Device:
     capability: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """What a plan has to know of a call."""
 
     kind: str
@@ -84,8 +80,7 @@ class Size:
     plain: bool  # neither lengths nor resets
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The kernel that runs a call, and the others' reasons."""
 
     kernel: str
@@ -93,8 +88,7 @@ class Plan:
     reasons: dict[str, list[str]]
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What a benchmark or a test decides in place of `plan`.
 
     Attributes:
@@ -229,7 +223,7 @@ def _chosen(size: Size, device: Device, backward: bool, settings: Settings) -> P
         kernel = next(name for name in order if not why[name])
     elif why[kernel]:
         raise ValueError(f"kernel {kernel!r} cannot run {size}: {'; '.join(why[kernel])}")
-    return Plan(kernel, replace(config(kernel, size, device), **dict(settings.config)), why)
+    return Plan(kernel, config(kernel, size, device)._replace(**dict(settings.config)), why)
 
 
 def config(kernel: str, size: Size, device: Device) -> Config:
