@@ -98,6 +98,12 @@ void note_lateness(int64_t time) {
     if (before && time - before < lately) note_crowding(time);
 }
 
+// Whoever is waited for may not be running.
+void wait_a_little(int spins) {
+    if (spins < spins_before_yield) pause();
+    else std::this_thread::yield();
+}
+
 // The first to join closes the enrolment: when all have come, or when its patience ends.
 int close_enrolment(Enrolment& enrolment) {
     const int64_t deadline = now() + enrolment.patience;
@@ -106,8 +112,8 @@ int close_enrolment(Enrolment& enrolment) {
         if (spins % 16 == 0 && now() > deadline) break;
     }
     const int size = enrolment.joined.fetch_add(Enrolment::closed, std::memory_order_acq_rel);
-    for (int member = 0; member < size; ++member)
-        while (enrolment.crew_posts()[member].place.load(std::memory_order_acquire) == 0) pause();
+    for (int member = 0, spins = 0; member < size; ++member)
+        while (enrolment.crew_posts()[member].place.load(std::memory_order_acquire) == 0) wait_a_little(spins++);
     enrolment.size.store(size, std::memory_order_release);
     return size;
 }
@@ -115,8 +121,7 @@ int close_enrolment(Enrolment& enrolment) {
 int await_size(const Enrolment& enrolment) {
     for (int spins = 0;; ++spins) {
         if (const int size = enrolment.size.load(std::memory_order_acquire)) return size;
-        if (spins < spins_before_yield) pause();
-        else std::this_thread::yield();
+        wait_a_little(spins);
     }
 }
 

@@ -2,8 +2,8 @@
 """The nodes that torch's recurrent operators leave on autograd's graph, where their gradient is the last.
 
 cuDNN's gradient can be neither differentiated nor batched, and torch would raise. Two hooks on its node give the
-reference's gradient in its place where it is not enough. To a plain first gradient hooks cost nothing, where one more
-node would cost a tenth of a short call.
+reference's gradient in its place where it is not enough. In a short call's training step hooks take 1 to 10 % of the
+time; one more node took 15 to 20 %.
 """
 
 from __future__ import annotations

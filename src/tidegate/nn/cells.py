@@ -141,8 +141,10 @@ class RecurrentCell(torch.nn.RNNCellBase, Extended):
             return False
         if self.cell is not kinds.GRU and weight.requires_grad and torch.is_grad_enabled():
             return True
-        if input.dim() != 2 or input.is_cuda:
-            return input.dim() == 2
+        if input.dim() != 2:
+            return False
+        if input.is_cuda:
+            return True
         is_float = input.dtype is torch.float32 and input.is_cpu
         return is_float and backends.leaves_step(self.cell.name, input.size(0), self.hidden_size)
 

@@ -144,7 +144,8 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
     # Looked up at every use: a parametrization, pruning, tying or functional_call may have put another tensor there.
     @property
     def _flat_weights(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return list(self._read_tensors(make_plan(self._flat_weights_names)))
+        found = self._parameters
+        return [found[name] if name in found else getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:

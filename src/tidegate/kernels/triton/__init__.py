@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,8 +51,6 @@ def _missing() -> str | None:
 def _version() -> str | None:
     if not is_installed():
         return None
-    from importlib.metadata import PackageNotFoundError, version  # which takes a while to import
-
     try:
         return version("triton")
     except PackageNotFoundError:
@@ -59,7 +58,7 @@ def _version() -> str | None:
 
 
 def is_installed() -> bool:
-    """Whether a triton is here, of whatever version: to ask for that takes a fifth of tidegate's import."""
+    """Whether a triton is here, of whatever version: to know that, metadata would be read at import."""
     return find_spec("triton") is not None
 
 
