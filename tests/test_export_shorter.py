@@ -21,6 +21,22 @@ from tidegate.quantization import product, quantize_rows
 TOLERANCE = 1e-5  # of the output's scale
 
 
+def as_it_says(folder: Path, exported: Any, model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What C makes of x (1, T, I), held to README.md; and how many steps that speaks of."""
+    text = (folder / "README.md").read_text()
+    found = re.search(r"at most (\S+) from float32 on the example, (\d+) steps .* at most (\S+) more", text)
+    assert found is not None
+    apart, steps, more = float(found[1]), int(found[2]), float(found[3])
+    table = (folder / "model_test.c").read_text().split("expected[")[1].split("{")[1].split("}")[0]
+    of_arithmetic = torch.tensor([float(number) for number in re.findall(r"-?\d[-+.e\d]*(?=f)", table)])
+    with torch.no_grad():
+        theirs = model(x)[0, :steps]
+    y = exported.process(x[0])
+    assert float((y[:steps] - of_arithmetic.view(steps, -1)).abs().max()) <= more
+    assert float((y[:steps] - theirs).abs().max()) <= apart + more
+    return y, steps
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(models(), st.data())
@@ -30,20 +46,31 @@ def test_any_model_in_int8(tmp_path_factory: Any, made: Drawn, data: st.DataObje
     folder = tg.export_c(model, made.x, tmp_path_factory.mktemp("any"), weights="int8")
     flags = data.draw(st.sampled_from([["-O2", "-march=native"], ["-O1"], ["-O2", "-DPLAIN_C"]]))
     exported = compiled(folder, flags)
-    text = (folder / "README.md").read_text()
-    found = re.search(r"at most (\S+) from float32 on the example, (\d+) steps .* at most (\S+) more", text)
-    assert found is not None
-    apart, steps, more = float(found[1]), int(found[2]), float(found[3])
-    table = (folder / "model_test.c").read_text().split("expected[")[1].split("{")[1].split("}")[0]
-    of_arithmetic = torch.tensor([float(number) for number in re.findall(r"-?\d[-+.e\d]*(?=f)", table)])
-    with torch.no_grad():
-        theirs = model(made.x)[0, :steps]
-    y = exported.process(x)
-    assert float((y[:steps] - of_arithmetic.view(steps, -1)).abs().max()) <= more
-    assert float((y[:steps] - theirs).abs().max()) <= apart + more
+    y, _ = as_it_says(folder, exported, model, made.x)
     cut = data.draw(st.integers(0, 200))
     exported.reset()
     assert torch.equal(torch.cat([exported.process(x[:cut]), exported.process(x[cut:])]), y)
+
+
+class Chaotic(nn.Module):
+    """Its state grows apart, whatever moved it, by the same factor at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.RNN(2, 24, batch_first=True)
+        with torch.no_grad():
+            self.layer.weight_hh_l0.normal_(0, 1.4 / 24**0.5, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0]
+
+
+def test_int8_is_held_to_the_steps_that_tell_a_rounding_from_an_error(tmp_path: Path) -> None:
+    model, x = Chaotic().eval(), torch.randn(1, 60, 2, generator=torch.Generator().manual_seed(1))
+    folder = tg.export_c(model, x, tmp_path / "chaotic", weights="int8")
+    for flags in (["-O2", "-march=native"], ["-O1"], ["-O2", "-DPLAIN_C"]):
+        _, steps = as_it_says(folder, compiled(folder, flags), model, x)
+        assert 1 <= steps < 60
 
 
 def test_int8_is_what_torch_quantizes() -> None:
