@@ -283,14 +283,14 @@ def flatten_for_cudnn(weights: Sequence[Tensor], count: int, input_size: int, mo
         mode: torch.nn's.
         sizes: hidden_size, proj_size, layers, batch_first, bidirectional.
     """
-    flatten: Any = torch._cudnn_rnn_flatten_weight  # type: ignore[attr-defined]
+    private: Any = torch  # whose stubs leave these out
     is_apart = len({weight.data_ptr() for weight in weights}) == len(weights)
-    if is_apart and torch.backends.cudnn.enabled and torch._use_cudnn_rnn_flatten_weight():  # type: ignore[attr-defined]
+    if is_apart and torch.backends.cudnn.enabled and private._use_cudnn_rnn_flatten_weight():
         import torch.backends.cudnn.rnn as rnn
 
         get_mode: Any = rnn.get_cudnn_mode
         with torch.cuda.device_of(weights[0]), torch.no_grad():
-            flatten(list(weights), count, input_size, get_mode(mode), *sizes)
+            private._cudnn_rnn_flatten_weight(list(weights), count, input_size, get_mode(mode), *sizes)
 
 
 def assert_later(condition: Tensor) -> None:
