@@ -24,7 +24,6 @@ def test_it_compiles_at_the_sizes_that_are_planned(kind, dtype, batch, hidden_si
     size = plan.Size(kind, gates, 100, batch, hidden_size, dtype, DTYPES[dtype], False)
     chosen = plan.choose(size, H200)
     assert chosen.kernel == "held"
-    for form in (0, 1):
-        flags = (("HAS_LENGTHS", form), ("HAS_RESETS", form), ("REVERSE", form))
-        forward = (("KEPT", 0), ("SKIP", 0), ("HAS_BIAS", 1))
-        assert held.compiled(held.definitions(size, chosen.config, (*forward, *flags)), (9, 0))
+    for form in (False, True):
+        flags = held.Flags(0, 0, has_bias=True, has_lengths=form, has_resets=form, reverse=form)
+        assert held.compiled(held.definitions(size, chosen.config, flags), (9, 0))

@@ -260,11 +260,14 @@ class Layer(NamedTuple):
 Unit = Call | Layer
 
 
-def layer_by_layer(call: Call, run: Callable[[Layer], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def layer_by_layer(
+    call: Call, run: Callable[[Layer], tuple[Tensor, ...]], owned: bool = False
+) -> tuple[Tensor, ...]:
     """A whole call by `run`, layers by directions.
 
     Args:
         run: gives output (T, B, P) and the final states, (B, size) each.
+        owned: autograd records nothing of what `run` gives, and it shares no memory.
 
     Returns:
         the output, but of a step, and the final states, as `call.layout` has them.
@@ -284,5 +287,7 @@ def layer_by_layer(call: Call, run: Callable[[Layer], tuple[Tensor, ...]]) -> tu
         output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         if call.between is not None and layer < call.layers - 1:
             output = call.between(output)
-    # Never a view, not even of one: FSDP2 warns of a module that returns one.
+    if owned and len(finals) == 1:
+        return call.restored(output, [state.unsqueeze(0) for state in finals[0]])
+    # Else never a view, not even of one: FSDP2 warns of a module that returns one in training.
     return call.restored(output, [torch.stack(column) for column in zip(*finals, strict=True)])

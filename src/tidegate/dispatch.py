@@ -293,6 +293,11 @@ def flatten_for_cudnn(weights: Sequence[Tensor], count: int, input_size: int, mo
             private._cudnn_rnn_flatten_weight(list(weights), count, input_size, get_mode(mode), *sizes)
 
 
+def current_stream(device: int) -> int:
+    """The address of a GPU's current stream."""
+    return _C._cuda_getCurrentRawStream(device)
+
+
 def assert_later(condition: Tensor) -> None:
     """Fail if a bool on a device is False, when it is known: nothing waits for it."""
     torch.ops.aten._assert_async(condition)

@@ -54,7 +54,8 @@ def run(call: Call, find_faults: Callable[[Call], None] = no_faults) -> Sequence
             find_faults(call)
             backends.find_faults(call)
         if not chosen.takes_stacks:
-            return layer_by_layer(call, partial(_run_layer_on, chosen))
+            owned = chosen.composite is None and not torch.is_grad_enabled()
+            return layer_by_layer(call, partial(_run_layer_on, chosen), owned)
         if call.between is not None:
             return layer_by_layer(call, _run_layer)
     try:

@@ -4,39 +4,26 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 
 #include "engine/crew.h"
 #include "engine/isa.h"
+#include "floats.h"
 #include "testing.h"
 
 using namespace tidegate;
 
-void check_activations() {
-    for (int hyperbolic = 0; hyperbolic < 2; ++hyperbolic) {
-        std::vector<float> in, out;
-        for (uint64_t bits = 0; bits < (uint64_t{1} << 32); bits += 9973) {
-            const uint32_t word = static_cast<uint32_t>(bits);
-            float x;
-            std::memcpy(&x, &word, 4);
-            if (!std::isnan(x)) in.push_back(x);
-        }
-        out.resize(in.size());
-        active_kernels().activate(Type::f32, hyperbolic, in.data(), out.data(), static_cast<int64_t>(in.size()));
-        double worst = 0;
-        for (size_t i = 0; i < in.size(); ++i) {
-            const double x = in[i], right = hyperbolic ? std::tanh(x) : 1 / (1 + std::exp(-x));
-            if (right == 0 && out[i] == 0) continue;
-            const int exponent = std::max(std::ilogb(static_cast<float>(right)), -126);
-            worst = std::max(worst, std::abs(out[i] - right) / std::ldexp(1, exponent - 23));
-        }
-        const char* const name = hyperbolic ? "tanh" : "sigmoid";
-        std::printf("%s %s: %.2f ulp over %zu floats\n", active_kernels().name, name, worst, in.size());
-        compare(std::string(active_kernels().name) + " " + name, {worst <= 4 ? 0.0 : worst}, {0.0}, 0.5);
-    }
-}
-
 namespace {
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+void check_activations() {
+    for (const bool hyperbolic : {false, true})
+        check_floats(hyperbolic ? "tanh" : "sigmoid", hyperbolic ? [](double x) { return std::tanh(x); } : sigmoid,
+                     [=](const std::vector<float>& in, std::vector<float>& out) {
+                         const auto count = static_cast<int64_t>(in.size());
+                         active_kernels().activate(Type::f32, hyperbolic, in.data(), out.data(), count);
+                     });
+}
 
 void check_kind(Kind kind, bool projects) {
     for (const Type type : {Type::f32, Type::f64, Type::bf16, Type::f16}) {
@@ -67,16 +54,22 @@ void check_kind(Kind kind, bool projects) {
 
 }  // namespace
 
-// Arguments: instruction sets to run; none is all that this CPU has.
-int main(int count, char** names) {
-    std::vector<std::string> isas(names + 1, names + count);
+// Arguments: instruction sets to run; none is all that this CPU has. With --every-float first, the functions of one
+// number alone, over all of them.
+int main(int count, char** arguments) {
+    takes_every_float = count > 1 && std::string(arguments[1]) == "--every-float";
+    std::vector<std::string> isas(arguments + 1 + takes_every_float, arguments + count);
     if (isas.empty()) isas = supported_isas();
     set_parallel_for(parallel_for);
-    check_workspace();
-    check_crowds();
+    if (!takes_every_float) {
+        check_workspace();
+        check_crowds();
+    }
     for (const std::string& isa : isas) {
         force_isa(isa);
         check_activations();
+        check_functions();
+        if (takes_every_float) continue;
         check_long_sums();
         check_programs();
         for (int64_t i = 0; i < kind_count; ++i)

@@ -100,4 +100,4 @@ void check_long_sums();
 void check_workspace();
 void check_crowds();
 void check_programs();
-void check_activations();
+void check_functions();

@@ -10,11 +10,12 @@ import contextlib
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tidegate import dispatch
 from tidegate.call import Layer
 from tidegate.kernels.triton import plan
 
@@ -36,11 +37,23 @@ def _checked(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def definitions(size: plan.Size, config: plan.Config, flags: Definitions) -> Definitions:
-    """What held.cu is compiled with. flags: KEPT, SKIP, HAS_BIAS, HAS_LENGTHS, HAS_RESETS and REVERSE."""
+class Flags(NamedTuple):
+    """What a kernel is compiled for, beside its sizes; held.cu has each in capitals."""
+
+    kept: int
+    skip: int
+    has_bias: bool
+    has_lengths: bool
+    has_resets: bool
+    reverse: bool
+
+
+def definitions(size: plan.Size, config: plan.Config, flags: Flags) -> Definitions:
+    """What held.cu is compiled with."""
     return (
         ("CELL", _CELLS[size.kind]), ("DTYPE", _DTYPES[size.dtype]), ("H", size.hidden_size), ("UNITS", config.block_n),
-        ("TILES", config.block_b // 16), ("WARPS", config.num_warps), ("SPINS", plan.SPINS), *flags,
+        ("TILES", config.block_b // 16), ("WARPS", config.num_warps), ("SPINS", plan.SPINS),
+        *((name.upper(), int(value)) for name, value in flags._asdict().items()),
     )  # fmt: skip
 
 
@@ -74,32 +87,54 @@ def _loaded(name: str, definitions: Definitions, shared: int, device: int) -> An
     return function
 
 
+@functools.lru_cache(maxsize=1024)
+def _kernel(name: str, size: plan.Size, config: plan.Config, flags: Flags, device: int) -> tuple[Any, ...]:
+    """The function, of name "forward" or "backward", and what it is launched with: grid, block, shared memory."""
+    # The shares of the sums, two buffers in turns; rows as held.cu's STRIDE has them.
+    sums = size.gates if name == "forward" else 1
+    shared = 2 * config.num_warps * sums * 16 * (config.block_n + 8) * 4
+    function = _loaded(name, definitions(size, config, flags), shared, device)
+    grid = (-(-size.batch // config.block_b), config.programs, 1)
+    return (function, *grid, 32 * config.num_warps, 1, 1, shared)
+
+
+@functools.cache
+def _types(tensors: int) -> tuple[type, ...]:
+    """Of a kernel's arguments."""
+    return (*(ctypes.c_void_p,) * tensors, ctypes.c_int, ctypes.c_int)
+
+
 def run_forward(
-    call: Layer, config: plan.Config, x: Tensor, buffers: plan.Buffers, kept: Tensor | None, skip: int
+    call: Layer, chosen: plan.Plan, x: Tensor, buffers: plan.Buffers, kept: Tensor | None, skip: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As launch.run_forward."""
-    steps, batch, hidden_size = call.input.shape[0], call.input.shape[1], call.hidden_size
+    steps, batch, hidden_size = chosen.size.steps, chosen.size.batch, chosen.size.hidden_size
     initial = tuple([state.contiguous() for state in call.states])
     finals = tuple([torch.empty_like(state) for state in initial])
     out = _unset((steps, batch, hidden_size), x)
     keeps = 0 if kept is None else kept.shape[1] // hidden_size
-    flags = (("KEPT", keeps), ("SKIP", skip), ("HAS_BIAS", int(buffers.bias is not None)))
     states = (initial[0], _second(initial), finals[0], _second(finals))
-    _launch("forward", call, config, (x, *buffers, *states, out, kept), flags)
+    flags = _flags(call, keeps, skip, buffers.bias is not None)
+    _launch("forward", chosen, (x, *buffers, *states, out, kept), flags, x.device)
     return out, finals
 
 
 def run_backward(
-    call: Layer, config: plan.Config, columns: int, buffers: plan.Buffers, kept: Tensor, before: tuple[Tensor, ...],
+    call: Layer, chosen: plan.Plan, columns: int, buffers: plan.Buffers, kept: Tensor, before: tuple[Tensor, ...],
     dout: Tensor, dfinals: tuple[Tensor, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """As launch.run_backward."""
-    dgates = _unset((call.input.shape[0] * call.input.shape[1], columns * call.hidden_size), dout)
+    size = chosen.size
+    dgates = _unset((size.steps * size.batch, columns * size.hidden_size), dout)
     initial = tuple([torch.empty_like(gradient) for gradient in dfinals])
     read = (buffers.weight, kept, before[0], _second(before), dout, buffers.lengths, buffers.resets)
     states = (dfinals[0], _second(dfinals), dgates, initial[0], _second(initial))
-    _launch("backward", call, config, (*read, *states), (("KEPT", 0), ("SKIP", 0), ("HAS_BIAS", 0)))
+    _launch("backward", chosen, (*read, *states), _flags(call), dout.device)
     return dgates, initial
+
+
+def _flags(call: Layer, kept: int = 0, skip: int = 0, has_bias: bool = False) -> Flags:
+    return Flags(kept, skip, has_bias, call.lengths is not None, call.resets is not None, call.reverse)
 
 
 def _second(states: tuple[Tensor, ...]) -> Tensor | None:
@@ -113,7 +148,7 @@ def _unset(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _launch(
-    name: str, call: Layer, config: plan.Config, tensors: tuple[Tensor | None, ...], flags: Definitions
+    name: str, chosen: plan.Plan, tensors: tuple[Tensor | None, ...], flags: Flags, device: torch.device
 ) -> None:
     """Launch "forward" or "backward" on the current stream.
 
@@ -121,21 +156,9 @@ def _launch(
     """
     from cuda.bindings import driver  # pyright: ignore
 
-    steps, batch = call.input.shape[:2]
-    units, warps = config.block_n, config.num_warps
-    forms = (
-        ("HAS_LENGTHS", int(call.lengths is not None)), ("HAS_RESETS", int(call.resets is not None)),
-        ("REVERSE", int(call.reverse)),
-    )  # fmt: skip
-    defined = definitions(plan.size_of(call), config, (*flags, *forms))
-    # The shares of the sums, two buffers in turns; rows as held.cu's STRIDE has them.
-    sums = len(call.cell.gates) if name == "forward" else 1
-    shared = 2 * warps * sums * 16 * (units + 8) * 4
-    index = call.input.device.index
+    size, index = chosen.size, device.index
     with contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
-        function = _loaded(name, defined, shared, index)
-        values = (*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), steps, batch)
-        types = (*(ctypes.c_void_p for _ in tensors), ctypes.c_int, ctypes.c_int)
-        grid = (-(-batch // config.block_b), config.programs, 1)
-        stream = torch.cuda.current_stream(index).cuda_stream
-        _checked(driver.cuLaunchCooperativeKernel(function, *grid, 32 * warps, 1, 1, shared, stream, (values, types)))
+        kernel = _kernel(name, size, chosen.config, flags, index)
+        values = (*[0 if tensor is None else tensor.data_ptr() for tensor in tensors], size.steps, size.batch)
+        stream = dispatch.current_stream(index)
+        _checked(driver.cuLaunchCooperativeKernel(*kernel, stream, (values, _types(len(tensors)))))

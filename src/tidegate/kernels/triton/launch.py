@@ -133,7 +133,7 @@ def run_forward(
     steps, batch, hidden_size = sizes = (call.input.shape[0], call.input.shape[1], call.hidden_size)
     buffers = _buffers(call)
     if chosen.kernel == "held":
-        return held.run_forward(call, chosen.config, x, buffers, kept, skip)
+        return held.run_forward(call, chosen, x, buffers, kept, skip)
     new = x.new_empty if call.lengths is None else x.new_zeros
     out = new((steps, batch, hidden_size))
     constants = {
@@ -188,7 +188,7 @@ def run_backward(
     steps, batch, hidden_size = sizes = (call.input.shape[0], call.input.shape[1], call.hidden_size)
     weight, _, lengths, resets = buffers = _buffers(call)
     if chosen.kernel == "held":
-        return held.run_backward(call, chosen.config, kind.columns, buffers, kept, before, dout, dfinals)
+        return held.run_backward(call, chosen, kind.columns, buffers, kept, before, dout, dfinals)
     new = dout.new_empty if lengths is None else dout.new_zeros
     dgates = new((steps * batch, kind.columns * hidden_size))
     initial = tuple(torch.empty_like(gradient) for gradient in dfinals)

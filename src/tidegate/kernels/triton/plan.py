@@ -81,8 +81,9 @@ class Size(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The kernel that runs a call, and the others' reasons."""
+    """The kernel that runs a call of a size, and the others' reasons."""
 
+    size: Size
     kernel: str
     config: Config
     reasons: dict[str, list[str]]
@@ -223,7 +224,7 @@ def _chosen(size: Size, device: Device, backward: bool, settings: Settings) -> P
         kernel = next(name for name in order if not why[name])
     elif why[kernel]:
         raise ValueError(f"kernel {kernel!r} cannot run {size}: {'; '.join(why[kernel])}")
-    return Plan(kernel, config(kernel, size, device)._replace(**dict(settings.config)), why)
+    return Plan(size, kernel, config(kernel, size, device)._replace(**dict(settings.config)), why)
 
 
 def config(kernel: str, size: Size, device: Device) -> Config:
