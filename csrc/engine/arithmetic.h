@@ -3,7 +3,7 @@
 //
 //   float, double   as they are
 //   bf16            both bfloat16, where the processor has that dot product (vec.h)
-//   HalfWeights     rows of float, weights of bfloat16, which are widened
+//   Narrow<W>       rows of float, weights of W, bfloat16 or float16, which are widened
 //   Int8            both int8, each row of the product's operand with a scale of its own, each column of the weights
 //                   too. Sums are exact; y = sum (weight's scale * row's scale) + bias. The rule, to the bit, stands in
 //                   quantization.py; a sum fits in 32 bits up to `most_int8_depth`.
@@ -15,14 +15,15 @@
 
 namespace tidegate::TIDEGATE_ISA {
 
-struct HalfWeights {
+template <class W>
+struct Narrow {
     uint16_t bits;
 };
 struct Int8 {
     int8_t number;
 };
-template <>
-struct Computed<HalfWeights> {
+template <class W>
+struct Computed<Narrow<W>> {
     using type = float;
 };
 template <>
@@ -35,8 +36,8 @@ template <class F>
 struct Element {
     using type = F;
 };
-template <>
-struct Element<HalfWeights> {
+template <class W>
+struct Element<Narrow<W>> {
     using type = float;
 };
 template <class F>
@@ -47,7 +48,19 @@ constexpr bool is_int8 = std::is_same_v<F, Int8>;
 
 // In which type a weight lies in the memory that it is packed from, S being what the rest of the problem is stored as.
 template <class S, class F>
-using weight_stored_as = std::conditional_t<is_int8<F>, int8_t, std::conditional_t<std::is_same_v<F, HalfWeights>, bf16, S>>;
+struct WeightStored {
+    using type = S;
+};
+template <class S>
+struct WeightStored<S, Int8> {
+    using type = int8_t;
+};
+template <class S, class W>
+struct WeightStored<S, Narrow<W>> {
+    using type = W;
+};
+template <class S, class F>
+using weight_stored_as = typename WeightStored<S, F>::type;
 
 // The rounding error of one long sum in float grows with its length.
 constexpr int64_t block_words = 256;
@@ -74,8 +87,10 @@ struct Arithmetic {
     static Vec<A> finish(Sum sum, const A*, int64_t, const F*) { return sum; }
 };
 
-template <>
-struct Arithmetic<HalfWeights> {
+// A word is two weights of neighbouring depth. bfloat16 are side by side in their lane; float16 lie as the instruction that
+// widens them takes them: those of all lanes with the first depth, then those with the second.
+template <class W>
+struct Arithmetic<Narrow<W>> {
     using A = float;
     using Sum = Vec<float>;
     static constexpr int tail = 1, row_word = 2, sums = most_sums;
@@ -90,9 +105,13 @@ struct Arithmetic<HalfWeights> {
     }
     static Two splat_last(const float* from) { return {tidegate::TIDEGATE_ISA::splat<float>(from[0]), Vec<float>{}}; }
     static Two weights(const float* from) {
-        using Uint = Lanes<float>::Uint;
-        const auto both = (Uint)load(from);
-        return {(Vec<float>)(both << 16), (Vec<float>)(both & 0xffff0000u)};
+        if constexpr (std::is_same_v<W, f16>) {
+            const f16* const halves = reinterpret_cast<const f16*>(from);
+            return {load(halves), load(halves + width<float>)};
+        } else {
+            const auto both = (Lanes<float>::Uint)load(from);
+            return {(Vec<float>)(both << 16), (Vec<float>)(both & 0xffff0000u)};
+        }
     }
     static Sum add(Sum sum, Two x, Two w) { return sum + x.first * w.first + x.second * w.second; }
     static Vec<float> finish(Sum sum, const float*, int64_t, const float*) { return sum; }
@@ -194,6 +213,19 @@ struct Arithmetic<Int8> {
                load(tail_of_column + 2 * columns);
     }
 };
+
+// Words of neighbouring weights as `weights` reads them.
+template <class F>
+inline Vec<computed<F>> arranged(Vec<computed<F>> words) {
+    if constexpr (!std::is_same_v<F, Narrow<f16>>) return words;
+    else {
+        const auto both = (Lanes<float>::Uint)words;
+        const Lanes<float>::Half halves[2] = {__builtin_convertvector(both & 0xffffu, Lanes<float>::Half),
+                                              __builtin_convertvector(both >> 16, Lanes<float>::Half)};
+        std::memcpy(&words, halves, sizeof words);
+        return words;
+    }
+}
 
 // Elements of a row before the one at `depth`, a multiple of the factors in a word; and from a row to the next.
 template <class F>

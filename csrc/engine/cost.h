@@ -21,6 +21,10 @@ TIDEGATE_INLINE constexpr bool is_worth_packing(int64_t products, int64_t bytes)
     return products > (bytes <= 1'100'000 ? 1 : bytes <= 32'000'000 ? 4 : 8);
 }
 
+// Weights of two bytes stay narrow, and are widened as often as they are read, up to so many rows and from so many bytes
+// on, were they float: more than two cores' second caches hold.
+constexpr int64_t bytes_worth_narrow = 8'000'000, rows_worth_narrow = 4;
+
 // Of one int8 weight and one row, where a float32 has two.
 constexpr double int8_flops = 0.8;
 

@@ -1,21 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set, with TIDEGATE_ISA as its name.
-#include <atomic>
-
-#include "cells/gru_reset_before.h"
+// Compiled once for each instruction set that vectors are of, with TIDEGATE_ISA as its name.
 #include "engine/interpreter.h"
-#include "engine/isa.h"
+#include "engine/kinds.h"
 #include "engine/outer.h"
-#include "engine/side_by_side.h"
-#include "engine/step.h"
 
 namespace tidegate::TIDEGATE_ISA {
 namespace {
-
-template <class T>
-struct Tag {
-    using type = T;
-};
 
 // Calls go(Tag<S>()) with the stored type.
 template <class Go>
@@ -29,48 +19,27 @@ auto with_type(Type type, Go&& go) {
     return go(Tag<f16>());
 }
 
-// Calls go(Tag<Cell>()) with the class that runs the forward of a kind, or the backward. S: the stored type, F: the
-// arithmetic of its products.
-template <class S, class F, class Go>
-auto with_kind(Kind kind, Go&& go) {
-    switch (kind) {
-        case Kind::rnn_tanh: return go(Tag<ElmanForward<S, TanhUnit, F>>());
-        case Kind::rnn_relu: return go(Tag<ElmanForward<S, ReluUnit, F>>());
-        case Kind::lstm: return go(Tag<LstmForward<S, F>>());
-        case Kind::gru: return go(Tag<GruForward<S, F>>());
-        case Kind::gru_reset_before: break;
-    }
-    return go(Tag<GruResetBeforeForward<S, F>>());
+// Whether weights of two bytes are widened as often as they are read, and not once when they are packed. Those that are
+// packed for many calls are for few rows.
+bool stays_narrow(const ForwardProblem& problem, bool is_packed) {
+    const int64_t columns = facts(problem.kind).gates * problem.hidden;
+    const int64_t bytes = columns * (problem.projected + problem.input_size) * static_cast<int64_t>(sizeof(float));
+    return bytes > bytes_worth_narrow && (is_packed || most_rows(problem.rows) <= rows_worth_narrow);
 }
+
 template <class Go>
-auto with_forward(const ForwardProblem& problem, Go&& go) {
+auto with_forward(const ForwardProblem& problem, bool is_packed, Go&& go) {
     switch (problem.storage) {
         case Storage::int8: return with_kind<float, Int8>(problem.kind, go);
-        case Storage::bf16: return with_kind<float, HalfWeights>(problem.kind, go);
+        case Storage::bf16: return with_kind<float, Narrow<bf16>>(problem.kind, go);
         case Storage::own: break;
     }
-    return with_type(problem.type,
-                     [&]<class S>(Tag<S>) { return with_kind<S, factor<S>>(problem.kind, go); });
+    return with_type(problem.type, [&]<class S>(Tag<S>) {
+        if constexpr (may_stay_narrow<S>)
+            if (stays_narrow(problem, is_packed)) return with_kind<S, Narrow<S>>(problem.kind, go);
+        return with_kind<S, factor<S>>(problem.kind, go);
+    });
 }
-template <class S, class Go>
-auto with_backward(Kind kind, Go&& go) {
-    switch (kind) {
-        case Kind::rnn_tanh: return go(Tag<ElmanBackward<S, TanhUnit>>());
-        case Kind::rnn_relu: return go(Tag<ElmanBackward<S, ReluUnit>>());
-        case Kind::lstm: return go(Tag<LstmBackward<S>>());
-        case Kind::gru: return go(Tag<GruBackward<S>>());
-        case Kind::gru_reset_before: break;
-    }
-    return go(Tag<GruResetBeforeBackward<S>>());
-}
-
-// Whether the weights are better read where they lie.
-bool is_one_step(const ForwardProblem& problem) {
-    const Rows& rows = problem.rows;
-    return !problem.packed && problem.storage == Storage::own && rows.time == 1 && rows.total == rows.batch && !rows.resets &&
-           fits_step(problem.kind, problem.weight_hr);
-}
-
 template <class S>
 void forward_one_step(const ForwardProblem& p) {
     run_step<S>({.kind = p.kind,
@@ -105,15 +74,15 @@ void forward(const ForwardProblem* problems, int count, Together together) {
             for (int i = 0; i < count; ++i) forward_one_step<S>(problems[i]);
         });
     else
-        with_forward(problems[0], [&]<class Cell>(Tag<Cell>) { run_forwards<Cell>(problems, count, together); });
+        with_forward(problems[0], problems[0].packed, [&]<class Cell>(Tag<Cell>) { run_forwards<Cell>(problems, count, together); });
 }
 
 int64_t packed_size(const ForwardProblem& problem) {
-    return with_forward(problem, [&]<class Cell>(Tag<Cell>) { return Cell::packed_size(problem); });
+    return with_forward(problem, true, [&]<class Cell>(Tag<Cell>) { return Cell::packed_size(problem); });
 }
 
 void pack(const ForwardProblem& problem) {
-    with_forward(problem, [&]<class Cell>(Tag<Cell>) { pack_weights<Cell>(problem); });
+    with_forward(problem, true, [&]<class Cell>(Tag<Cell>) { pack_weights<Cell>(problem); });
 }
 
 void step(const StepProblem& problem) {
@@ -138,28 +107,7 @@ void run_program(const ProgramProblem& problem) {
 }
 
 double multiply_adds(Type type, int64_t rounds, int threads) {
-    return with_type(type, [&]<class S>(Tag<S>) {
-        using F = factor<S>;
-        using A = computed<F>;
-        constexpr int chains = vector_registers == 32 ? 24 : 12;   // enough to hide how long one takes
-        const Buffer<A> values((chains + 1) * width<A>, false);
-        for (int64_t i = 0; i < values.size(); ++i) values[i] = static_cast<A>(1) / static_cast<A>(i + 2);
-        std::atomic<int> done{0};
-        auto body = [&](Crew&, Team&) {
-            Vec<A> chain[chains];
-            const Vec<A> x = load(values + chains * width<A>);
-            unroll<chains>([&]<int i>() __attribute__((always_inline)) { chain[i] = load(values + i * width<A>); });
-            for (int64_t round = 0; round < rounds; ++round)
-                unroll<chains>([&]<int i>() __attribute__((always_inline)) {
-                    chain[i] = add_products<F>(x, chain[i], x);   // one product of the same would be taken out of the loop
-                });
-            Vec<A> total{};
-            unroll<chains>([&]<int i>() __attribute__((always_inline)) { total += chain[i]; });
-            done.fetch_add(total[0] == 0 ? 0 : 1, std::memory_order_relaxed);   // so that all of it is computed
-        };
-        run_shared({.threads = threads, .patience = not_worth_a_wait}, body);
-        return 2.0 * chains * width<A> * factors_in_word<F> * static_cast<double>(rounds) * done;
-    });
+    return with_type(type, [&]<class S>(Tag<S>) { return multiply_adds_of<S>(rounds, threads); });
 }
 
 void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t count) {
@@ -173,17 +121,13 @@ void activate(Type type, bool hyperbolic, const void* in, void* out, int64_t cou
 }
 
 int32_t layout(Type type, Storage storage) {
-    const int32_t vectors = vector_bytes * 16;
     switch (storage) {
-        case Storage::int8: return vectors + 1 + (Arithmetic<Int8>::offset != 0);
-        case Storage::bf16: return vectors + 3;
+        case Storage::int8: return int8_layout();
+        case Storage::bf16: return half_layout();
         case Storage::own: break;
     }
-    return with_type(type, [=]<class S>(Tag<S>) { return vectors + 4 + static_cast<int32_t>(sizeof(factor<S>)); });
+    return with_type(type, [=]<class S>(Tag<S>) { return own_layout<S>(); });
 }
-
-#define TIDEGATE_TEXT(name) #name
-#define TIDEGATE_NAME(name) TIDEGATE_TEXT(name)
 
 }  // namespace
 

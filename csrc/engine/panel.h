@@ -93,7 +93,7 @@ public:
             for (int lane = 0; lane < lanes && lane < valid; ++lane)
                 block[lane] = load_words<F>(matrix + (first + lane) * depth + k, depth - k);
             transpose<A>(block);
-            for (int i = 0; i < lanes && k + i * in_word < depth; ++i, to += columns) store(to, block[i]);
+            for (int i = 0; i < lanes && k + i * in_word < depth; ++i, to += columns) store(to, arranged<F>(block[i]));
         }
     }
 

@@ -36,6 +36,7 @@ void check_kind(Kind kind, bool projects) {
                                Shape{0, 2, 3, 4, projects}, Shape{1, 2, 40, 33, projects}, Shape{9, 20, 33, 65, projects}})
         check_stored(shape, kind, 3);
     check_stored({40, 1, 64, 128, projects}, kind, 4);
+    for (const Type type : {Type::bf16, Type::f16}) check_large(kind, type, projects);
     check_shape({40, 1, 64, 128, projects}, kind, Type::f32, 4);   // units split, a barrier a step
     check_shape({9, 40, 33, 65, projects}, kind, Type::f32, 4);    // rows split, then both
     for (const bool has_lengths : {false, true})

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forwards with weights of int8 and bfloat16 beside float32, against the recurrence on what the weights stand for.
+// Forwards whose weights are narrower than what is computed: int8 and bfloat16 beside float32, against the recurrence on
+// what the weights stand for; and large ones of two bytes, which stay narrow where there are few rows.
 #include <algorithm>
 #include <cmath>
 
+#include "engine/cost.h"
 #include "engine/isa.h"
 #include "testing.h"
 
@@ -95,6 +97,24 @@ void check_storage(const Recurrence& given, Storage storage, const std::string& 
 }
 
 }  // namespace
+
+void check_large(Kind kind, Type type, bool projects) {
+    const int64_t gates = facts(kind).gates, input_size = 17;
+    int64_t hidden = 1;
+    const auto projected = [&] { return projects ? (hidden + 1) / 2 : hidden; };
+    while (gates * hidden * (projected() + input_size) * static_cast<int64_t>(sizeof(float)) <= bytes_worth_narrow) hidden += 2;
+    for (const int64_t batch : {int64_t{1}, rows_worth_narrow, rows_worth_narrow + 1}) {
+        const Shape shape = {2, batch, input_size, hidden, projects};
+        const std::string name = name_of(kind, type, shape);
+        Layer layer(Recurrence(kind, true, 2, batch, input_size, hidden, projected(), false, false, false, true), type);
+        const Trace<double> right = layer.r.run<double>(nullptr);
+        const Results alone = run(layer, layer.forward(1, false), false);
+        compare(name + " output", alone.at("output"), right.output, tolerance(type));
+        // With more rows, those that are packed are narrow and the others wide.
+        compare_same(name + " packed", run(layer, layer.forward(2, false), true), alone);
+        compare_same(name + " threads", run(layer, layer.forward(3, false), false), alone);
+    }
+}
 
 void check_stored(const Shape& shape, Kind kind, int most_threads) {
     for (int variant = 0; variant < 8; ++variant) {

@@ -96,6 +96,8 @@ void check_together(const Shape& shape, tidegate::Kind kind, tidegate::Type type
                     tidegate::Together together, bool has_lengths, int most_threads);
 // The same of a forward with weights of int8 and bfloat16.
 void check_stored(const Shape& shape, tidegate::Kind kind, int most_threads);
+// Weights that are worth to stay as narrow as they are stored.
+void check_large(tidegate::Kind kind, tidegate::Type type, bool projects);
 void check_long_sums();
 void check_workspace();
 void check_crowds();
