@@ -58,11 +58,8 @@ TESTS ?= tests/test_forms.py tests/test_bad_input.py tests/test_backends.py test
 test-quick: install  ## Run some tests in under a minute, without workers; TESTS=... for others.
 	$(BIN)/python -m pytest --numprocesses 0 $(TESTS)
 
-test: install  ## Run every test but the exhaustive ones.
+test: install  ## Run every test but those that other targets name.
 	$(BIN)/python -m pytest
-
-test-slow: install  ## Run the exhaustive tests.
-	$(BIN)/python -m pytest -m slow
 
 # 100,000 drawn cases take some 20 minutes of one core, and stop at MINUTES. SEED repeats a run, whose seed is printed.
 MINUTES ?= 20
@@ -91,6 +88,9 @@ test-native:  ## Build the kernels without torch and run their own test; CXX=cla
 	cmake -S . -B $(NATIVE) -DTIDEGATE_NATIVE_TEST=ON $(if $(CROSS),$(CROSS) $(EMULATED),-DCMAKE_CXX_COMPILER=$(CXX))
 	cmake --build $(NATIVE) --parallel $(JOBS)
 	cd $(NATIVE) && ctest --output-on-failure
+
+test-slow: test-native  ## Try sigmoid, tanh, exp and logarithms of every float: some five minutes for each instruction set.
+	$(NATIVE)/kernels_test --every-float
 
 # zig's wheel is a clang with the headers and libraries of both systems. Of macOS the objects alone are made: its linker
 # cannot make that library.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of the widest kind that the instruction set has, by the compiler's vector extensions, and exp, sigmoid and
-// tanh over them. Included by kernels.cpp alone, once per instruction set.
+// tanh over them. Included by what is compiled once per instruction set.
 //
 // Error bounds, over all inputs: sigmoid and tanh within 4 units in the last place in float (checked exhaustively by
 // the tests) and in double (sampled). NaN in, NaN out; infinities and denormals as mathematics has them.

@@ -260,9 +260,7 @@ class Layer(NamedTuple):
 Unit = Call | Layer
 
 
-def layer_by_layer(
-    call: Call, run: Callable[[Layer], tuple[Tensor, ...]], owned: bool = False
-) -> tuple[Tensor, ...]:
+def layer_by_layer(call: Call, run: Callable[[Layer], tuple[Tensor, ...]], owned: bool = False) -> tuple[Tensor, ...]:
     """A whole call by `run`, layers by directions.
 
     Args:
