@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from calls import RUNNABLE, VARIANTS, make_call, run_layer
 
 import tidegate as tg
 from tidegate import backends, dispatch
-from tidegate.call import Call
+from tidegate.call import BATCH_FIRST, Call
 from tidegate.cell import GRU
 from tidegate.kernels import cpu
 from tidegate.scope import scope
@@ -180,16 +181,17 @@ def test_aten_refuses_a_projection_that_torch_would_not_recognise() -> None:
 
 @needs.compiled_operators
 def test_few_steps_of_large_layers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without AVX-512 and without gradients, and where the user does not decide."""
-    sizes: dict[str, Any] = {"steps": 2, "batch": 1, "input_size": 3, "hidden_size": 512, "dtype": torch.float32}
+    """By what was measured of each instruction set, without gradients, and where the user does not decide."""
+    sizes: dict[str, Any] = {"steps": 5, "batch": 1, "input_size": 3, "hidden_size": 512, "dtype": torch.float32}
     few = make_call("gru", **sizes).call()
     monkeypatch.setattr(cpu, "_has_avx512", lambda: False)
     with torch.no_grad():
         assert backends.select(few, "").name == "aten"
         assert backends.select(few, "cpu").name == "cpu"
-        assert backends.reasons(few)["cpu"] == ["2 to 4 steps, and hidden_size is 512 or more"]
+        assert backends.reasons(few)["cpu"] == ["2 to 7 steps of up to 1 rows, and hidden_size is 512 or more"]
         for variant, other in (
-            ("gru", {"steps": 5}),
+            ("gru", {"steps": 8}),
+            ("gru", {"batch": 2}),
             ("rnn-tanh", {"hidden_size": 500}),
             ("gru", {"resets": True}),
             ("lstm", {}),
@@ -200,6 +202,27 @@ def test_few_steps_of_large_layers_are_left_to_torch(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cpu, "_has_avx512", lambda: False)
     recorded = few._replace(input=few.input.requires_grad_())
     assert backends.select(recorded, "").name == "cpu"
+
+
+@needs.compiled_operators
+@pytest.mark.parametrize("has_avx512", [False, True])
+@pytest.mark.parametrize("kind", [tg.RNN, tg.LSTM, tg.GRU])
+def test_a_layer_leaves_few_steps_to_torch_as_the_choice_would(
+    kind: Any, has_avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_has_avx512", lambda: has_avx512)
+    for hidden_size, steps, rows in itertools.product((511, 512, 1024), (1, 2, 4, 6, 8), (1, 2, 16)):
+        layer, input = kind(3, hidden_size, batch_first=True), torch.empty(rows, steps, 3)
+        states = (None,) * len(layer.cell.states)
+        weights = tuple(weight.detach() for weight in layer._weights() if weight is not None)
+        weights += (None,) * (len(layer.cell.parameters) - len(weights))
+        call = Call(layer.cell, layer._option_values(), input, states, weights, layout=BATCH_FIRST)
+        assert not layer._is_quicker_in_torch(input)  # with gradients
+        with torch.no_grad():
+            assert layer._is_quicker_in_torch(input) == (steps > 1 and bool(cpu.slower_reasons(call)))
+            assert layer._is_quicker_in_torch(input) <= (hidden_size >= backends.LEAVES_UNITS)
+    with torch.no_grad():
+        assert not kind(3, 512)._is_quicker_in_torch(torch.empty(2, 1, 3, dtype=torch.float64))
 
 
 @needs.compiled_operators

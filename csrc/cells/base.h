@@ -94,7 +94,7 @@ protected:
     W weights(const Matrix& matrix, int64_t first, int64_t units, int64_t depth, int64_t uses) {
         A* const packed = p_.packed ? static_cast<A*>(p_.packed) + packed_before_ : nullptr;
         packed_before_ += W::size(units, depth);
-        return W(matrix, first, units, depth, uses, packed, p_.poison);
+        return W(matrix, first, units, depth, uses, most_rows(p_.rows), packed, p_.poison);
     }
     template <class W>
     W input_weights(int64_t first, int64_t units) {

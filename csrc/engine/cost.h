@@ -21,6 +21,12 @@ TIDEGATE_INLINE constexpr bool is_worth_packing(int64_t products, int64_t bytes)
     return products > (bytes <= 1'100'000 ? 1 : bytes <= 32'000'000 ? 4 : 8);
 }
 
+// The same of products with few rows at a time, which use little of what is packed for each: least where vectors are short.
+TIDEGATE_INLINE constexpr bool is_worth_packing_for(int64_t rows, int registers, int64_t products, int64_t bytes) {
+    const bool is_few = rows <= rows_not_worth_packing && bytes <= 32'000'000;
+    return is_worth_packing(products, bytes) || (is_few && products > (registers == 32 ? 3 : 2));
+}
+
 // Weights of two bytes stay narrow, and are widened as often as they are read, up to so many rows and from so many bytes
 // on, were they float: more than two cores' second caches hold.
 constexpr int64_t bytes_worth_narrow = 8'000'000, rows_worth_narrow = 4;

@@ -26,14 +26,16 @@ public:
     }
     static constexpr int64_t size(int64_t units, int64_t depth) { return Panels<F, C>::size(panels_of(units), depth); }
 
-    // first: the row of unit 0. uses: products with all of it. packed: memory of `size` words that is packed already, or
-    // that `pack` is to fill; or null.
-    Weights(const Matrix& matrix, int64_t first, int64_t units, int64_t depth, int64_t uses, A* packed, bool poison)
+    // first: the row of unit 0. uses: products with all of it, of so many rows each. packed: memory of `size` words that is
+    // packed already, or that `pack` is to fill; or null.
+    Weights(const Matrix& matrix, int64_t first, int64_t units, int64_t depth, int64_t uses, int64_t rows, A* packed,
+            bool poison)
         : count(panels_of(units)),
           matrix_(matrix),
           first_(first),
           units_(units),
-          packs_(packed || is_worth_packing(uses, size(units, depth) * static_cast<int64_t>(sizeof(A)))),
+          packs_(packed || is_worth_packing_for(rows, vector_registers, uses,
+                                                size(units, depth) * static_cast<int64_t>(sizeof(A)))),
           panels_(packs_ ? count : 0, depth, poison, packed),
           turn_(packed ? turn_of(packed) : 0) {}
 

@@ -215,15 +215,22 @@ def leaves_step(cell: str, rows: int, hidden_size: int) -> bool:
     return not CPU.availability() and bool(cpu.many_rows_reasons(cell, rows, hidden_size))
 
 
+LEAVES_UNITS = cpu.LARGE  # hidden_size from which it may leave a sequence on the CPU to torch
+
+
 def leaves_sequence(
     cell: Cell, options: tuple[Any, ...], steps: int, rows: int, hidden_size: int, cells: int, input: Tensor
 ) -> bool:
-    """The same of a sequence on a GPU, by torch.nn's equations, without lengths, resets, projections and dropout.
+    """The same of a sequence, by torch.nn's equations, without lengths, resets, projections and dropout, on a CPU
+    without gradients.
 
     Args:
         cells: layers times directions.
         input: of which dtype and device are read.
     """
+    if input.is_cpu:
+        is_known = input.dtype is torch.float32 and not CPU.availability()
+        return is_known and bool(cpu.few_steps_reasons(cell.name, steps, rows, hidden_size))
     return triton.leaves(cell, options, steps, rows, hidden_size, cells, input)
 
 

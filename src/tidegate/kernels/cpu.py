@@ -12,7 +12,7 @@ import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +46,13 @@ _ROWS = 16
 _MANY = {"avx2": {"gru": 2**13, "rnn": 2**14, "lstm": 2**15}, "avx512": {"gru": 2**16, "rnn": 2**16, "lstm": 2**16}}
 _LEAST_MANY = min(min(of_cell.values()) for of_cell in _MANY.values())
 
-# A sequence of 2 to _FEW_STEPS steps without gradients is quicker in torch's operators from _LARGE units on, where the
-# kernels have no AVX-512.
-_FEW_STEPS, _LARGE = 4, 512
-_LEAST_ROWS = {"gru": 1, "rnn": 1, "lstm": 16}
+# Sequences of few steps without gradients that are quicker in torch's operators, from LARGE units on (an LSTM's only
+# below twice as many): of each cell, least rows, most rows, most steps.
+LARGE = 512
+_FEW_STEPS = {
+    "avx2": {"gru": ((1, 1, 7),), "rnn": ((1, 1, 7), (16, inf, 4)), "lstm": ((16, inf, 7),)},
+    "avx512": {"gru": ((1, 1, 3),), "rnn": ((1, 2, 5),), "lstm": ()},
+}
 
 _GATES = {
     kind[0]: len(cell.gates) for cell in (RNN, LSTM, GRU) for (name, _), kind in _KINDS.items() if name == cell.name
@@ -189,10 +192,9 @@ def slower_reasons(call: Call) -> list[str]:
     0.97 of torch.nn's speed; below, 0.9 to 1.4 (Xeon, two threads, B 64 to 512, H 128 to 512, 2026-11-26, by
     `tidegate bench --mode cell`; with AVX2 all sides held to AVX2).
 
-    Few steps of a large layer without AVX-512: weights read and packed are all there is. 0.35 to 0.97 of torch.nn's
-    speed for GRU and RNN of 512 and 1024 units at B = 1 and 4, 0.74 to 1.0 at 16, and 0.90 to 0.95 for an LSTM of 512
-    at 16. An LSTM of 1024 is 1.5 times as fast and more; at ten steps, or with gradients, torch is the quicker by no
-    more than a fifth (Xeon, all sides held to AVX2, 2026-11-26).
+    Few steps of a large layer: weights read and packed are all there is. Where `_FEW_STEPS` says, 0.65 to 0.97 of
+    torch.nn's speed at 512 to 2048 units; elsewhere 1.0 to 1.9, an LSTM of 1024 and more 1.3 to 5 (Xeon, two threads, T
+    2 to 10, B 1 to 32, 2026-11-27; with AVX2 all sides held to AVX2). With gradients nothing is left to torch.
 
     Large products in bfloat16, where the processor multiplies matrices (AMX): torch's use that, the kernels its
     vectors. No such processor has timed them; from these sizes on torch was the quicker on Zen 4 while its products ran
@@ -206,8 +208,8 @@ def slower_reasons(call: Call) -> list[str]:
         return [f"a recorded step of {call.cell.name} is so little that torch's own is the quicker"]
     if call.layout == STEP and call.input.dtype is torch.float32:
         return many_rows_reasons(call.cell.name, call.input.size(0), call.hidden_size)
-    if call.input.dtype is torch.float32 and 1 < call.steps <= _FEW_STEPS and call.hidden_size >= _LARGE:
-        return _few_steps_reasons(call)
+    if call.input.dtype is torch.float32 and call.hidden_size >= LARGE and call.steps > 1 and not call.records():
+        return few_steps_reasons(call.cell.name, call.steps, call.batch(), call.hidden_size)
     if call.input.dtype is not torch.bfloat16 or not dispatch.multiplies_matrices():
         return []
     hidden_size, least = call.hidden_size, 18 if call.cell is LSTM else 23
@@ -231,13 +233,15 @@ def _has_avx512() -> bool:
     return layout().startswith("avx512")
 
 
-def _few_steps_reasons(call: Call) -> list[str]:
-    is_quicker = call.batch() >= _LEAST_ROWS[call.cell.name] and (
-        call.cell is not LSTM or call.hidden_size < 2 * _LARGE
-    )
-    if not is_quicker or _has_avx512() or call.records():
+def few_steps_reasons(cell: str, steps: int, rows: int, hidden_size: int) -> list[str]:
+    """Of a sequence in float32 without gradients: `slower_reasons`."""
+    if hidden_size < LARGE or steps < 2 or (cell == "lstm" and hidden_size >= 2 * LARGE):
         return []
-    return [f"2 to {_FEW_STEPS} steps, and hidden_size is {_LARGE} or more"]
+    for least, most, most_steps in _FEW_STEPS["avx512" if _has_avx512() else "avx2"][cell]:
+        if least <= rows <= most and steps <= most_steps:
+            which = f"{least} rows or more" if most == inf else f"up to {most} rows"
+            return [f"2 to {most_steps} steps of {which}, and hidden_size is {LARGE} or more"]
+    return []
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:

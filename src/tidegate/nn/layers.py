@@ -220,7 +220,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             return uncompiled(input, hx, lengths=lengths, resets=resets, return_states=return_states)
         if (
             isinstance(input, Tensor)
-            and input.is_cuda
+            and (input.is_cuda or self.hidden_size >= backends.LEAVES_UNITS)
             and self._is_left_to_torch(input, lengths, resets, return_states)
         ):
             return self._run_torchs(input, hx)
@@ -275,9 +275,9 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
         return (output if batch is None else batch.restore(output)), last
 
     def _is_left_to_torch(self, input: Tensor, lengths: Lengths, resets: Resets, return_states: bool) -> bool:
-        """Whether to call torch.nn's own forward on a GPU, to which `ops.run` would only come by a longer way.
+        """Whether to call torch.nn's own forward, to which `ops.run` would only come by a longer way.
 
-        A short call of cuDNN's takes less time than that way.
+        A short call of cuDNN's takes less time than that way; on a CPU, after a large product, it is in no cache.
         """
         return (
             (lengths is None and resets is None and not return_states and input.dim() == 3)
@@ -290,10 +290,14 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             and self._parameters.keys() >= set(self._flat_weights_names)  # none is computed
             and scope.is_clear()
             and dispatch.is_bare()
-            and (self.proj_size > 0 or self._is_quicker_in_torch(input))
+            and self._is_quicker_in_torch(input)
         )
 
     def _is_quicker_in_torch(self, input: Tensor) -> bool:
+        if input.is_cpu and torch.is_grad_enabled():
+            return False
+        if self.proj_size:
+            return not input.is_cpu  # no kernel of ours on a GPU takes them
         rows, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
         cells = self.num_layers * (1 + self.bidirectional)
         return backends.leaves_sequence(self.cell, self._option_values(), steps, rows, self.hidden_size, cells, input)
