@@ -4,7 +4,8 @@
     PYTHONPATH=src python benchmarks/small_figures.py NAME
 
 directions: a bidirectional layer, and its directions one after the other. recorded-cell: a cell's step that records
-gradients. crowded: beside a process that takes one of the cores.
+gradients. few-steps: short sequences of large layers by the kernels, whatever would be chosen. crowded: beside a process
+that takes one of the cores.
 Every pair is timed in turn, in one process; a figure is the median of the rounds.
 """
 
@@ -72,6 +73,20 @@ def recorded_cell() -> None:
             print(f"{kind} {size}: {mine * 1e6:.1f} us, torch.nn {other * 1e6:.1f} us, {mine / other:.2f}")
 
 
+def few_steps() -> None:
+    """torch.nn's time over the kernels', without gradients: what decides where few steps are left to torch."""
+    lengths = (2, 3, 4, 5, 7)
+    print("T =", *lengths)
+    with torch.no_grad(), tg.backend("cpu"):
+        for kind in ("GRU", "LSTM", "RNN"):
+            for size in (512, 1024, 2048):
+                ours, theirs = getattr(tg, kind)(size, size), getattr(torch.nn, kind)(size, size)
+                for batch in (1, 2, 4, 8, 16):
+                    inputs = [torch.randn(steps, batch, size) for steps in lengths]
+                    pairs = [in_turn(partial(ours, x), partial(theirs, x), 0.005) for x in inputs]
+                    print(f"{kind} H {size} B {batch}:", *(f"{other / mine:.2f}" for mine, other in pairs), flush=True)
+
+
 def _spin() -> None:
     while True:
         pass
@@ -95,7 +110,7 @@ def crowded() -> None:
         other.terminate()
 
 
-FIGURES = {"directions": directions, "recorded-cell": recorded_cell, "crowded": crowded}
+FIGURES = {"directions": directions, "recorded-cell": recorded_cell, "few-steps": few_steps, "crowded": crowded}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in FIGURES:
