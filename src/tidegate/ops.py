@@ -149,7 +149,7 @@ class _Operators:
         ):
             _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
             _LIBRARY.impl(operator, autograd, "Autograd")
-            torch.library.register_fake(operator, shapes, lib=_LIBRARY)
+            dispatch.register_fake(operator, shapes, _LIBRARY)
         flops.register(cell)
         torch.library.register_vmap(forward, batching.folded(cell), lib=_LIBRARY)
         torch.library.register_vmap(backward, batching.one_by_one(backward), lib=_LIBRARY)

@@ -338,4 +338,4 @@ def _outer(part: MatrixGradient, matrix: Tensor, made: Sequence[Tensor], kept: S
 
 _LIBRARY.impl(_operator, _run, "CompositeExplicitAutograd")
 _LIBRARY.impl(_operator, _autograd, "Autograd")
-torch.library.register_fake(_operator, _shapes, lib=_LIBRARY)
+dispatch.register_fake(_operator, _shapes, _LIBRARY)
