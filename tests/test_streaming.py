@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 import tidegate as tg
 from tidegate import backends
 from tidegate.backends import backend
+from tidegate.kernels import cpu
 
 # The compiled operators' are the same to the bit, as the next test demands. Without them torch sums a step and a
 # sequence in other orders: 2.2e-16 and 1.2e-7 apart, and in bfloat16 and float16 a rounding may fall elsewhere: a
@@ -54,6 +55,22 @@ def test_steps_and_chunks_are_bit_for_bit_the_sequence(name: str, rows: int, dty
     assert torch.equal(torch.cat([torch.stack(steps), stream.steps(x[4:5]), stream.steps(x[5:])]), expected)
     for ours, theirs in zip(as_tuple(stream.state), as_tuple(final), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@needs.compiled_operators
+@pytest.mark.parametrize("isa", needs.ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "hidden_size"), [(tg.GRU, 592), (tg.LSTM, 512), (tg.RNN, 1008)])
+def test_large_layers_that_read_unlike_inputs(isa: str, dtype: torch.dtype, kind: Any, hidden_size: int) -> None:
+    """Weights from so many units on stay as narrow as they are, of every layer or of none."""
+    cpu.operators().use_isa(isa)
+    torch.manual_seed(0)
+    layer, x = kind(3, hidden_size, 2, dtype=dtype), torch.randn(4, 2, 3, dtype=dtype)
+    stream = layer.stream(2)
+    with torch.no_grad(), tg.backend("cpu"):
+        expected, _ = layer(x)
+    steps = torch.stack([stream.step(x_t) for x_t in x[:2]])
+    close(torch.cat([steps, stream.steps(x[2:])]), expected, FLOORS[dtype])
 
 
 @pytest.mark.parametrize("named", [pytest.param("cpu", marks=needs.compiled_operators), "aten", "reference"])

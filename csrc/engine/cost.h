@@ -28,8 +28,8 @@ TIDEGATE_INLINE constexpr bool is_worth_packing_for(int64_t rows, int registers,
 }
 
 // Weights of two bytes stay narrow, and are widened as often as they are read, up to so many rows and from so many bytes
-// on, were they float: more than two cores' second caches hold.
-constexpr int64_t bytes_worth_narrow = 8'000'000, rows_worth_narrow = 4;
+// of recurrent weights on, were they float: with the input's, more than two cores' second caches hold.
+constexpr int64_t bytes_worth_narrow = 4'000'000, rows_worth_narrow = 4;
 
 // Of one int8 weight and one row, where a float32 has two.
 constexpr double int8_flops = 0.8;

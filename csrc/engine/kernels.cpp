@@ -20,10 +20,10 @@ auto with_type(Type type, Go&& go) {
 }
 
 // Whether weights of two bytes are widened as often as they are read, and not once when they are packed. Those that are
-// packed for many calls are for few rows.
+// packed for many calls are for few rows. Decided by the recurrent weights alone: the layers of a stack must agree.
 bool stays_narrow(const ForwardProblem& problem, bool is_packed) {
-    const int64_t columns = facts(problem.kind).gates * problem.hidden;
-    const int64_t bytes = columns * (problem.projected + problem.input_size) * static_cast<int64_t>(sizeof(float));
+    const int64_t words = facts(problem.kind).gates * problem.hidden * problem.projected;
+    const int64_t bytes = words * static_cast<int64_t>(sizeof(float));
     return bytes > bytes_worth_narrow && (is_packed || most_rows(problem.rows) <= rows_worth_narrow);
 }
 

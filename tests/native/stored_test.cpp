@@ -102,7 +102,7 @@ void check_large(Kind kind, Type type, bool projects) {
     const int64_t gates = facts(kind).gates, input_size = 17;
     int64_t hidden = 1;
     const auto projected = [&] { return projects ? (hidden + 1) / 2 : hidden; };
-    while (gates * hidden * (projected() + input_size) * static_cast<int64_t>(sizeof(float)) <= bytes_worth_narrow) hidden += 2;
+    while (gates * hidden * projected() * static_cast<int64_t>(sizeof(float)) <= bytes_worth_narrow) hidden += 2;
     for (const int64_t batch : {int64_t{1}, rows_worth_narrow, rows_worth_narrow + 1}) {
         const Shape shape = {2, batch, input_size, hidden, projects};
         const std::string name = name_of(kind, type, shape);

@@ -220,7 +220,7 @@ class RecurrentLayer(StandsFor, torch.nn.RNNBase, Extended):
             return uncompiled(input, hx, lengths=lengths, resets=resets, return_states=return_states)
         if (
             isinstance(input, Tensor)
-            and (input.is_cuda or self.hidden_size >= backends.LEAVES_UNITS)
+            and (input.is_cuda or (self.hidden_size >= backends.LEAVES_UNITS and input.is_cpu))
             and self._is_left_to_torch(input, lengths, resets, return_states)
         ):
             return self._run_torchs(input, hx)
