@@ -4,8 +4,8 @@
     PYTHONPATH=src python benchmarks/small_figures.py NAME
 
 directions: a bidirectional layer, and its directions one after the other. recorded-cell: a cell's step that records
-gradients. few-steps: short sequences of large layers by the kernels, whatever would be chosen. crowded: beside a process
-that takes one of the cores.
+gradients. few-steps: short sequences of large layers by the kernels, whatever would be chosen. crowded: beside a
+process that takes one of the cores.
 Every pair is timed in turn, in one process; a figure is the median of the rounds.
 """
 
