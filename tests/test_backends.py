@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -17,7 +18,7 @@ import torch
 from calls import RUNNABLE, VARIANTS, make_call, run_layer
 
 import tidegate as tg
-from tidegate import backends, dispatch
+from tidegate import backends, dispatch, reference
 from tidegate.call import BATCH_FIRST, Call
 from tidegate.cell import GRU
 from tidegate.kernels import cpu
@@ -223,6 +224,26 @@ def test_a_layer_leaves_few_steps_to_torch_as_the_choice_would(
             assert layer._is_quicker_in_torch(input) <= (hidden_size >= backends.LEAVES_UNITS)
     with torch.no_grad():
         assert not kind(3, 512)._is_quicker_in_torch(torch.empty(2, 1, 3, dtype=torch.float64))
+
+
+def test_in_a_graph_a_layer_is_left_to_torch_by_reasons_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch's operators run layer by layer, and their forward once more in the backward."""
+    candidate = backends.Backend(
+        "candidate", list_of_nothing, composite=reference.forward,
+        slower_reasons=lambda call: ["torch's is quicker"], slower_in_graph=list_of_nothing,
+    )  # fmt: skip
+    monkeypatch.setattr(backends, "_ON_CPU", (candidate, *backends._ON_CPU))
+    monkeypatch.setitem(backends.BY_NAME, "candidate", candidate)
+    layer = torch.compile(tg.GRU(3, 4, dtype=torch.float64), backend="aot_eager", fullgraph=True)
+    for run in (contextlib.nullcontext, torch.no_grad):
+        with run(), backends.trace() as ran:
+            layer._orig_mod(torch.zeros(2, 1, 3, dtype=torch.float64))
+            layer(torch.zeros(2, 1, 3, dtype=torch.float64))
+        assert [one.backend for one in ran] == ["aten", "candidate"]
+
+
+def list_of_nothing(call: Call) -> list[str]:
+    return []
 
 
 @needs.compiled_operators

@@ -61,6 +61,8 @@ class Backend:
         checks: what it refuses by itself as `checks.check` would, with a RuntimeError, so that a plain call need not be
             looked at twice: "all" calls, "steps" or "" for none.
         slower_reasons: why it leaves a call that it can run to another, if that one can and none is named; pure.
+        slower_in_graph: the same of one layer as a registered operator, where the other one may be less quick; None
+            where that makes no difference.
         leaves_to: that other one.
         only_named: why it runs only when the user names it, never by itself; "" if it may be chosen.
     """
@@ -78,6 +80,7 @@ class Backend:
     flops: Callable[[], Mapping[Any, Callable[..., int]]] = dict
     checks: str = ""
     slower_reasons: Callable[[Call], list[str]] = _no_reasons
+    slower_in_graph: Callable[[Call], list[str]] | None = None
     leaves_to: str = "aten"
     only_named: str = ""
 
@@ -90,6 +93,7 @@ TRITON = Backend(
     backward=triton.backward,
     saved_shape=triton.saved_shape,
     slower_reasons=triton.slower_reasons,
+    slower_in_graph=triton.slower_in_graph,
     only_named="Triton's interpreter is for tests" if triton.is_interpreted() else "",
 )
 CPU = Backend(
@@ -182,8 +186,11 @@ def demanded(name: str) -> str:
     return "" if name.startswith("first of ") else name
 
 
-def select(call: Call, name: str) -> Backend:
+def select(call: Call, name: str, in_graph: bool = False) -> Backend:
     """The backend called `name`, or the first that can run `call` and is not known to be slower than another.
+
+    Args:
+        in_graph: the call is one layer and runs as a registered operator.
 
     Raises:
         UnsupportedError: the named one cannot; the message lists its reasons and what would run.
@@ -198,7 +205,8 @@ def select(call: Call, name: str) -> Backend:
     for candidate in _ON_CPU if call.input.is_cpu else _AUTOMATIC:
         if candidate.unsupported_reasons(call):
             continue
-        if is_known and candidate.slower_reasons(call) and not BY_NAME[candidate.leaves_to].unsupported_reasons(call):
+        slower = (in_graph and candidate.slower_in_graph) or candidate.slower_reasons
+        if is_known and slower(call) and not BY_NAME[candidate.leaves_to].unsupported_reasons(call):
             return BY_NAME[candidate.leaves_to]
         if candidate is CPU:
             return candidate
@@ -208,6 +216,11 @@ def select(call: Call, name: str) -> Backend:
             _tell_of_loop(call.cell.name, tuple(f"{name}: {why[0]}" for name, why in reasons(call).items() if why))
         return candidate
     raise UnsupportedError("; ".join(call.inference_reasons()) or _refusal(call, name))
+
+
+def select_for_operator(layer: Layer, name: str) -> Backend:
+    """What runs a layer as a registered operator, whose argument `name` is."""
+    return select(layer.call(), demanded(name), in_graph=True)
 
 
 def leaves_step(cell: str, rows: int, hidden_size: int) -> bool:

@@ -158,7 +158,7 @@ class _Operators:
         layer, (name, save) = signature.read(self.cell, arguments)
         check_layer(layer)
         check_lengths(layer.lengths, layer.input.shape[0])
-        chosen = backends.select(layer.call(), backends.demanded(name))
+        chosen = backends.select_for_operator(layer, name)
         return backends.run_layer(chosen, layer, save)
 
     def forward_shapes(self, *arguments: object) -> tuple[Tensor, ...]:
@@ -167,7 +167,7 @@ class _Operators:
         output = layer.input.new_empty((layer.input.shape[0], *layer.states[0].shape))
         shape: tuple[int, ...] = (0,)
         if save:
-            shape = backends.saved_shape(backends.select(layer.call(), backends.demanded(name)), layer)
+            shape = backends.saved_shape(backends.select_for_operator(layer, name), layer)
         return (output, *(state.new_empty(state.shape) for state in layer.states), layer.input.new_empty(shape))
 
     def forward_autograd(self, *arguments: object) -> tuple[Tensor, ...]:
@@ -178,7 +178,7 @@ class _Operators:
         if torch.is_grad_enabled() and _any_requires_grad(layer):
             check_layer(layer)
             # The backward must be the same backend's: a graph that has one fixes the backend when it is traced.
-            chosen = backends.select(layer.call(), backends.demanded(name))
+            chosen = backends.select_for_operator(layer, name)
             if chosen.composite is not None and dispatch.is_plain():
                 return (*backends.run_composite_layer(chosen, layer), layer.input.new_empty(0))
             return dispatch.apply(gradients.Recurrence, layer, chosen, True, *layer.tensors)
@@ -188,7 +188,7 @@ class _Operators:
 
     def backward(self, *arguments: object) -> tuple[Tensor, ...]:
         layer, (name, output, saved, *cotangents, needs) = signature.read(self.cell, arguments)
-        chosen = backends.select(layer.call(), backends.demanded(name))
+        chosen = backends.select_for_operator(layer, name)
         found = backends.run_layer_backward(chosen, layer, output, saved, tuple(cotangents), tuple(needs))
         return self._every_gradient(layer, found, needs)
 

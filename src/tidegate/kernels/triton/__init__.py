@@ -125,6 +125,11 @@ def slower_reasons(call: Call) -> list[str]:
     return [*plan.slower_reasons(plan.size_of(call), call.layers * call.directions(), device)]
 
 
+def slower_in_graph(call: Call) -> list[str]:
+    """The same of a layer as one operator of a graph."""
+    return [*plan.slower_in_graph(plan.size_of(call), plan.device_on(call.input.device))]
+
+
 def leaves(
     cell: Cell, options: tuple[Any, ...], steps: int, batch: int, hidden_size: int, cells: int, input: Tensor
 ) -> bool:
