@@ -40,6 +40,7 @@ auto with_forward(const ForwardProblem& problem, bool is_packed, Go&& go) {
         return with_kind<S, factor<S>>(problem.kind, go);
     });
 }
+
 template <class S>
 void forward_one_step(const ForwardProblem& p) {
     run_step<S>({.kind = p.kind,
