@@ -89,7 +89,8 @@ test-native:  ## Build the kernels without torch and run their own test; CXX=cla
 	cmake --build $(NATIVE) --parallel $(JOBS)
 	cd $(NATIVE) && ctest --output-on-failure
 
-test-slow: test-native  ## Try sigmoid, tanh, exp and logarithms of every float: some five minutes for each instruction set.
+test-slow: install test-native  ## Run what takes long: the kernels' functions of every float, five minutes an instruction set.
+	$(BIN)/python -m pytest -m slow
 	$(NATIVE)/kernels_test --every-float
 
 # zig's wheel is a clang with the headers and libraries of both systems. Of macOS the objects alone are made: its linker
