@@ -48,6 +48,11 @@ double step_cost(double flops, int64_t threads) {
 
 }  // namespace
 
+bool is_worth_packing_for(int64_t rows, int registers, int64_t products, int64_t bytes) {
+    const bool is_few = rows <= rows_not_worth_packing && bytes <= 32'000'000;
+    return is_worth_packing(products, bytes) || (is_few && products > (registers == 32 ? 3 : 2));
+}
+
 Sharing share_loop(const LoopWork& work, int max_threads) {
     const double total = work.row_flops * static_cast<double>(work.positions);
     const int64_t most = work.rows;

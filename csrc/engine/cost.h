@@ -22,10 +22,7 @@ TIDEGATE_INLINE constexpr bool is_worth_packing(int64_t products, int64_t bytes)
 }
 
 // The same of products with few rows at a time, which use little of what is packed for each: least where vectors are short.
-TIDEGATE_INLINE constexpr bool is_worth_packing_for(int64_t rows, int registers, int64_t products, int64_t bytes) {
-    const bool is_few = rows <= rows_not_worth_packing && bytes <= 32'000'000;
-    return is_worth_packing(products, bytes) || (is_few && products > (registers == 32 ? 3 : 2));
-}
+bool is_worth_packing_for(int64_t rows, int registers, int64_t products, int64_t bytes);
 
 // Weights of two bytes stay narrow, and are widened as often as they are read, up to so many rows and from so many bytes
 // of recurrent weights on, were they float: with the input's, more than two cores' second caches hold.
