@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled for each instruction set that adds products of bfloat16 or int8 to another, TIDEGATE_ADDS_TO: kernels for those.
-// All the rest is the other's.
+// All the rest is the other's, by functions that call it: to copy its table, code of this instruction set would run when
+// the library is loaded, on whatever processor.
 #include "engine/kinds.h"
 
 namespace tidegate {
